@@ -1,0 +1,177 @@
+"""The cohort: who learns together, each peer in one record of its own.
+
+A peer's initial weights and dropout are keyed by the seed and its name, never by its place in
+the cohort: permuting the cohort permutes the results, and two peers never start equal.
+"""
+
+import ast
+import difflib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from dml_accel import networks
+from dml_accel.config import Config, UsageError
+from dml_accel.keys import key
+
+DEFAULT_NET = "resnet32"
+SHORT_NAMES = tuple(name.removesuffix("_cifar") for name in networks.default_cfgs)
+
+
+@dataclass(frozen=True)
+class PeerSpec:
+    """A peer before it is built: ``name`` in this cohort, timm's ``arch`` and its arguments."""
+
+    name: str
+    arch: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Peer:
+    """A network that learns, with what belongs to it alone.
+
+    ``net`` is what is called in training, wrapped as the placement needs it; ``module`` is the
+    bare network whose parameters are saved.
+    """
+
+    spec: PeerSpec
+    module: nn.Module
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def name(self) -> str:
+        """The peer's name, ``<net>-<index>``."""
+        return self.spec.name
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it learns."""
+        return sum(weight.numel() for weight in self.module.parameters())
+
+
+def parse(cohort: Sequence[str]) -> list[PeerSpec]:
+    """Read ``--cohort``: a number K, or nets as ``name``, ``name*N`` and ``timm:name[key=value]``.
+
+    Returns:
+        The peers in the order given; each is named ``<net>-<index>``, the index counting peers of
+        that net.
+
+    Raises:
+        UsageError: fewer than one peer, an unknown net (the nearest names are listed) or
+            arguments that cannot be read.
+    """
+    if len(cohort) == 1 and re.fullmatch(r"[+-]?\d+", cohort[0]):
+        cohort = [f"{DEFAULT_NET}*{int(cohort[0])}"]
+    specs: list[PeerSpec] = []
+    count: Counter[str] = Counter()
+    for text in cohort:
+        match = re.fullmatch(r"(timm:)?([^\s\[\]*:]+)(?:\[([^\[\]]*)\])?(?:\*(-?\d+))?", text)
+        if not match:
+            raise UsageError(
+                f"--cohort {text!r} cannot be read: write a number K alone, or name, name*N or "
+                "'timm:name[key=value,...]*N'"
+            )
+        prefix, net, arguments, times = match.groups(default="")
+        if int(times or 1) < 1:
+            raise UsageError(f"--cohort {text!r} asks for {times} peers; at least 1 is needed")
+        arch = net if prefix else f"{net}_cifar"
+        _require_known(arch, net, bool(prefix))
+        for _ in range(int(times or 1)):
+            name = f"{net}-{count[net]}"
+            specs.append(PeerSpec(name, arch, _arguments(text, arguments)))
+            count[net] += 1
+    return specs
+
+
+def _require_known(arch: str, net: str, from_timm: bool) -> None:
+    if timm.is_model(arch) if from_timm else net in SHORT_NAMES:
+        return
+    everything = timm.list_models() + timm.list_models(pretrained=True)
+    names = [*SHORT_NAMES, *(f"timm:{name}" for name in everything)]
+    wanted = f"timm:{net}" if from_timm else net
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    if timm.is_model(net):
+        near.insert(0, f"timm:{net}")
+    raise UsageError(
+        f"--cohort: there is no net {wanted!r}; nearest: {', '.join(dict.fromkeys(near)) or 'none'}"
+        f"; ours are {', '.join(SHORT_NAMES)}; any timm model as timm:<name>"
+    )
+
+
+def _arguments(text: str, arguments: str) -> dict[str, Any]:
+    pairs = [part.split("=", 1) for part in arguments.split(",") if part.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise UsageError(f"--cohort {text!r}: write arguments as [key=value,key=value]")
+    return {name.strip(): _literal(value.strip()) for name, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # a plain word, as in global_pool=max
+
+
+def build(spec: PeerSpec, config: Config, classes: int) -> nn.Module:
+    """Build the untrained network of one peer on the CPU, in the run's precision.
+
+    Raises:
+        UsageError: timm does not accept the arguments, or the net cannot take the image size.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key("initial weights", config.seed, spec.name))
+        try:
+            net = timm.create_model(spec.arch, num_classes=classes, **spec.arguments)
+        except Exception as error:  # every model family raises its own kinds
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{spec.name} ({spec.arch}) cannot be built: {reason}") from error
+    if not spec.arch.endswith("_cifar"):
+        _require_image_size(net, spec, config.image_size, classes)
+    return net.double() if config.float64 else net
+
+
+def _require_image_size(net: nn.Module, spec: PeerSpec, size: int, classes: int) -> None:
+    """Try one image in evaluation mode, which leaves BatchNorm's statistics alone."""
+    reason = ""
+    net.eval()
+    try:
+        with torch.inference_mode():
+            shape = tuple(net(torch.zeros(1, 3, size, size)).shape)
+        if shape != (1, classes):
+            reason = f"it returns shape {shape} and not (1, {classes})"
+    except Exception as error:  # every model family raises its own kinds
+        reason = " ".join(str(error).split())
+    finally:
+        net.train()
+    if reason:
+        native = net.default_cfg["input_size"][-1]  # type: ignore[index, union-attr]
+        fixed = "patch_embed" in dict(net.named_children()) and "img_size" not in spec.arguments
+        patches = f"'timm:{spec.arch}[img_size={size},patch_size={max(1, size // 8)}]' or "
+        raise UsageError(
+            f"{spec.name} cannot take {size} x {size} images ({reason}); try "
+            f"{patches if fixed else ''}--image-size {native}"
+        )
+
+
+def optimizer(module: nn.Module, config: Config) -> torch.optim.SGD:
+    """The paper's optimizer: SGD with Nesterov momentum; weight decay on all parameters."""
+    return torch.optim.SGD(
+        module.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        weight_decay=config.weight_decay,
+    )
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """The rate of optimizer step ``step`` (from 0): a function of it alone, nothing to save."""
+    return config.lr * config.lr_gamma ** (step // steps_per_epoch // config.lr_step)

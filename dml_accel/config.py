@@ -1,0 +1,184 @@
+"""What a run is: one frozen record, checked once and saved with the run. No torch here.
+
+Every field is one flag of the command line; its ``help`` teaches what it does and in which unit.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+IntervalUnit = Literal["step", "ep", "min"]
+
+
+class UsageError(ValueError):
+    """Wrong usage or input. Its text is one line: what, where, the values and the fix."""
+
+
+def flag(default: Any, text: str, **argparse: Any) -> Any:
+    """Return a dataclass field that the command line turns into a flag."""
+    return dataclasses.field(default=default, metadata={"help": text, "argparse": argparse})
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often something happens: every ``count`` optimizer steps, epochs or minutes."""
+
+    count: float
+    unit: IntervalUnit
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> "Interval":
+        """Read ``500`` (optimizer steps), ``2ep`` (epochs) or ``10min`` (minutes).
+
+        Raises:
+            UsageError: the text is none of the three, or the number is not positive.
+        """
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ep|min)?", text.strip())
+        unit: Any = (match[2] or "step") if match else "step"
+        count = float(match[1]) if match else 0.0
+        if count <= 0 or (unit != "min" and count != int(count)):
+            raise UsageError(
+                f"{name} {text!r} is not an interval: write optimizer steps (500), epochs (1ep) "
+                "or minutes (10min)"
+            )
+        return cls(count, unit)
+
+    def due(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether the interval ends with optimizer step ``step`` (minutes: never; see the clock)."""
+        period = {"step": 1, "ep": steps_per_epoch, "min": 0}[self.unit] * int(self.count)
+        return period > 0 and step % period == 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of one run. The result depends on it, seed included, and nothing else.
+
+    Raises:
+        UsageError: a value is out of its range; the text names the flag and the values allowed.
+    """
+
+    cohort: tuple[str, ...] = flag(
+        ("2",),
+        "the networks that learn together: a number K (K times resnet32), or names with name*N, "
+        "mixed freely: 'resnet32*2' wrn_28_10 timm:efficientnet_b0. Quote * and [",
+        nargs="+",
+        metavar="NET",
+    )
+    dataset: str = flag(
+        "uoft-cs/cifar100",
+        "hub id, local folder (parquet files or class folders of images), or 'digits' (offline)",
+    )
+    image_column: str | None = flag(None, "column of images (default: the only image column)")
+    label_column: str | None = flag(
+        None,
+        "column of classes (default: the only class column, else one named fine_label, else label)",
+    )
+    train_split: str = flag("train", "split to train on")
+    test_split: str = flag("test", "split to report on")
+    image_size: int = flag(32, "pixels; images of another size are resized to a square of it")
+    augment: str | None = flag(
+        None,
+        "random crop from a reflect-padded image, horizontal flip "
+        "(default: crop-flip; crop for digits, which have no mirror image)",
+        choices=("crop-flip", "crop", "none"),
+    )
+    epochs: int = flag(200, "passes over the training images")
+    batch_size: int = flag(
+        64, "images per optimizer step, over all processes; the last partial batch is dropped"
+    )
+    lr: float = flag(0.1, "learning rate at the start")
+    momentum: float = flag(0.9, "Nesterov momentum of SGD; 0 turns it off")
+    weight_decay: float = flag(5e-4, "L2 penalty, on all parameters")
+    lr_step: int = flag(60, "epochs between two drops of the learning rate")
+    lr_gamma: float = flag(0.1, "factor of each drop")
+    max_steps: int | None = flag(None, "stop after that many optimizer steps (default: off)")
+    kl_weight: float = flag(
+        1.0, "weight of the KL term; 0 skips it: every network then trains independently"
+    )
+    temperature: float = flag(1.0, "softmax temperature T of the KL term, which is scaled by T^2")
+    kl_reduction: str = flag(
+        "mean", "over the K-1 peers: their mean, or their sum", choices=("mean", "sum")
+    )
+    seed: int = flag(0, "keys initial weights, data order, augmentation and dropout")
+    output_dir: str | None = flag(None, "the run folder (default: runs/<time>-<cohort>)")
+    grad_accum: int = flag(1, "parts that a batch is computed in, one after the other")
+    clip_norm: float | None = flag(None, "largest gradient norm, per peer (default: off)")
+    cpu: bool = flag(False, "stay on the CPU even where there is an accelerator")
+    float64: bool = flag(False, "double precision throughout, files included: to check numerics")
+    val_fraction: float = flag(
+        0.0, "share of the training images held out to choose by; the test split only reports"
+    )
+    eval_every: str = flag(
+        "1ep", "how often to evaluate: optimizer steps (500), epochs (2ep) or minutes (10min)"
+    )
+
+    def __post_init__(self) -> None:
+        finite = {
+            f.name: v
+            for f in dataclasses.fields(self)
+            if isinstance(v := getattr(self, f.name), (int, float)) and not isinstance(v, bool)
+        }
+        for name, value in finite.items():
+            _require(math.isfinite(value), name, value, "a finite number")
+        for name in ("image_size", "epochs", "batch_size", "lr_step", "grad_accum"):
+            _require(finite[name] >= 1, name, finite[name], "at least 1")
+        for name in ("lr", "weight_decay", "lr_gamma", "kl_weight", "seed"):
+            _require(finite[name] >= 0, name, finite[name], "0 or more")
+        for name in ("momentum", "val_fraction"):
+            _require(0 <= finite[name] < 1, name, finite[name], "at least 0 and below 1")
+        for name in ("temperature", "clip_norm"):
+            _require(finite.get(name, 1) > 0, name, finite.get(name), "above 0")
+        _require(finite.get("max_steps", 1) >= 1, "max_steps", self.max_steps, "at least 1")
+        _require(self.image_size >= 8, "image_size", self.image_size, "at least 8 pixels")
+        _require(
+            self.grad_accum <= self.batch_size,
+            "grad_accum",
+            self.grad_accum,
+            f"at most --batch-size ({self.batch_size})",
+        )
+        _require(self.seed < 2**63, "seed", self.seed, "below 2**63")
+        for f in dataclasses.fields(self):
+            choices, value = f.metadata["argparse"].get("choices"), getattr(self, f.name)
+            if choices and value is not None:
+                _require(value in choices, f.name, value, "one of " + ", ".join(choices))
+        _require(bool(self.cohort), "cohort", self.cohort, "at least one network")
+        self.eval_interval  # noqa: B018  (reading it checks it)
+
+    @property
+    def eval_interval(self) -> Interval:
+        """``eval_every``, parsed."""
+        return Interval.parse(self.eval_every, "--eval-every")
+
+    @property
+    def augmentation(self) -> str:
+        """``augment`` with the data set's default filled in (a mirrored digit is no digit)."""
+        return self.augment or ("crop" if self.dataset == "digits" else "crop-flip")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self) | {"cohort": list(self.cohort)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """Build a config from ``as_dict``'s output.
+
+        Raises:
+            UsageError: a key is unknown (the known ones are listed) or a value is out of range.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise UsageError(
+                f"unknown configuration {', '.join(unknown)}; known are: {', '.join(known)}"
+            )
+        values = dict(values)
+        if "cohort" in values:
+            values["cohort"] = tuple(values["cohort"])
+        return cls(**values)
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {allowed}")

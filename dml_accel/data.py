@@ -1,0 +1,207 @@
+"""Images in memory; crop, flip and normalisation of a whole batch by index arithmetic.
+
+Order and augmentation of image i in epoch e are keyed by (seed, e, i): they depend on no rank,
+batch size, step or earlier draw, so nothing of them is ever saved.
+
+Shape letters: N images, B rows of a batch, S pixels a side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dml_accel.config import Config, UsageError
+from dml_accel.keys import generator, stratified
+from dml_accel.sources import Source, Split
+
+_CHANNELS = 3
+_BYTES_PER_PIXEL = 4  # RGB and one unused byte: a pixel is one int32, gathered in one read
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-channel mean and standard deviation of the training images, on the [0, 1] scale."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, images: Tensor) -> "Normalisation":
+        """Compute both exactly, from counts of the 256 levels of images [N, S, S, 3] uint8."""
+        counts = torch.zeros(_CHANNELS, 256, dtype=torch.float64)
+        for chunk in images.reshape(-1, _CHANNELS).split(1 << 20):
+            for channel in range(_CHANNELS):
+                counts[channel] += torch.bincount(chunk[:, channel], minlength=256)
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        share = counts / counts.sum(1, keepdim=True)
+        mean = share @ levels
+        std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt()
+        # A constant channel carries nothing; dividing by 1 keeps it finite.
+        return cls(tuple(mean.tolist()), tuple(s if s > 0 else 1.0 for s in std.tolist()))
+
+
+class ImageSet:
+    """One split on one device, ready to be cut into batches.
+
+    Args:
+        split: the decoded images.
+        normalisation: what is subtracted and divided by.
+        augment: ``crop-flip``, ``crop`` or ``none``; the crop is taken from the image padded by
+            reflection with an eighth of its side (4 pixels at 32, as in the paper).
+        seed: the run's seed.
+        device: where batches are made.
+        dtype: of the images in a batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        normalisation: Normalisation,
+        *,
+        augment: str,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        n, size = split.images.shape[:2]
+        pixels = torch.zeros(n, size, size, _BYTES_PER_PIXEL, dtype=torch.uint8)
+        pixels[..., :_CHANNELS] = split.images
+        self._pixels = pixels.view(torch.int32).view(-1).to(device)
+        self._labels = split.labels.to(device)
+        self._size, self._pad = size, size // 8
+        self._augment, self._seed, self._device, self._dtype = augment, seed, device, dtype
+        self._windows = _reflected_windows(size, self._pad).to(device)
+        shape = (_CHANNELS, 1, 1)
+        self._mean = (torch.tensor(normalisation.mean, dtype=torch.float64) * 255).view(shape)
+        self._scale = 1 / (torch.tensor(normalisation.std, dtype=torch.float64) * 255).view(shape)
+        self._mean = self._mean.to(dtype).to(device)
+        self._scale = self._scale.to(dtype).to(device)
+        self._epoch = -1
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def batch(self, step: int, batch_size: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Return rows ``lo`` to ``hi`` of the augmented batch that optimizer step ``step`` uses.
+
+        Args:
+            step: optimizer steps taken before this one; with N // batch_size steps an epoch.
+            batch_size: rows of the whole batch.
+            lo: first row wanted.
+            hi: one past the last row wanted, at most ``batch_size``.
+
+        Returns:
+            images [hi - lo, 3, S, S] and labels [hi - lo].
+        """
+        per_epoch = len(self) // batch_size
+        self._draw(step // per_epoch)
+        start = (step % per_epoch) * batch_size
+        rows = self._order[start + lo : start + hi]
+        top, left, flip = (drawn[rows].to(self._device) for drawn in self._draws)
+        columns = self._windows[left]
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+        return self._gather(rows.to(self._device), self._windows[top], columns)
+
+    def rows(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Return images ``lo`` to ``hi`` in stored order, normalised and not augmented."""
+        rows = torch.arange(lo, min(hi, len(self)), device=self._device)
+        centre = self._windows[self._pad].expand(len(rows), -1)
+        return self._gather(rows, centre, centre)
+
+    def _draw(self, epoch: int) -> None:
+        """Draw the order of ``epoch`` and one crop and flip per image, unless at hand."""
+        if self._epoch == epoch:
+            return
+        n, generate = len(self), generator("order and augmentation", self._seed, epoch)
+        self._order = torch.randperm(n, generator=generate)
+        top, left = torch.randint(0, 2 * self._pad + 1, (2, n), generator=generate)
+        flip = torch.rand(n, generator=generate) < 0.5
+        if self._augment == "none":
+            top, left = torch.full_like(top, self._pad), torch.full_like(left, self._pad)
+        if self._augment != "crop-flip":
+            flip = torch.zeros_like(flip)
+        self._draws, self._epoch = (top, left, flip), epoch
+
+    def _gather(self, rows: Tensor, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
+        """Read pixels [B, S, S] at heights ``ys`` [B, S] and columns ``xs`` [B, S], normalised."""
+        start = rows[:, None] * self._size**2 + ys * self._size
+        flat = (start[:, :, None] + xs[:, None, :]).view(-1)
+        pixels = self._pixels.index_select(0, flat).view(torch.uint8)
+        pixels = pixels.view(len(rows), self._size, self._size, _BYTES_PER_PIXEL)
+        # Contiguous before the conversion: normalising the permuted view takes three times as long.
+        images = pixels[..., :_CHANNELS].permute(0, 3, 1, 2).contiguous().to(self._dtype)
+        return images.sub_(self._mean).mul_(self._scale), self._labels[rows]
+
+
+def _reflected_windows(size: int, pad: int) -> Tensor:
+    """Return the source coordinates of every crop offset, [2 pad + 1, S], edge not repeated."""
+    place = torch.arange(-pad, size + pad).abs()
+    place = torch.where(place >= size, 2 * (size - 1) - place, place)
+    return place.unfold(0, size, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: ``val`` is None where no validation split was asked for."""
+
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet
+    classes: tuple[str, ...]
+    normalisation: Normalisation
+
+
+def held_out(source: Source, config: Config) -> tuple[Split, Split | None]:
+    """Cut the training split into images to learn from and images to choose by.
+
+    The cut is stratified by class and does not depend on the run's seed, so that runs of
+    several seeds can be compared on one validation split.
+
+    Raises:
+        UsageError: a batch has more images than are left, or the fraction leaves none.
+    """
+    train, val = source.train, None
+    if config.val_fraction:
+        count = round(config.val_fraction * len(train))
+        if not 0 < count < len(train):
+            raise UsageError(
+                f"--val-fraction {config.val_fraction} of {len(train)} images is {count}; "
+                "both parts need images"
+            )
+        chosen = torch.zeros(len(train), dtype=torch.bool)
+        chosen[stratified(train.labels, count, "validation split")] = True
+        val, train = train.select(chosen.nonzero()[:, 0]), train.select((~chosen).nonzero()[:, 0])
+    if config.batch_size > len(train):
+        raise UsageError(
+            f"--batch-size {config.batch_size} is more than the {len(train)} training images"
+        )
+    return train, val
+
+
+def prepare(source: Source, config: Config, device: torch.device) -> Data:
+    """Cut, measure and place the images of ``source`` on ``device``.
+
+    Raises:
+        UsageError: see ``held_out``.
+    """
+    train, val = held_out(source, config)
+    normalisation = Normalisation.of(train.images)
+
+    def image_set(split: Split) -> ImageSet:
+        return ImageSet(
+            split,
+            normalisation,
+            augment=config.augmentation,
+            seed=config.seed,
+            device=device,
+            dtype=torch.float64 if config.float64 else torch.float32,
+        )
+
+    return Data(
+        image_set(train),
+        image_set(val) if val else None,
+        image_set(source.test),
+        source.classes,
+        normalisation,
+    )

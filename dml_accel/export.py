@@ -1,0 +1,123 @@
+"""One folder per trained peer, which timm loads as it stands: ``local-dir:<folder>``."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors.torch import save_file
+from torch import nn
+
+from dml_accel.cohort import Peer
+from dml_accel.data import Normalisation
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, then rename: a reader sees the whole file or none."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def write_peer(
+    folder: Path,
+    peer: Peer,
+    metrics: dict[str, Any],
+    *,
+    classes: tuple[str, ...],
+    normalisation: Normalisation,
+    image_size: int,
+    dataset: str,
+    cohort: list[str],
+) -> None:
+    """Write model.safetensors, config.json and README.md of one peer into ``folder``.
+
+    Args:
+        folder: made where missing.
+        peer: the trained peer.
+        metrics: its metrics on the test split, for the model card.
+        classes: names of the classes, in label order.
+        normalisation: what its inputs are normalised with.
+        image_size: pixels a side of its inputs.
+        dataset: what it was trained on.
+        cohort: names of all peers it was trained with, its own included.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Cloned, because the format refuses tensors that share memory (tied weights).
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in peer.module.state_dict().items()}
+    temporary = folder / ".model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / "model.safetensors")
+    config = timm_config(peer, classes, normalisation, image_size)
+    write_json(folder / "config.json", config)
+    _card(peer, metrics, dataset, cohort).save(folder / "README.md")
+
+
+def timm_config(
+    peer: Peer, classes: tuple[str, ...], normalisation: Normalisation, image_size: int
+) -> dict[str, Any]:
+    """Return timm's config.json: how to build the network and how to prepare its input."""
+    known: Any = peer.module.pretrained_cfg
+    heads = {name: known[name] for name in ("first_conv", "classifier") if known.get(name)}
+    return {
+        "architecture": peer.spec.arch,
+        "num_classes": len(classes),
+        "num_features": _number(peer.module, "num_features"),
+        "model_args": peer.spec.arguments,
+        "label_names": list(classes),
+        "pretrained_cfg": {
+            "num_classes": len(classes),
+            "input_size": [3, image_size, image_size],
+            "fixed_input_size": bool(known.get("fixed_input_size")),
+            "pool_size": None,
+            "mean": list(normalisation.mean),
+            "std": list(normalisation.std),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            **heads,
+        },
+    }
+
+
+def _number(net: nn.Module, name: str) -> int:
+    return int(getattr(net, name))
+
+
+def _card(peer: Peer, metrics: dict[str, Any], dataset: str, cohort: list[str]) -> ModelCard:
+    result = EvalResult(
+        task_type="image-classification",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        metric_type="accuracy",
+        metric_value=metrics["top1"],
+    )
+    about = ModelCardData(
+        library_name="timm",
+        tags=["image-classification", "timm", "deep-mutual-learning"],
+        model_name=peer.name,
+        eval_results=[result],
+    )
+    others = ", ".join(name for name in cohort if name != peer.name) or "no other network"
+    text = f"""---
+{about.to_yaml()}
+---
+
+# {peer.name}
+
+A `{peer.spec.arch}` with {peer.parameters:,} parameters, trained on `{dataset}` with
+{others} by Deep Mutual Learning (Zhang et al., CVPR 2018).
+
+Top-1 accuracy on the test split after the last epoch: {100 * metrics["top1"]:.2f}%
+({metrics["n"]:,} images).
+
+```python
+import timm
+import dml_accel  # registers the *_cifar networks with timm
+
+net = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+```
+"""
+    return ModelCard(text)

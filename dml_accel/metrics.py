@@ -1,0 +1,99 @@
+"""Metrics of a cohort as sums and counts: added over batches and processes, divided once.
+
+Shape letters: K peers, B rows, C classes. Rows 0 ... K-1 of every table are the peers in order,
+row K is the ensemble (their mean posterior).
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ECE_BINS = 15
+
+
+def batch_sums(logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
+    """Return the sums that ``finish`` turns into metrics, as one flat vector to be added up.
+
+    Args:
+        logits_KBC: logits of every peer for the same rows.
+        labels_B: classes, int64.
+    """
+    # Double precision holds counts exactly and sums of many small terms well; MPS has none.
+    wide = torch.float32 if logits_KBC.device.type == "mps" else torch.float64
+    peers, rows, classes = logits_KBC.shape
+    log_p = F.log_softmax(logits_KBC.to(wide), dim=-1)
+    ensemble = log_p.logsumexp(0, keepdim=True) - math.log(peers)
+    everyone = torch.cat([log_p, ensemble])
+    label = labels_B.expand(peers + 1, -1)[..., None]
+    nll = -everyone.gather(2, label)[..., 0]
+    top = everyone.topk(min(5, classes), dim=-1)
+    hits = top.indices == label
+    confidence = top.values[..., 0].exp()
+    flat = log_p.reshape(peers, -1)
+    p = flat.exp()
+    cross = -(p @ flat.T)  # [K, K]: H(p_l, p_k), so that KL(p_l || p_k) = cross[l, k] - cross[l, l]
+    best = top.indices[:peers, :, 0]
+    same = (best[:, None] == best[None]).to(wide).sum(-1)
+    return torch.cat(
+        [
+            torch.tensor([rows], dtype=wide, device=logits_KBC.device),
+            hits[..., 0].to(wide).sum(1),
+            hits.any(-1).to(wide).sum(1),
+            nll.sum(1),
+            _calibration_sums(confidence, hits[..., 0]).flatten(),
+            cross.flatten(),
+            same.flatten(),
+        ]
+    )
+
+
+def _calibration_sums(confidence: Tensor, hit: Tensor) -> Tensor:
+    """Return sum over rows of (hit - confidence) in each confidence bin, [K + 1, bins]."""
+    bins = (confidence * ECE_BINS).ceil().long().sub_(1).clamp_(0, ECE_BINS - 1)
+    gap = hit.to(confidence.dtype) - confidence
+    sums = torch.zeros(len(confidence), ECE_BINS, dtype=gap.dtype, device=gap.device)
+    return sums.scatter_add_(1, bins, gap)
+
+
+def finish(sums: Tensor, peers: list[str], classes: int) -> dict[str, Any]:
+    """Divide the sums once and name the results.
+
+    Returns:
+        ``peers``: {name: {n, top1, top5, nll, ece}}; ``ensemble``: the same; ``agreement``: share
+        of rows on which two peers predict the same class, mean over pairs, None for one peer;
+        ``entropy``: {name: mean entropy of the posterior}; ``kl``: [K][K] mean KL(p_l || p_k), l
+        the row. Fractions in [0, 1], nll, entropy and kl in nats, top5 None below 5 classes.
+    """
+    k = len(peers)
+    sizes = [1, k + 1, k + 1, k + 1, (k + 1) * ECE_BINS, k * k, k * k]
+    rows, top1, top5, nll, calibration, cross, same = sums.double().cpu().split(sizes)
+    n = int(rows)
+    ece = calibration.view(k + 1, ECE_BINS).abs().sum(1)
+    table = [
+        {
+            "n": n,
+            "top1": top1[i].item() / n,
+            "top5": top5[i].item() / n if classes >= 5 else None,
+            "nll": finite(nll[i].item() / n),
+            "ece": finite(ece[i].item() / n),
+        }
+        for i in range(k + 1)
+    ]
+    cross = cross.view(k, k) / n
+    kl = cross - cross.diagonal()[:, None]
+    pairs = k * (k - 1)
+    return {
+        "peers": dict(zip(peers, table[:k], strict=True)),
+        "ensemble": table[k],
+        "agreement": (same.sum().item() - n * k) / (n * pairs) if pairs else None,
+        "entropy": {name: finite(cross[i, i].item()) for i, name in enumerate(peers)},
+        "kl": [[finite(value) for value in row] for row in kl.tolist()],
+    }
+
+
+def finite(value: float) -> float | None:
+    """Return ``value``, or None where JSON has no word for it (NaN and infinities)."""
+    return value if math.isfinite(value) else None
