@@ -152,7 +152,7 @@ def _require_image_size(net: nn.Module, spec: PeerSpec, size: int, classes: int)
     finally:
         net.train()
     if reason:
-        native = net.default_cfg["input_size"][-1]  # type: ignore[index, union-attr]
+        native = net.default_cfg["input_size"][-1]  # type: ignore[index]
         fixed = "patch_embed" in dict(net.named_children()) and "img_size" not in spec.arguments
         patches = f"'timm:{spec.arch}[img_size={size},patch_size={max(1, size // 8)}]' or "
         raise UsageError(

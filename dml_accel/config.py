@@ -46,7 +46,7 @@ class Interval:
         return cls(count, unit)
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether the interval ends with optimizer step ``step`` (minutes: never; see the clock)."""
+        """Whether the interval ends with optimizer step ``step`` (never, for minutes)."""
         period = {"step": 1, "ep": steps_per_epoch, "min": 0}[self.unit] * int(self.count)
         return period > 0 and step % period == 0
 

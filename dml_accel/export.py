@@ -45,7 +45,9 @@ def write_peer(
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned, because the format refuses tensors that share memory (tied weights).
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in peer.module.state_dict().items()}
+    tensors = {
+        n: t.detach().cpu().contiguous().clone() for n, t in peer.module.state_dict().items()
+    }
     temporary = folder / ".model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / "model.safetensors")

@@ -6,6 +6,7 @@ they are stable within one torch version, which config.json records.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -51,4 +52,4 @@ def _spread(size: int) -> Tensor:
 def bounds(rows: int, parts: int) -> Sequence[tuple[int, int]]:
     """Cut ``rows`` rows into ``parts`` consecutive slices whose sizes differ by at most one."""
     cuts = [rows * i // parts for i in range(parts + 1)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))

@@ -139,6 +139,7 @@ class CifarResNet(_Classifier):
         _he_initialise(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Map images [B, 3, S, S] to features [B, 64, S / 4, S / 4]."""
         return self.layers(F.relu(self.bn1(self.conv1(x)), inplace=True))
 
 
@@ -199,6 +200,7 @@ class CifarInception(_Classifier):
         _he_initialise(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Map images [B, 3, S, S] to features [B, 1024, S / 4, S / 4]."""
         return self.blocks(self.stem(x))
 
 

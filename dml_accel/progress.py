@@ -184,5 +184,3 @@ def device_memory(device: torch.device) -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-

@@ -69,15 +69,14 @@ def step(
         for k, net in enumerate(nets):
             loss_k = share * loss(k, logits, labels, **loss_options)  # type: ignore[arg-type]
             parts = torch.autograd.grad(loss_k, list(net.parameters()), retain_graph=True)
-            for gradient, part in zip(gradients[k], parts, strict=True):
-                gradient += part
+            gradients[k] = [sum_ + part for sum_, part in zip(gradients[k], parts, strict=True)]
             losses[k] += loss_k.item()
     for net, optimizer, gradient in zip(nets, optimizers, gradients, strict=True):
         for weight, part in zip(net.parameters(), gradient, strict=True):
             weight.grad = part
         if clip_norm is not None:
-            norm = torch.sqrt(sum((g**2).sum() for g in gradient))  # type: ignore[arg-type]
+            norm = sum((part**2).sum().item() for part in gradient) ** 0.5
             for part in gradient:
-                part *= min(1.0, clip_norm / (norm.item() + 1e-6))
+                part *= min(1.0, clip_norm / (norm + 1e-6))
         optimizer.step()
     return losses

@@ -49,7 +49,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "run.lock", "a+")  # noqa: SIM115  (held for the run)
+            self._lock = open(self.path / "run.lock", "a+")
         except OSError as error:
             raise UsageError(
                 f"--output-dir {self.path} cannot be made: {error.strerror}"
@@ -65,7 +65,7 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
-        self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115
+        self._metrics = open(self.path / "metrics.jsonl", "a")
         return self
 
     def __exit__(

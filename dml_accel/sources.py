@@ -180,7 +180,7 @@ def _label_column(features: Any, wanted: str | None) -> str:
     if wanted is not None:
         _require_column(features, wanted, "--label-column", classes, "classes")
         return wanted
-    for name in (classes if len(classes) == 1 else ("fine_label", "label")):
+    for name in classes if len(classes) == 1 else ("fine_label", "label"):
         if name in classes:
             return name
     raise UsageError(
@@ -282,11 +282,12 @@ def _decode(dataset: Any, split: str, column: str, size: int) -> Tensor:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for row, record in enumerate(tqdm(raw, f"decoding {split}", disable=None, unit=" images")):
             stored = record[column] or {}
-            content, path = stored.get("bytes"), stored.get("path")
+            content: bytes | None = stored.get("bytes")
+            path: Any = stored.get("path")
             try:
                 if content is None and path is None:
                     raise ValueError("the row is empty")
-                with Image.open(path if content is None else io.BytesIO(content)) as picture:
+                with Image.open(io.BytesIO(content) if content is not None else path) as picture:
                     images[row] = _to_rgb(picture, size)
             except Exception as error:  # Pillow raises many kinds for files it cannot parse
                 # A buffer's address says nothing to a reader.
@@ -299,8 +300,8 @@ def _decode(dataset: Any, split: str, column: str, size: int) -> Tensor:
 
 
 def _digest(split: Split) -> str:
-    digest = hashlib.sha256(split.images.numpy())
-    digest.update(split.labels.numpy())
+    digest = hashlib.sha256(split.images.numpy().data)
+    digest.update(split.labels.numpy().data)
     return digest.hexdigest()
 
 

@@ -1,0 +1,274 @@
+"""Measure input, step, memory, decoding and start; write benchmarks/results.json and results.md.
+
+    python -m benchmarks [--images FOLDER]
+
+Ratios are of alternating blocks of one run, with 95% intervals over the blocks; absolute numbers
+are those of this machine and of whatever else it was doing. ``--images`` names a folder of real
+images (parquet in the hub's layout) to decode; without it, images are generated.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import stats
+from tabulate import tabulate
+from tqdm import tqdm
+
+from dml_accel import cohort, sources
+from dml_accel.cohort import Peer
+from dml_accel.config import Config
+from dml_accel.data import ImageSet, Normalisation
+from dml_accel.engine import train_step
+from dml_accel.placement import Placement
+from dml_accel.training import versions
+
+HERE = Path(__file__).parent
+IMAGES = 50_000  # CIFAR-100's training split
+BATCH = 64
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Return the seconds that ``work`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def image_set() -> ImageSet:
+    """Return as many images as CIFAR-100 has, of noise: gathering pixels costs the same."""
+    pixels = torch.randint(0, 256, (IMAGES, 32, 32, 3), dtype=torch.uint8)
+    split = sources.Split(pixels, torch.randint(0, 100, (IMAGES,)))
+    return ImageSet(
+        split,
+        Normalisation.of(pixels[:100]),
+        augment="crop-flip",
+        seed=0,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def input_cost(blocks: int) -> dict[str, Any]:
+    """Microseconds an image on one thread: gather, crop, flip, normalise; the epoch's draws too."""
+    images, threads = image_set(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    per_epoch = IMAGES // BATCH
+    seconds = [
+        timed(lambda b=b: [images.batch(b * per_epoch + s, BATCH, 0, BATCH) for s in range(200)])
+        for b in range(blocks)
+    ]
+    torch.set_num_threads(threads)
+    each = [1e6 * s / (200 * BATCH) for s in seconds]
+    return {"us_per_image": median(each), "min": min(each), "max": max(each), "blocks": blocks}
+
+
+def step_cost(blocks: int, steps: int) -> dict[str, Any]:
+    """The whole step of a ResNet-32 pair against its networks' own work on a ready batch."""
+    config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
+    placement, images = Placement(config), image_set()
+
+    def build() -> list[Peer]:
+        modules = [(spec, cohort.build(spec, config, 100)) for spec in cohort.parse(config.cohort)]
+        return [Peer(s, m, placement.prepare(m), cohort.optimizer(m, config)) for s, m in modules]
+
+    ours, bare = build(), build()
+    x, y = images.batch(0, BATCH, 0, BATCH)
+
+    def whole() -> None:
+        for step in range(steps):
+            train_step(ours, images, step, 0.1, config, placement)
+
+    def networks_alone() -> None:
+        for _ in range(steps):
+            for peer in bare:
+                peer.optimizer.zero_grad()
+            losses = [F.cross_entropy(peer.net(x), y) for peer in bare]
+            for loss in losses:
+                loss.backward()
+            for peer in bare:
+                peer.optimizer.step()
+
+    whole(), networks_alone()  # warm-up
+    pairs = []
+    for block in tqdm(range(blocks), "step", disable=None):
+        order = (whole, networks_alone) if block % 2 else (networks_alone, whole)
+        took = {work: timed(work) for work in order}
+        pairs.append((took[whole] / steps, took[networks_alone] / steps))
+    ratios = np.log([a / b for a, b in pairs])
+    low, high = stats.t.interval(
+        0.95, len(ratios) - 1, loc=np.mean(ratios), scale=stats.sem(ratios)
+    )
+    return {
+        "step_ms": 1e3 * median(a for a, _ in pairs),
+        "networks_alone_ms": 1e3 * median(b for _, b in pairs),
+        "ratio_median": median(a / b for a, b in pairs),
+        "ratio_mean": float(np.exp(mean(ratios))),
+        "ratio_95": [float(np.exp(low)), float(np.exp(high))],
+        "blocks": blocks,
+        "steps_per_block": steps,
+    }
+
+
+def png_folder(folder: Path, images: Path | None) -> str:
+    """Write 50,000 CIFAR-size PNGs as parquet: real ones repeated, or smooth noise."""
+    if images:
+        train = datasets.load_dataset(str(images), split="train")
+        train = datasets.concatenate_datasets([train] * -(-IMAGES // len(train)))
+        train.select(range(IMAGES)).to_parquet(folder / "train.parquet")
+        datasets.load_dataset(str(images), split="test").to_parquet(folder / "test.parquet")
+        return "real images of --images, repeated"
+    generator = np.random.default_rng(0)
+    contents = []
+    for _ in range(5_000):
+        small = generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(buffer, "PNG")
+        contents.append({"bytes": buffer.getvalue(), "path": None})
+    features = {"img": datasets.Image(), "label": datasets.ClassLabel(100)}
+    labels = [i % 100 for i in range(5_000)]
+    made = datasets.Dataset.from_dict(
+        {"img": contents, "label": labels}, features=datasets.Features(features)
+    )
+    datasets.concatenate_datasets([made] * 10).to_parquet(folder / "train.parquet")
+    made.to_parquet(folder / "test.parquet")
+    return "generated images"
+
+
+def start_cost(images: Path | None) -> dict[str, Any]:
+    """Decoding once, then the time from the command to the first step, and the peak memory."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "set").mkdir()
+        kind = png_folder(folder / "set", images)
+        os.environ.update(DML_CACHE=str(folder / "cache"), HF_DATASETS_CACHE=str(folder / "hf"))
+        dataset = datasets.load_dataset(str(folder / "set"), split="train")
+        label = "fine_label" if "fine_label" in dataset.features else "label"
+        image = next(n for n, f in dataset.features.items() if isinstance(f, datasets.Image))
+        decoding = timed(lambda: sources._decode(dataset, "train", image, 32))
+        command = [sys.executable, "train.py", "--dataset", str(folder / "set"), "--cpu"]
+        command += ["--label-column", label, "--cohort", "resnet32*2", "--max-steps", "4"]
+        first_steps = []
+        for attempt in range(4):  # the first one decodes
+            started, run = time.time(), folder / f"run-{attempt}"
+            subprocess.run(
+                [*command, "--output-dir", str(run)],
+                cwd=HERE.parent,
+                check=True,
+                capture_output=True,
+            )
+            lines = (run / "metrics.jsonl").read_text().splitlines()
+            first_steps.append(json.loads(lines[1])["time"] - started)
+            peak = json.loads((run / "results.json").read_text())["peak_memory_bytes"]
+    return {
+        "decoding_s": decoding,
+        "images": IMAGES,
+        "kind": kind,
+        "first_step_s": median(first_steps[1:]),
+        "first_step_with_decoding_s": first_steps[0],
+        "peak_memory_gb": peak / 1e9,
+        "runs": len(first_steps) - 1,
+    }
+
+
+def processor() -> str:
+    """Return the processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    step, start, first = found["step"], found["start"], found["input"]
+    low, high = (f"{100 * (value - 1):+.1f}%" for value in step["ratio_95"])
+    rows = [
+        [
+            "input: crop, flip, normalise, one thread",
+            f"{first['us_per_image']:.1f} us an image",
+            "20",
+            f"{first['blocks']} blocks, {first['min']:.1f} to {first['max']:.1f}",
+        ],
+        [
+            "ResNet-32 pair, whole step over the networks' own",
+            f"{100 * (step['ratio_mean'] - 1):+.1f}%",
+            "3%",
+            f"95% interval {low} to {high}; {step['blocks']} alternating blocks of "
+            f"{step['steps_per_block']} steps; medians {step['step_ms']:.0f} and "
+            f"{step['networks_alone_ms']:.0f} ms",
+        ],
+        [
+            "the same pair's peak memory, training and evaluation",
+            f"{start['peak_memory_gb']:.2f} GB",
+            "2 GB",
+            "resident, the whole process",
+        ],
+        [
+            f"decoding {start['images']:,} PNGs, one thread",
+            f"{start['decoding_s']:.1f} s",
+            "10 s",
+            start["kind"],
+        ],
+        [
+            "from the command to the first step, decoded before",
+            f"{start['first_step_s']:.1f} s",
+            "10 s",
+            f"median of {start['runs']} runs; {start['first_step_with_decoding_s']:.1f} s with "
+            "decoding",
+        ],
+    ]
+    where = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"""# Speed and memory
+
+{tabulate(rows, ["what", "measured", "at most", "how"], tablefmt="github")}
+
+{found["processor"]}, {found["cores"]} cores, {found["threads"]} threads, {found["system"]};
+{where}; commit {found["commit"]}. Command: `{found["command"]}`
+"""
+
+
+def main() -> None:
+    """Run everything and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--images", type=Path, help="folder of real images to decode")
+    parser.add_argument("--blocks", type=int, default=21, help="alternating blocks (default: 21)")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder (default: benchmarks)")
+    words = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    found = {
+        "input": input_cost(words.blocks),
+        "step": step_cost(words.blocks, steps=5),
+        "start": start_cost(words.images),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": versions(),
+        "commit": commit.stdout.strip() or None,
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+    }
+    (words.output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    (words.output / "results.md").write_text(table(found))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

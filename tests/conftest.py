@@ -1,0 +1,108 @@
+"""Shared fixtures: small networks, real images, and caches that leave nothing behind."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import pytest
+import torch
+
+from dml_accel import cohort, data, sources
+from dml_accel.cohort import Peer
+from dml_accel.config import Config
+from dml_accel.data import Data
+from dml_accel.placement import Placement
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep decoded images and the hub's cache out of the user's home, offline."""
+    home = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DML_CACHE", str(home / "images"))
+        patch.setenv("HF_HOME", str(home / "hf"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        # Both libraries read these variables when they are imported, which is before this line.
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """The folder of real CIFAR-100 images that DML_TEST_DATA names."""
+    folder = os.environ.get("DML_TEST_DATA")
+    if not folder:
+        pytest.skip("DML_TEST_DATA names no folder of CIFAR-100 images")
+    return Path(folder)
+
+
+def tiny_config(**changes: object) -> Config:
+    """A run of seconds on digits, in double precision so that equality means something."""
+    settings = {
+        "cohort": ("resnet8*2",),
+        "dataset": "digits",
+        "image_size": 16,
+        "batch_size": 8,
+        "lr": 0.05,
+        "max_steps": 3,
+        "cpu": True,
+        "float64": True,
+    }
+    return Config(**(settings | changes))
+
+
+@pytest.fixture(scope="session")
+def digits() -> sources.Source:
+    """The digits at 16 x 16."""
+    return sources.read(tiny_config())
+
+
+class Training:
+    """The parts of one run, built as a run builds them, for tests that look inside."""
+
+    def __init__(self, config: Config, source: sources.Source) -> None:
+        self.config = config
+        self.placement = Placement(config)
+        self.data: Data = data.prepare(source, config, self.placement.device)
+        self.peers = [self._peer(spec) for spec in cohort.parse(config.cohort)]
+
+    def _peer(self, spec: cohort.PeerSpec) -> Peer:
+        module = cohort.build(spec, self.config, len(self.data.classes))
+        net = self.placement.prepare(module)
+        return Peer(spec, module, net, cohort.optimizer(module, self.config))
+
+    def states(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Parameters, buffers and momentum of every peer, by name."""
+        return {
+            peer.name: {
+                **{name: t.clone() for name, t in peer.module.state_dict().items()},
+                **{
+                    f"momentum.{index}": state["momentum_buffer"].clone()
+                    for index, state in peer.optimizer.state_dict()["state"].items()
+                },
+            }
+            for peer in self.peers
+        }
+
+
+@pytest.fixture
+def training(digits: sources.Source) -> Callable[..., Training]:
+    """Build a small run from changes to ``tiny_config`` and, if given, few training images."""
+
+    def build(images: int | None = None, **changes: object) -> Training:
+        train = digits.train.select(torch.arange(images or len(digits.train)))
+        return Training(tiny_config(**changes), dataclasses.replace(digits, train=train))
+
+    return build
+
+
+def assert_same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Every tensor equal, bit for bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

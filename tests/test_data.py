@@ -1,0 +1,192 @@
+"""Data: augmentation as in the paper, keyed per image and epoch; the split to choose by."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dml_accel.config import UsageError
+from dml_accel.data import ImageSet, Normalisation, held_out
+from dml_accel.keys import bounds, generator, stratified
+from dml_accel.sources import Source, Split
+from tests.conftest import tiny_config
+
+N, S, B = 103, 16, 10
+PER_EPOCH = N // B
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (N, S, S, 3), generator=g, dtype=torch.uint8)
+    return Split(images, torch.randint(0, 5, (N,), generator=g))
+
+
+def image_set(split: Split, augment: str = "crop-flip", seed: int = 7) -> ImageSet:
+    normalisation = Normalisation.of(split.images)
+    return ImageSet(
+        split, normalisation, augment=augment, seed=seed, device=CPU, dtype=torch.float64
+    )
+
+
+def rows_of(images: ImageSet, batch: torch.Tensor, split: Split) -> list[int]:
+    """Find which stored images an unaugmented batch holds."""
+    everything = images.rows(0, len(split))[0].flatten(1)
+    return [int((everything == x).all(1).nonzero()) for x in batch.flatten(1)]
+
+
+def test_normalisation_is_the_training_images_mean_and_deviation(split: Split) -> None:
+    scaled = split.images.double() / 255
+    found = Normalisation.of(split.images)
+    expected = torch.std_mean(scaled, dim=(0, 1, 2), correction=0)
+    torch.testing.assert_close(torch.tensor(found.std).double(), expected[0])
+    torch.testing.assert_close(torch.tensor(found.mean).double(), expected[1])
+
+
+def test_a_constant_channel_stays_finite() -> None:
+    images = torch.zeros(4, S, S, 3, dtype=torch.uint8)
+    assert Normalisation.of(images).std == (1.0, 1.0, 1.0)
+
+
+def test_evaluation_rows_are_the_stored_images_normalised(split: Split) -> None:
+    images = image_set(split)
+    found, labels = images.rows(90, 200)
+    mean, std = (torch.tensor(v).double() for v in vars(Normalisation.of(split.images)).values())
+    expected = ((split.images[90:].double() / 255 - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(labels, split.labels[90:])
+
+
+def test_crops_are_windows_of_the_reflect_padded_image(split: Split) -> None:
+    # Every training image must be one of the (2 * 2 + 1)^2 windows, or of their mirror images.
+    images = image_set(split)
+    plain = images.rows(0, N)[0]
+    padded = F.pad(plain, (2, 2, 2, 2), mode="reflect")
+    offsets, flips = set(), 0
+    for step in range(PER_EPOCH):
+        for x, label in zip(*images.batch(step, B, 0, B), strict=True):
+            found = [
+                (row, top, left, flip)
+                for row in (split.labels == label).nonzero()[:, 0].tolist()
+                for top in range(5)
+                for left in range(5)
+                for flip in (False, True)
+                if torch.equal(
+                    x.flip(-1) if flip else x, padded[row, :, top : top + S, left : left + S]
+                )
+            ]
+            assert len(found) == 1
+            offsets.add(found[0][1:3])
+            flips += found[0][3]
+    assert len(offsets) > 20  # of 25: all offsets occur
+    assert 30 < flips < 70  # of 100
+
+
+@pytest.mark.parametrize(("augment", "crops", "flips"), [("crop", True, False), ("none", 0, 0)])
+def test_lesser_augmentations(split: Split, augment: str, crops: bool, flips: bool) -> None:
+    images = image_set(split, augment)
+    unchanged = mirrored = 0
+    plain = images.rows(0, N)[0]
+    for step in range(PER_EPOCH):
+        x, _ = images.batch(step, B, 0, B)
+        for image in x:
+            unchanged += bool((plain == image).flatten(1).all(1).any())
+            mirrored += bool((plain == image.flip(-1)).flatten(1).all(1).any())
+    assert (unchanged < 20) if crops else (unchanged == 100)
+    assert not mirrored and not flips
+
+
+def test_any_slices_of_a_batch_from_fresh_objects_make_the_whole(split: Split) -> None:
+    step = PER_EPOCH + 3  # in the second epoch
+    whole = image_set(split).batch(step, B, 0, B)
+    for cuts in ([(0, 4), (4, 10)], [(0, 1), (1, 2), (2, 10)], [(0, 10), (10, 10)]):
+        parts = [image_set(split).batch(step, B, lo, hi) for lo, hi in cuts]
+        assert torch.equal(torch.cat([x for x, _ in parts]), whole[0])
+        assert torch.equal(torch.cat([y for _, y in parts]), whole[1])
+
+
+def test_an_image_is_augmented_the_same_whatever_the_batch_size(split: Split) -> None:
+    small = torch.cat([image_set(split).batch(step, 5, 0, 5)[0] for step in range(20)])
+    large = torch.cat([image_set(split).batch(step, 10, 0, 10)[0] for step in range(10)])
+    assert torch.equal(small, large)
+
+
+def test_an_epoch_repeats_no_image_and_the_next_has_another_order(split: Split) -> None:
+    images = image_set(split, "none")
+    epochs = [
+        [
+            row
+            for step in range(PER_EPOCH)
+            for row in rows_of(images, images.batch(start + step, B, 0, B)[0], split)
+        ]
+        for start in (0, PER_EPOCH)
+    ]
+    assert all(len(set(rows)) == PER_EPOCH * B for rows in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_the_seed_decides_order_and_augmentation(split: Split) -> None:
+    first, again, other = (image_set(split, seed=s).batch(0, B, 0, B)[0] for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_draws_owe_nothing_to_torchs_global_generator(split: Split) -> None:
+    torch.manual_seed(1)
+    first = image_set(split).batch(0, B, 0, B)[0]
+    state = torch.get_rng_state()
+    torch.rand(100)
+    assert torch.equal(image_set(split).batch(0, B, 0, B)[0], first)
+    torch.set_rng_state(state)
+
+
+# ---------------------------------------------------------------- the split to choose by
+
+
+def test_stratified_choice_keeps_every_classs_share() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)[torch.randperm(100)]
+    for count in (1, 10, 37, 50, 100):
+        chosen = stratified(labels, count, "test")
+        assert len(chosen) == count == len(chosen.unique())
+        shares = torch.bincount(labels[chosen], minlength=3) / count
+        expected = torch.tensor([0.5, 0.3, 0.2])
+        assert ((shares - expected) * count).abs().max() <= 1
+    assert not torch.equal(stratified(labels, 20, "a"), stratified(labels, 20, "b"))
+
+
+def test_the_validation_split_is_the_same_for_every_seed(digits: Source) -> None:
+    cuts = [held_out(digits, tiny_config(val_fraction=0.2, seed=seed)) for seed in (0, 1)]
+    (train, val), (other_train, other_val) = cuts
+    assert torch.equal(val.images, other_val.images)
+    assert torch.equal(train.images, other_train.images)
+    assert len(val) == round(0.2 * len(digits.train))
+    assert len(val) + len(train) == len(digits.train)
+
+
+def test_the_validation_split_is_cut_from_the_training_images_only(digits: Source) -> None:
+    train, val = held_out(digits, tiny_config(val_fraction=0.2))
+    everything = torch.cat([train.images, val.images]).flatten(1).tolist()
+    assert sorted(everything) == sorted(digits.train.images.flatten(1).tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5000}, "--batch-size 5000 is more than the 1437 training images"),
+        ({"val_fraction": 1e-6}, "--val-fraction 1e-06 of 1437 images is 0"),
+        ({"val_fraction": 0.999, "batch_size": 8}, "more than the 1 training images"),
+    ],
+)
+def test_too_few_images_are_refused(digits: Source, changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        held_out(digits, tiny_config(**changes))
+
+
+def test_slices_differ_by_at_most_one_row() -> None:
+    assert list(bounds(10, 3)) == [(0, 3), (3, 6), (6, 10)]
+    assert list(bounds(2, 3)) == [(0, 0), (0, 1), (1, 2)]
+
+
+def test_keys_tell_apart_what_differs() -> None:
+    draws = [torch.rand(1, generator=generator(*k)).item() for k in (("a", 1), ("a", 2), ("a1",))]
+    assert len(set(draws)) == 3

@@ -1,0 +1,123 @@
+"""The losses: the paper's equations, their gradients, and the mistakes others made."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dml_accel import reference
+from dml_accel.losses import kl_from_peers, mutual_losses
+
+K, B, C = 4, 6, 10
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(K, B, C, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.randint(0, C, (B,), generator=torch.Generator().manual_seed(1))
+
+
+def test_golden_values_by_hand() -> None:
+    # p1 = (.9, .1), p2 = (.5, .5), label 0, T = 1; a KL belongs to the peer that is taught.
+    p = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]], dtype=torch.float64)
+    losses = mutual_losses(p.log(), torch.tensor([0]))
+    ce_1, ce_2 = -math.log(0.9), -math.log(0.5)
+    kl_21 = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    kl_12 = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert (round(ce_1, 6), round(ce_2, 6)) == (0.105361, 0.693147)
+    assert (round(kl_21, 6), round(kl_12, 6)) == (0.510826, 0.368064)
+    assert losses.cross_entropy[:, 0].tolist() == pytest.approx([ce_1, ce_2])
+    assert losses.kl[:, 0].tolist() == pytest.approx([kl_21, kl_12])
+    assert losses.total[:, 0].tolist() == pytest.approx([ce_1 + kl_21, ce_2 + kl_12])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [1.0, 0.3, 0.0])
+def test_equals_the_reference_in_value_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, temperature: float, reduction: str, weight: float
+) -> None:
+    options = {"kl_weight": weight, "temperature": temperature, "kl_reduction": reduction}
+    fast = logits.clone().requires_grad_()
+    slow = [z.clone().requires_grad_() for z in logits]
+    losses = mutual_losses(fast, labels, **options).total.mean(1)
+    losses.sum().backward()
+    expected = [reference.loss(k, slow, labels, **options) for k in range(K)]
+    sum(expected).backward()
+    torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fast.grad, torch.stack([z.grad for z in slow]))
+
+
+def test_no_gradient_of_a_peer_reaches_another(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    logits.requires_grad_()
+    for k in range(K):
+        (grad,) = torch.autograd.grad(mutual_losses(logits, labels).total[k].sum(), logits)
+        assert grad[k].abs().sum() > 0
+        assert grad[[peer for peer in range(K) if peer != k]].abs().sum() == 0
+
+
+def test_without_kl_the_loss_is_the_cross_entropy_bit_for_bit(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    alone = [mutual_losses(z[None], labels).total[0] for z in logits]
+    together = mutual_losses(logits, labels, kl_weight=0).total
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_a_diverged_peer_is_harmless_without_kl(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    logits[1] = math.nan
+    logits.requires_grad_()
+    total = mutual_losses(logits, labels, kl_weight=0).total
+    total.sum().backward()
+    assert total[0].isfinite().all() and logits.grad[0].isfinite().all()
+    assert total[1].isnan().all()
+
+
+def test_kl_is_summed_over_classes_and_not_reversed(logits: torch.Tensor) -> None:
+    log_p = F.log_softmax(logits[:2], -1)
+    kl = kl_from_peers(log_p)
+    right = F.kl_div(log_p[0], log_p[1], log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl[0], right)
+    assert not torch.allclose(kl[0], right / C)
+    assert not torch.allclose(kl[0], kl[1])
+
+
+def test_the_ensemble_as_teacher_has_the_same_gradient(logits: torch.Tensor) -> None:
+    # DML_e teaches with the mean posterior of the others: another value, the very same gradient.
+    z = logits.clone().requires_grad_()
+    (dml,) = torch.autograd.grad(kl_from_peers(F.log_softmax(z, -1)).sum(), z)
+    for k in range(K):
+        others = F.softmax(torch.cat([logits[:k], logits[k + 1 :]]), -1).mean(0)
+        z_k = logits[k].clone().requires_grad_()
+        F.kl_div(F.log_softmax(z_k, -1), others, reduction="sum").backward()
+        torch.testing.assert_close(dml[k], z_k.grad, rtol=0, atol=1e-13)
+
+
+def test_permuting_the_peers_permutes_the_losses(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    moved = mutual_losses(logits[order], labels).total
+    torch.testing.assert_close(moved, mutual_losses(logits, labels).total[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_on_in_single(
+    logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> None:
+    half = logits.to(dtype)
+    losses = mutual_losses(half, labels)
+    assert losses.total.dtype == torch.float32
+    torch.testing.assert_close(losses.total, mutual_losses(half.float(), labels).total)
+
+
+def test_kl_of_confident_peers_is_finite_and_not_negative() -> None:
+    sure = torch.tensor([[[200.0, 0.0, 0.0]], [[200.0, 0.0, 0.0]], [[0.0, 200.0, 0.0]]])
+    kl = kl_from_peers(F.log_softmax(sure, -1))
+    assert kl[:, 0].tolist() == pytest.approx([100.0, 100.0, 200.0])

@@ -1,0 +1,90 @@
+"""Metrics: each against a value by hand or a plain loop, and free of the batches' sizes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dml_accel.metrics import ECE_BINS, batch_sums, finish
+
+
+def evaluate(logits: torch.Tensor, labels: torch.Tensor, cuts: list[int]) -> dict:
+    parts = torch.tensor_split(torch.arange(len(labels)), cuts)
+    sums = sum(batch_sums(logits[:, rows], labels[rows]) for rows in parts)
+    return finish(sums, [f"n-{k}" for k in range(len(logits))], logits.shape[-1])
+
+
+def test_values_by_hand() -> None:
+    # Two peers, two rows, two classes.
+    p = torch.tensor([[[0.8, 0.2], [0.6, 0.4]], [[0.3, 0.7], [0.2, 0.8]]], dtype=torch.float64)
+    found = evaluate(p.log(), torch.tensor([0, 1]), [])
+    first, second, ensemble = found["peers"]["n-0"], found["peers"]["n-1"], found["ensemble"]
+    assert (first["n"], first["top1"], second["top1"], ensemble["top1"]) == (2, 0.5, 0.5, 1.0)
+    assert first["top5"] is None
+    assert first["nll"] == pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2)
+    assert ensemble["nll"] == pytest.approx(-(math.log(0.55) + math.log(0.6)) / 2)
+    # Confidences 0.8 (right) and 0.6 (wrong) fall into bins of their own.
+    assert first["ece"] == pytest.approx((0.2 + 0.6) / 2)
+    assert found["agreement"] == 0.0  # they predict (0, 0) and (1, 1)
+    entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
+    entropy += -(0.6 * math.log(0.6) + 0.4 * math.log(0.4))
+    assert found["entropy"]["n-0"] == pytest.approx(entropy / 2)
+    kl_01 = 0.8 * math.log(0.8 / 0.3) + 0.2 * math.log(0.2 / 0.7)
+    kl_01 += 0.6 * math.log(0.6 / 0.2) + 0.4 * math.log(0.4 / 0.8)
+    assert found["kl"][0] == pytest.approx([0, kl_01 / 2])
+
+
+@pytest.fixture
+def cohort() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(3, 101, 7, generator=generator)
+    return logits, torch.randint(0, 7, (101,), generator=generator)
+
+
+def test_counts_are_exact_for_any_cut_into_batches(cohort: tuple) -> None:
+    whole = evaluate(*cohort, [])
+    for cuts in ([1], [50], [7, 8, 99]):
+        parts = evaluate(*cohort, cuts)
+        assert parts["agreement"] == whole["agreement"]
+        for name in whole["peers"]:
+            for metric in ("n", "top1", "top5"):
+                assert parts["peers"][name][metric] == whole["peers"][name][metric]
+            assert parts["peers"][name]["nll"] == pytest.approx(whole["peers"][name]["nll"])
+
+
+def test_equals_a_plain_loop(cohort: tuple) -> None:
+    logits, labels = cohort
+    found = evaluate(logits, labels, [40])
+    p = F.softmax(logits.double(), -1)
+    for k, name in enumerate(found["peers"]):
+        top1 = top5 = 0
+        bins = [[0, 0.0, 0.0] for _ in range(ECE_BINS)]
+        for row, label in enumerate(labels.tolist()):
+            ranked = sorted(range(7), key=lambda c: -p[k, row, c].item())
+            top1 += ranked[0] == label
+            top5 += label in ranked[:5]
+            confidence = p[k, row, ranked[0]].item()
+            chosen = bins[min(ECE_BINS - 1, math.ceil(confidence * ECE_BINS) - 1)]
+            chosen[0] += 1
+            chosen[1] += confidence
+            chosen[2] += ranked[0] == label
+        ece = sum(abs(hit - sure) for _, sure, hit in bins) / 101
+        metrics = found["peers"][name]
+        assert (metrics["top1"], metrics["top5"]) == (top1 / 101, top5 / 101)
+        assert metrics["ece"] == pytest.approx(ece)
+
+
+def test_one_peer_agrees_with_nobody_and_is_its_own_ensemble(cohort: tuple) -> None:
+    found = evaluate(cohort[0][:1], cohort[1], [])
+    assert found["agreement"] is None
+    assert found["ensemble"]["top1"] == found["peers"]["n-0"]["top1"]
+    assert found["ensemble"]["nll"] == pytest.approx(found["peers"]["n-0"]["nll"])
+
+
+def test_a_diverged_peer_gives_null_and_not_nan(cohort: tuple) -> None:
+    logits = cohort[0].clone()
+    logits[1] = math.nan
+    found = evaluate(logits, cohort[1], [])
+    assert found["peers"]["n-1"]["nll"] is None
+    assert found["peers"]["n-0"]["nll"] is not None

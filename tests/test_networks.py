@@ -1,0 +1,166 @@
+"""The networks: parameter counts against the literature, shapes, and timm's own ways of use."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import dml_accel  # noqa: F401  (registers the networks)
+from dml_accel import cohort
+from dml_accel.config import UsageError
+from tests.conftest import tiny_config
+
+# name: parameters with 100 classes. ResNets: He et al. 2016 (0.27M, 0.46M, 0.85M, 1.7M with 10
+# classes; a head of 100 adds 5,850). MobileNet 3.3M and WRN-28-10 36.5M: the paper's table 1.
+# WRN-16-2: Zagoruyko and Komodakis give 0.7M.
+LITERATURE = {
+    "resnet20": 269_722 + 5_850,
+    "resnet32": 464_154 + 5_850,
+    "resnet56": 853_018 + 5_850,
+    "resnet110": 1_727_962 + 5_850,
+    "mobilenet": 3_309_476,
+    "wrn_16_2": 703_284,
+    "wrn_28_10": 36_536_884,
+}
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(weight.numel() for weight in net.parameters())
+
+
+def meta(name: str, **arguments: object) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **({"num_classes": 100} | arguments))
+
+
+@pytest.mark.parametrize("name", LITERATURE)
+def test_parameter_counts_are_the_literatures(name: str) -> None:
+    assert parameters(meta(f"{name}_cifar")) == LITERATURE[name]
+
+
+def test_resnet8_count_by_hand() -> None:
+    def convolution(width_in: int, width: int) -> int:
+        return 9 * width_in * width + 2 * width  # with its batch norm
+
+    stem = convolution(3, 16)
+    blocks = convolution(16, 16) * 2
+    blocks += convolution(16, 32) + convolution(32, 32)
+    blocks += convolution(32, 64) + convolution(64, 64)
+    assert parameters(meta("resnet8_cifar")) == stem + blocks + 64 * 100 + 100
+
+
+def test_inception_count_by_hand() -> None:
+    # Szegedy et al., table 1: input, 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
+    table = [
+        (192, 64, 96, 128, 16, 32, 32),
+        (256, 128, 128, 192, 32, 96, 64),
+        (480, 192, 96, 208, 16, 48, 64),
+        (512, 160, 112, 224, 24, 64, 64),
+        (512, 128, 128, 256, 24, 64, 64),
+        (512, 112, 144, 288, 32, 64, 64),
+        (528, 256, 160, 320, 32, 128, 128),
+        (832, 256, 160, 320, 32, 128, 128),
+        (832, 384, 192, 384, 48, 128, 128),
+    ]
+
+    def convolution(width_in: int, width: int, kernel: int) -> int:
+        return kernel * kernel * width_in * width + 2 * width
+
+    count = convolution(3, 64, 3) + convolution(64, 64, 1) + convolution(64, 192, 3)
+    for width, w1, r3, w3, r5, w5, pool in table:
+        count += convolution(width, w1, 1)
+        count += convolution(width, r3, 1) + convolution(r3, w3, 3)
+        count += convolution(width, r5, 1) + convolution(r5, w5, 5)
+        count += convolution(width, pool, 1)
+    count += 1024 * 100 + 100
+    assert parameters(meta("inception_cifar")) == count == 6_075_652
+
+
+@pytest.mark.parametrize("name", cohort.SHORT_NAMES)
+def test_networks_keep_resolution_at_32_pixels(name: str) -> None:
+    net = meta(f"{name}_cifar", num_classes=7)
+    images = torch.zeros(2, 3, 32, 32, device="meta")
+    height = net.forward_features(images).shape[-1]
+    assert height == (4 if name == "mobilenet" else 8)
+    assert net(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet8_cifar", "inception_cifar", "wrn_16_2_cifar"])
+def test_timms_own_ways_of_use(name: str) -> None:
+    net = timm.create_model(name, num_classes=5, drop_rate=0.1)
+    assert net.get_classifier().weight.shape[0] == 5
+    net.reset_classifier(9)
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 9)
+    assert timm.data.resolve_model_data_config(net)["input_size"] == (3, 32, 32)
+    assert timm.is_model(name)
+
+
+def test_building_leaves_batch_norm_untouched() -> None:
+    # A constructor that tries its network on dummy images would move the running statistics.
+    specs = cohort.parse(["resnet8", "timm:resnet10t"])
+    for spec in specs:
+        net = cohort.build(spec, tiny_config(image_size=32, float64=False), 10)
+        assert net.training
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.num_batches_tracked == 0
+                assert module.running_mean.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (["3"], ["resnet32-0", "resnet32-1", "resnet32-2"]),
+        (["resnet8*2", "wrn_28_10"], ["resnet8-0", "resnet8-1", "wrn_28_10-0"]),
+        (["resnet8", "resnet20", "resnet8"], ["resnet8-0", "resnet20-0", "resnet8-1"]),
+        (
+            ["timm:vit_tiny_patch16_224[img_size=32,patch_size=4]*2", "timm:vit_tiny_patch16_224"],
+            [f"vit_tiny_patch16_224-{index}" for index in range(3)],
+        ),
+    ],
+)
+def test_peers_are_named_after_their_net(text: list[str], expected: list[str]) -> None:
+    assert [spec.name for spec in cohort.parse(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (["0"], "asks for 0 peers; at least 1"),
+        (["-2"], "asks for -2 peers; at least 1"),
+        (["resnet8*0"], "asks for 0 peers; at least 1"),
+        (["resnet23"], r"no net 'resnet23'; nearest: resnet\d+"),
+        (["timm:resnet5"], "no net 'timm:resnet5'; nearest: timm:resnet50"),
+        (["efficientnet_b0"], "no net 'efficientnet_b0'; nearest: timm:efficientnet_b0"),
+        (["resnet8", "2"], "no net '2'"),
+        (["resnet8[depth]"], r"write arguments as \[key=value"),
+        (["resnet8 [a=1"], "cannot be read"),
+    ],
+)
+def test_a_cohort_that_cannot_be_is_refused(text: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        cohort.parse(text)
+
+
+def test_an_image_size_that_a_net_cannot_take_names_the_argument_that_would() -> None:
+    spec = cohort.parse(["timm:vit_tiny_patch16_224"])[0]
+    message = r"cannot take 32 x 32 .*\[img_size=32,patch_size=4\]' or --image-size 224"
+    with pytest.raises(UsageError, match=message):
+        cohort.build(spec, tiny_config(image_size=32), 10)
+    spec = cohort.parse(["timm:vit_tiny_patch16_224[img_size=32,patch_size=4,depth=1]"])[0]
+    assert cohort.build(spec, tiny_config(image_size=32), 10).num_classes == 10
+
+
+def test_an_argument_that_a_net_does_not_know_is_refused() -> None:
+    spec = cohort.parse(["resnet8[depth=3]"])[0]
+    with pytest.raises(UsageError, match=r"cannot be built: .*depth"):
+        cohort.build(spec, tiny_config(), 10)
+
+
+def test_the_readme_prints_the_counts_beside_the_papers() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for name in cohort.SHORT_NAMES:
+        count = f"{parameters(meta(f'{name}_cifar')):,}"
+        assert any(name in line and count in line for line in readme.splitlines()), name

@@ -1,0 +1,323 @@
+"""One run from the command line to its folder: what is written, what is refused, what is said."""
+
+import fcntl
+import json
+import math
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from dml_accel import cli, sources
+from dml_accel.config import Config, Interval, UsageError
+from dml_accel.data import prepare
+
+ROOT = Path(__file__).parent.parent
+TINY = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --max-steps 20 --cpu".split()
+
+
+def train(*words: str) -> int:
+    return cli.main(["train", *TINY, *words])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two unequal peers."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    words = ("--cohort", "wrn_16_2", "resnet8", "--output-dir", str(folder))
+    assert train(*words, "--val-fraction", "0.1", "--eval-every", "8") == 0
+    return folder
+
+
+def load(path: Path) -> dict:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{path} holds {constant}, which is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_the_folder_holds_what_is_promised_and_no_pickle(run: Path) -> None:
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    peers = {
+        f"peers/{name}/{file}"
+        for name in ("wrn_16_2-0", "resnet8-0")
+        for file in ("model.safetensors", "config.json", "README.md")
+    }
+    records = {"config.json", "status.json", "metrics.jsonl", "results.json", "results.md"}
+    assert files == peers | records | {"run.lock"}
+    for path in run.rglob("*"):
+        if path.is_file():
+            assert not zipfile.is_zipfile(path)  # what torch.save would write
+            assert not path.read_bytes().startswith(b"\x80")  # what pickle would write
+
+
+def test_results_are_complete(run: Path) -> None:
+    results = load(run / "results.json")
+    assert results["format"] == 1 and results["seed"] == 0
+    assert (results["epochs"], results["steps"]) == (200, 20)
+    assert (results["device"], results["mixed_precision"], results["world_size"]) == (
+        "cpu",
+        "no",
+        1,
+    )
+    ranks = {"wrn_16_2-0": [0], "resnet8-0": [0]}
+    assert results["placement"] == {"kind": "replicate", "ranks": ranks}
+    assert [peer["name"] for peer in results["peers"]] == ["wrn_16_2-0", "resnet8-0"]
+    for peer in results["peers"]:
+        assert set(peer) == {"name", "arch", "params", "test", "val"}
+        assert set(peer["test"]) == {"n", "top1", "top5", "nll", "ece"}
+        assert (peer["test"]["n"], peer["val"]["n"]) == (360, 144)
+        assert 0 <= peer["test"]["top1"] <= peer["test"]["top5"] <= 1
+    assert results["ensemble"]["n"] == 360
+    assert 0 <= results["agreement"] <= 1
+    assert results["throughput"]["images_per_second"] > 0
+    assert results["throughput"]["step_seconds_median"] > 0
+    assert results["peak_memory_bytes"] > 1e8
+    assert {"torch", "timm", "accelerate", "datasets"} <= set(results["versions"])
+
+
+def test_metrics_are_one_record_a_line(run: Path) -> None:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events if e["event"] != "step"] == [
+        "start",
+        *["eval"] * 3,
+        "end",
+    ]
+    assert [e["step"] for e in events if e["event"] == "eval"] == [8, 16, 20]
+    steps = [e for e in events if e["event"] == "step"]
+    assert sum(e["steps"] for e in steps) == 20 and steps[-1]["step"] == 20
+    assert len({e["step"] for e in steps}) == len(steps)
+    losses = [e["peers"]["resnet8-0"]["cross_entropy"] for e in steps]
+    assert len(set(losses)) == len(losses)  # not one value reported for ever
+    assert all({"event", "step", "epoch", "time"} <= set(e) for e in events)
+    last, results = events[-2], load(run / "results.json")
+    assert last["test"]["peers"]["resnet8-0"] == results["peers"][1]["test"]
+
+
+def test_the_configuration_repeats_the_run(run: Path, tmp_path: Path) -> None:
+    saved = load(run / "config.json")
+    config = Config.from_dict(saved["config"])
+    assert config.as_dict() == saved["config"]
+    assert saved["peers"][1] == {"name": "resnet8-0", "arch": "resnet8_cifar"}
+    assert {"versions", "command", "commit"} <= set(saved)
+    words = ("--cohort", *config.cohort, "--output-dir", str(tmp_path / "again"))
+    assert train(*words, "--val-fraction", "0.1", "--eval-every", "8") == 0
+    first, again = (load(path / "results.json") for path in (run, tmp_path / "again"))
+    assert [peer["test"] for peer in first["peers"]] == [peer["test"] for peer in again["peers"]]
+
+
+def test_the_status_is_done(run: Path) -> None:
+    assert load(run / "status.json") == {"status": "done", "reason": None, "step": 20}
+
+
+def test_results_md_shows_the_table_and_the_command(run: Path) -> None:
+    text = (run / "results.md").read_text()
+    for words in ("| wrn_16_2-0 |", "| ensemble", "top-1 %", "Command: `"):
+        assert words in text
+
+
+# ---------------------------------------------------------------- the peers
+
+
+@pytest.mark.parametrize("name", ["wrn_16_2-0", "resnet8-0"])
+def test_timm_loads_the_trained_peer_and_its_accuracy_is_the_recorded(run: Path, name: str) -> None:
+    torch.manual_seed(0)  # an unloaded network would differ from the peer
+    net = timm.create_model(f"local-dir:{run / 'peers' / name}", pretrained=True).eval()
+    config = Config.from_dict(load(run / "config.json")["config"])
+    data = prepare(sources.read(config), config, torch.device("cpu"))
+    images, labels = data.test.rows(0, 360)
+    with torch.no_grad():
+        logits = net(images)
+    peer = next(p for p in load(run / "results.json")["peers"] if p["name"] == name)
+    assert (logits.argmax(1) == labels).sum().item() / 360 == peer["test"]["top1"]
+    nll = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert nll == pytest.approx(peer["test"]["nll"], rel=1e-5)
+    settings = timm.data.resolve_model_data_config(net)
+    assert list(settings["input_size"]) == [3, 16, 16]
+    assert settings["mean"] == pytest.approx(data.normalisation.mean)
+    assert settings["std"] == pytest.approx(data.normalisation.std)
+    assert net.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
+
+
+def test_double_precision_reaches_the_files(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("--cohort", "resnet8", "--float64", "--max-steps", "1", "--output-dir", str(folder))
+    assert train(*words) == 0
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "peers" / "resnet8-0" / "model.safetensors")
+    assert tensors["conv1.weight"].dtype == torch.float64
+    assert load(folder / "results.json")["agreement"] is None
+
+
+def test_a_timm_network_with_arguments_comes_back_with_them(tmp_path: Path) -> None:
+    net = "timm:vit_tiny_patch16_224[img_size=16,patch_size=4,depth=1,embed_dim=12,num_heads=1]"
+    words = ("--cohort", net, "--max-steps", "1", "--output-dir", str(tmp_path / "run"))
+    assert train(*words) == 0
+    folder = tmp_path / "run" / "peers" / "vit_tiny_patch16_224-0"
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert loaded(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
+    assert len(loaded.blocks) == 1
+
+
+def test_a_cohort_that_diverges_still_writes_json(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("--lr", "1e30", "--max-steps", "4", "--output-dir", str(folder))
+    assert train("--cohort", "resnet8*2", *words) == 0
+    assert load(folder / "results.json")["peers"][0]["test"]["nll"] is None
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cohort", "resnet23"], "no net 'resnet23'; nearest: "),
+        (["--cohort", "0"], "asks for 0 peers"),
+        (["--dataset", "no-such/set"], "the hub cannot be reached"),
+        (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+        (["--batch-size", "2000"], "--batch-size 2000 is more than the 1437 training images"),
+        (["--lr", "-1"], "--lr is -1.0; it must be 0 or more"),
+        (["--lr", "nan"], "--lr is nan; it must be a finite number"),
+        (["--momentum", "1"], "--momentum is 1.0; it must be at least 0 and below 1"),
+        (["--weight-decay", "-1"], "--weight-decay is -1.0"),
+        (["--temperature", "0"], "--temperature is 0.0; it must be above 0"),
+        (["--kl-weight", "inf"], "--kl-weight is inf"),
+        (["--clip-norm", "0"], "--clip-norm is 0.0; it must be above 0"),
+        (["--grad-accum", "9"], "--grad-accum is 9; it must be at most --batch-size (8)"),
+        (["--val-fraction", "1"], "--val-fraction is 1.0"),
+        (["--max-steps", "0"], "--max-steps is 0; it must be at least 1"),
+        (["--eval-every", "often"], "--eval-every 'often' is not an interval"),
+        (["--image-size", "4"], "--image-size is 4"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--epochs", "two"], "--epochs: invalid int value: 'two'"),
+        (["--kl-reduction", "max"], "invalid choice: 'max'"),
+        (["--batchsize", "8"], "unknown argument --batchsize: did you mean --batch-size?"),
+        (["--epoch", "8"], "unknown argument --epoch: did you mean --epochs?"),
+        (["--cohort", "timm:vit_tiny_patch16_224"], "try 'timm:vit_tiny_patch16_224[img_size=16"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert train("--output-dir", str(tmp_path / "run"), *words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert message in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert train("--output-dir", str(run)) == 2
+    assert "already holds a run (config.json); name a new folder" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_cannot_be_made_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert train("--output-dir", str(tmp_path / "file" / "run")) == 2
+    assert "cannot be made: " in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_in_use_is_refused_and_its_holder_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(tmp_path / "run.lock", "w") as lock:
+        lock.write("process 42 on elsewhere\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train("--output-dir", str(tmp_path), "--cohort", "resnet8") == 2
+        assert "is in use by process 42 on elsewhere" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_a_failure_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dml_accel import training
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(training, "fit", broken)
+    with pytest.raises(RuntimeError):
+        train("--cohort", "resnet8", "--output-dir", str(tmp_path / "run"))
+    status = load(tmp_path / "run" / "status.json")
+    assert status == {"status": "failed", "reason": "RuntimeError: out of luck", "step": 0}
+
+
+# ---------------------------------------------------------------- the programs
+
+
+@pytest.mark.parametrize(
+    "program", [["train.py"], ["-m", "dml_accel", "train"]], ids=["train.py", "-m dml_accel"]
+)
+def test_both_programs_are_the_same(tmp_path: Path, program: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *program, *TINY, "--cohort", "resnet8"]
+        + ["--max-steps", "2", "--output-dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resnet8-0" in done.stdout and "ensemble" in done.stdout
+    assert f"run folder: {tmp_path / 'run'}" in done.stdout
+    assert "\r" not in done.stderr and "\x1b" not in done.stderr  # plain lines, as no terminal
+    assert "step 2/2 epoch 1/200 test top-1: resnet8-0 " in done.stderr
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0
+    assert "'resnet8*2' --dataset digits" in text
+    for default in ("(default: 200)", "(default: 64)", "(default: 0.1)", "(default: 1ep)"):
+        assert default in text
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "unit"), [("500", 500, "step"), ("2ep", 2, "ep"), ("1.5min", 1.5, "min")]
+)
+def test_intervals(text: str, count: float, unit: str) -> None:
+    interval = Interval.parse(text, "--eval-every")
+    assert (interval.count, interval.unit) == (count, unit)
+
+
+def test_interval_ends() -> None:
+    ends = [step for step in range(1, 13) if Interval(2, "ep").due(step, 3)]
+    assert ends == [6, 12]
+    assert not Interval(1, "min").due(60, 1)
+
+
+def test_unknown_configuration_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="unknown configuration batchsize; known are: cohort"):
+        Config.from_dict({"batchsize": 3})
+
+
+def test_defaults_are_the_papers() -> None:
+    config = Config()
+    recipe = (config.epochs, config.batch_size, config.lr, config.momentum, config.lr_step)
+    assert recipe == (200, 64, 0.1, 0.9, 60)
+    assert (config.lr_gamma, config.kl_weight, config.temperature) == (0.1, 1.0, 1.0)
+    assert config.augmentation == "crop-flip"
+    assert Config(dataset="digits").augmentation == "crop"
+    assert math.isclose(config.weight_decay, 5e-4)

@@ -1,0 +1,366 @@
+"""Where images come from: local folders, the hub's protocol, the cache, and what is refused."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dml_accel import sources
+from dml_accel.config import UsageError
+from tests.conftest import tiny_config
+from tests.hub import serve_hub
+
+CLASSES = ["cat", "dog", "eel"]
+SIZE = 16
+
+
+def png(value: int, mode: str = "RGB", size: tuple[int, int] = (SIZE, SIZE)) -> bytes:
+    buffer = io.BytesIO()
+    colour = value if mode in ("L", "P") else (value, value // 2, 7)
+    Image.new(mode, size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def split(
+    labels: list[int | None], images: list[bytes | None] | None = None, **extra: object
+) -> datasets.Dataset:
+    images = images or [png(10 * i) for i in range(len(labels))]
+    features = {
+        "img": datasets.Image(),
+        "fine_label": datasets.ClassLabel(names=CLASSES),
+        "coarse_label": datasets.ClassLabel(names=["pet", "fish"]),
+    }
+    columns = {
+        "img": [image and {"bytes": image, "path": None} for image in images],
+        "fine_label": labels,
+        "coarse_label": [0] * len(labels),
+    }
+    features |= {name: kind for name, (kind, _) in extra.items()}
+    columns |= {name: values for name, (_, values) in extra.items()}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Write:
+    """Write a folder of parquet files in the hub's schema; return its path."""
+
+    def write(**splits: datasets.Dataset) -> str:
+        folder = tmp_path / "set"
+        folder.mkdir(exist_ok=True)
+        for name, content in splits.items():
+            content.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+        return str(folder)
+
+    return write
+
+
+def read(dataset: str, **changes: object) -> sources.Source:
+    return sources.read(tiny_config(dataset=dataset, **changes))
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_parquet_in_the_hubs_schema(parquet: Write) -> None:
+    found = read(parquet(train=split([0, 1, 2, 0]), test=split([2, 1])))
+    assert found.classes == tuple(CLASSES)
+    assert found.train.labels.tolist() == [0, 1, 2, 0]
+    assert found.test.labels.tolist() == [2, 1]
+    assert found.train.images.shape == (4, SIZE, SIZE, 3)
+    assert found.train.images[2, 3, 4].tolist() == [20, 10, 7]
+
+
+def test_class_folders_of_images(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        for value, label in enumerate(["b", "a"]):
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(2):
+                (tmp_path / name / label / f"{i}.png").write_bytes(png(50 * value))
+    found = read(str(tmp_path))
+    assert found.classes == ("a", "b")
+    by_label = {
+        label: int(image[0, 0, 0])
+        for label, image in zip(found.train.labels.tolist(), found.train.images, strict=True)
+    }
+    assert by_label == {0: 50, 1: 0}
+
+
+def test_a_changed_image_is_not_answered_from_a_cache(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        for label in "ab":
+            (tmp_path / name / label).mkdir(parents=True)
+            (tmp_path / name / label / "0.png").write_bytes(png(0))
+    assert read(str(tmp_path)).train.images.max() == 7
+    (tmp_path / "train" / "a" / "0.png").write_bytes(png(200))
+    assert read(str(tmp_path)).train.images.max() == 200
+
+
+def test_digits_are_scikit_learns_with_the_last_360_for_test() -> None:
+    found = sources.read(tiny_config(image_size=32))
+    assert (len(found.train), len(found.test), len(found.classes)) == (1437, 360, 10)
+    assert found.train.images.shape[1:] == (32, 32, 3)
+    assert found.train.images.max() == 255
+
+
+def test_the_real_images_are_read(real_images: Path) -> None:
+    found = read(str(real_images), image_size=32)
+    assert (len(found.train), len(found.test), len(found.classes)) == (10_000, 5_000, 100)
+    first = datasets.load_dataset("parquet", data_dir=str(real_images), split="train")[0]
+    assert np.array_equal(np.asarray(first["img"]), found.train.images[0].numpy())
+    assert first["fine_label"] == found.train.labels[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_other_colours_and_sizes_become_rgb_squares(parquet: Write, mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20), (90, 90, 90)).convert(mode).save(
+        buffer, "TIFF" if mode == "CMYK" else "PNG"
+    )
+    folder = parquet(train=split([0], [buffer.getvalue()]), test=split([1]))
+    image = read(folder).train.images[0]
+    assert image.shape == (SIZE, SIZE, 3)
+    assert (image.int() - 90).abs().max() <= 12  # the palette has no such grey
+
+
+def test_columns_are_inferred(parquet: Write) -> None:
+    # Two class columns: fine_label wins; --label-column says otherwise.
+    folder = parquet(train=split([0, 1]), test=split([2, 1]))
+    assert read(folder).classes == tuple(CLASSES)
+    assert read(folder, label_column="coarse_label").classes == ("pet", "fish")
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def cached_files() -> list[Path]:
+    return sorted(sources.cache_dir().glob("*.safetensors"))
+
+
+def test_images_are_decoded_once(parquet: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = parquet(train=split([0, 1]), test=split([2, 1]))
+    first = read(folder)
+    monkeypatch.setattr(sources, "_decode", None)  # a second decoding would fail
+    again = read(folder)
+    assert torch.equal(first.train.images, again.train.images)
+    assert torch.equal(first.test.labels, again.test.labels)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
+def test_a_damaged_cache_is_decoded_again(
+    parquet: Write, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = parquet(train=split([0, 1]), test=split([2, 1]))
+    before = set(cached_files())
+    first = read(folder)
+    for path in set(cached_files()) - before:
+        content = bytearray(path.read_bytes())
+        if damage == "flipped":
+            content[-1] ^= 1
+        path.write_bytes(
+            {"truncated": content[:-5], "flipped": content, "foreign": b"junk"}[damage]
+        )
+    again = read(folder)
+    assert "is damaged" in capsys.readouterr().err
+    assert torch.equal(first.train.images, again.train.images)
+    assert torch.equal(first.train.labels, again.train.labels)
+
+
+def test_without_a_place_for_the_cache_the_images_are_still_read(
+    parquet: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DML_CACHE", str(tmp_path / "file" / "below"))
+    found = read(parquet(train=split([0, 1]), test=split([2, 1])))
+    assert len(found.train) == 2
+    assert "images are not cached" in capsys.readouterr().err
+
+
+def test_the_cache_holds_no_pickle_and_no_leftovers(parquet: Write) -> None:
+    read(parquet(train=split([0, 1]), test=split([2, 1])))
+    names = {path.suffix for path in sources.cache_dir().iterdir()}
+    assert names == {".safetensors", ".lock"}
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def int_column(values: list[int]) -> tuple[datasets.Value, list[int]]:
+    return datasets.Value("int64"), values
+
+
+REFUSED = {
+    "no such split": (
+        lambda: {"train": split([0]), "valid": split([1])},
+        {},
+        r"no split 'test' \(it has: train, validation\); choose with --test-split",
+    ),
+    "no such label column": (
+        lambda: {"train": split([0]), "test": split([1])},
+        {"label_column": "labels"},
+        r"--label-column labels: this column does not exist; .*fine_label, coarse_label",
+    ),
+    "labels that are not classes": (
+        lambda: {"train": split([0], n=int_column([3])), "test": split([0], n=int_column([3]))},
+        {"label_column": "n"},
+        r"--label-column n: this column holds no classes but Value",
+    ),
+    "images that are not images": (
+        lambda: {"train": split([0]), "test": split([1])},
+        {"image_column": "fine_label"},
+        r"--image-column fine_label: this column holds no images",
+    ),
+    "two image columns": (
+        lambda: {
+            name: split([0], more=(datasets.Image(), [{"bytes": png(1), "path": None}]))
+            for name in ("train", "test")
+        },
+        {},
+        r"2 columns hold images \(img, more; .*--image-column",
+    ),
+    "a missing label": (
+        lambda: {"train": split([0, 1, None]), "test": split([1])},
+        {},
+        r"row 2 of split 'train' has fine_label = nan; with 3 classes labels run from 0 to 2",
+    ),
+    "an unlabelled test split": (
+        lambda: {"train": split([0, 1]), "test": split([2, -1])},
+        {},
+        r"row 1 of split 'test' has fine_label = -1",
+    ),
+    "a missing image": (
+        lambda: {"train": split([0, 1], [png(1), None]), "test": split([1])},
+        {},
+        r"image 1 of split 'train' cannot be read: the row is empty",
+    ),
+    "an empty image": (
+        lambda: {"train": split([0, 1], [png(1), b""]), "test": split([1])},
+        {},
+        r"image 1 of split 'train' cannot be read: ",
+    ),
+    "a truncated image": (
+        lambda: {"train": split([0]), "test": split([1, 1], [png(1), png(1)[:60]])},
+        {},
+        r"image 1 of split 'test' cannot be read: ",
+    ),
+    "text for an image": (
+        lambda: {"train": split([0], [b"hello"]), "test": split([1])},
+        {},
+        r"image 0 of split 'train' cannot be read: cannot identify image file$",
+    ),
+    "an empty split": (
+        lambda: {"train": split([0]), "test": split([0]).select([])},
+        {},
+        r"split 'test' has no images|cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(parquet: Write, case: str) -> None:
+    write, changes, message = REFUSED[case]
+    with pytest.raises(UsageError, match=message) as refusal:
+        read(parquet(**write()), **changes)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_corrupt_file_of_a_class_folder_is_named(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        for label in "ab":
+            (tmp_path / name / label).mkdir(parents=True)
+            (tmp_path / name / label / "0.png").write_bytes(png(0))
+    (tmp_path / "train" / "b" / "broken.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(UsageError, match=r"image \d of split 'train' \(.*/train/b/broken.png\)"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("./nowhere", "there is no such folder"),
+        ("/a/b/c", "there is no such folder"),
+        ("no-such/set", "the hub cannot be reached, nothing of it is cached here, and no local"),
+    ],
+)
+def test_a_set_that_is_not_there(dataset: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read(dataset)
+
+
+def test_a_file_or_an_empty_folder_is_no_set(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        read(str(tmp_path))
+    (tmp_path / "x.png").write_bytes(png(0))
+    with pytest.raises(UsageError, match="is a file"):
+        read(str(tmp_path / "x.png"))
+
+
+# ---------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub_environment(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the hub is not switched off, with caches of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    return environment | {"HF_HOME": str(tmp_path / "hf"), "DML_CACHE": str(tmp_path / "images")}
+
+
+def read_in_a_process(dataset: str, environment: dict[str, str]) -> tuple[str, float]:
+    """Read the set in a fresh process (the hub's address is read at import)."""
+    script = (
+        "import sys, time\n"
+        "from dml_accel import sources\n"
+        "from dml_accel.config import Config, UsageError\n"
+        "start = time.monotonic()\n"
+        "try:\n"
+        "    found = sources.read(Config(dataset=sys.argv[1], image_size=16))\n"
+        "    print(len(found.train), found.train.labels.tolist(), *found.classes)\n"
+        "except UsageError as error:\n"
+        "    print(error)\n"
+        "print(time.monotonic() - start)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, dataset],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    text, seconds = done.stdout.splitlines()
+    return text, float(seconds)
+
+
+def test_a_set_from_the_hub_is_downloaded_and_later_read_offline(
+    parquet: Write, hub_environment: dict[str, str]
+) -> None:
+    folder = parquet(train=split([0, 1, 2]), test=split([2]))
+    with serve_hub("some-one/some-set", Path(folder)) as address:
+        environment = hub_environment | {"HF_ENDPOINT": address}
+        text, _ = read_in_a_process("some-one/some-set", environment)
+        assert text == "3 [0, 1, 2] cat dog eel"
+        text, _ = read_in_a_process("some-one/other", environment)
+        assert text.startswith("--dataset some-one/other: neither a folder here nor a data set")
+    text, _ = read_in_a_process("some-one/some-set", environment)  # nobody answers any more
+    assert text == "3 [0, 1, 2] cat dog eel"
+
+
+def test_a_hub_out_of_reach_is_said_at_once(hub_environment: dict[str, str]) -> None:
+    environment = hub_environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    text, seconds = read_in_a_process("uoft-cs/cifar100", environment)
+    assert text.startswith("--dataset uoft-cs/cifar100: the hub cannot be reached, nothing of it")
+    assert "--dataset digits" in text
+    assert seconds < 15  # the library's own retries take more than 20
