@@ -2,7 +2,7 @@
 
 After ``import dml_accel``, ``timm.create_model("resnet32_cifar", num_classes=100)`` works, and so
 does everything else in timm that takes a name. First convolutions have stride 1: at 32 x 32 the
-strides made for 224 x 224 would leave a single pixel.
+strides made for 224 x 224 would leave a single pixel. Weights start as torch or timm start them.
 """
 
 from typing import Any
@@ -136,7 +136,6 @@ class CifarResNet(_Classifier):
         self.layers = nn.Sequential(*layers)
         self.feature_info = [{"num_chs": 64, "reduction": 4, "module": "layers"}]
         self._add_head()
-        _he_initialise(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images [B, 3, S, S] to features [B, 64, S / 4, S / 4]."""
@@ -197,7 +196,6 @@ class CifarInception(_Classifier):
         self.blocks = nn.Sequential(*blocks)
         self.feature_info = [{"num_chs": 1024, "reduction": 4, "module": "blocks"}]
         self._add_head()
-        _he_initialise(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images [B, 3, S, S] to features [B, 1024, S / 4, S / 4]."""
@@ -211,15 +209,8 @@ class CifarWideResNet(ResNetV2):
         super().__init__(stem_chs=stem_chs, in_chans=in_chans, **kwargs)
         self.stem = nn.Sequential()
         self.stem.add_module("conv", create_conv2d(in_chans, stem_chs, 3))
-        _he_initialise(self.stem)
         for index, info in enumerate(self.feature_info):  # the body's, less the usual stem's 4
             info["reduction"] = 1 if index == 0 else max(1, info["reduction"] // 4)
-
-
-def _he_initialise(net: nn.Module) -> None:
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 # timm hands config.json's model_args back as keyword arguments on loading, hence ``defaults | kw``.
