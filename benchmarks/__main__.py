@@ -37,7 +37,7 @@ from dml_accel.config import Config
 from dml_accel.data import ImageSet, Normalisation
 from dml_accel.engine import train_step
 from dml_accel.placement import Placement
-from dml_accel.training import versions
+from dml_accel.training import commit, versions
 
 HERE = Path(__file__).parent
 IMAGES = 50_000  # CIFAR-100's training split
@@ -85,8 +85,12 @@ def step_cost(blocks: int, steps: int) -> dict[str, Any]:
     placement, images = Placement(config), image_set()
 
     def build() -> list[Peer]:
-        modules = [(spec, cohort.build(spec, config, 100)) for spec in cohort.parse(config.cohort)]
-        return [Peer(s, m, placement.prepare(m), cohort.optimizer(m, config)) for s, m in modules]
+        peers = []
+        for spec in cohort.parse(config.cohort):
+            module = cohort.build(spec, config, 100)
+            net, optimizer = placement.prepare(module, spec.name), cohort.optimizer(module, config)
+            peers.append(Peer(spec, module, net, optimizer, placement.scaler()))
+        return peers
 
     ours, bare = build(), build()
     x, y = images.batch(0, BATCH, 0, BATCH)
@@ -252,7 +256,6 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=21, help="alternating blocks (default: 21)")
     parser.add_argument("--output", type=Path, default=HERE, help="folder (default: benchmarks)")
     words = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     found = {
         "input": input_cost(words.blocks),
         "step": step_cost(words.blocks, steps=5),
@@ -262,7 +265,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "versions": versions(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
     }
     (words.output / "results.json").write_text(json.dumps(found, indent=2) + "\n")

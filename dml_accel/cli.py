@@ -6,14 +6,20 @@
 import argparse
 import dataclasses
 import difflib
-import logging
+import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Sequence
 from typing import NoReturn
 
 from dml_accel.config import Config, UsageError
+from dml_accel.placement import ProcessLostError, StoppedError, launched_processes, launched_rank
+from dml_accel.report import results_table
+from dml_accel.training import command_line, train
+
+_SECONDS_FOR_RANK_0 = 20.0
 
 _EXAMPLES = """examples:
   %(prog)s --cohort 'resnet8*2' --dataset digits --epochs 8 --batch-size 16 --lr 0.05
@@ -29,19 +35,21 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(" ".join(message.split()))
 
-    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse everything.
 
-        Raises:
-            UsageError: an argument is unknown; the nearest known flag is named.
-        """
-        parsed, unknown = self.parse_known_args(arguments)
-        if unknown:
-            flags = list(self._option_string_actions)
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-            raise UsageError(f"unknown argument {unknown[0]}: {hint}")
-        return parsed
+def _parse(arguments: Sequence[str]) -> dict[str, typing.Any]:
+    """Parse everything.
+
+    Raises:
+        UsageError: an argument is unknown; the nearest known flag is named.
+    """
+    parser, commands = _parser()
+    parsed, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        flags = list(commands[parsed.subcommand]._option_string_actions)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        raise UsageError(f"unknown argument {unknown[0]}: {hint}")
+    return vars(parsed)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,14 +80,14 @@ def _plain_type(hint: typing.Any) -> type:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
 
 
-def _parser() -> tuple[_Parser, _Parser]:
+def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     parser = _Parser(
         prog="dml-accel",
         description="Deep Mutual Learning: networks that teach each other.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-    train = commands.add_parser(
+    training = commands.add_parser(
         "train",
         help="train a cohort and write one folder per run",
         description="Train a cohort of networks that learn from the labels and from each other.",
@@ -87,8 +95,8 @@ def _parser() -> tuple[_Parser, _Parser]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_flags(train)
-    return parser, train
+    _add_flags(training)
+    return parser, {"train": training}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,16 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after the program's name (default: this process's).
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    logging.captureWarnings(False)
     try:
-        parser, train_parser = _parser()
-        if arguments[:1] == ["train"]:
-            return _train(vars(train_parser.parse_all(arguments[1:])))
-        parser.parse_all(arguments)
-        return 0
+        values = _parse(sys.argv[1:] if arguments is None else arguments)
+        return {"train": _train}[values.pop("subcommand")](values)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_for_all(str(error))
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -115,11 +118,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(values: dict[str, typing.Any]) -> int:
     config = Config.from_dict(values)
-    # Imported late: --help and wrong flags need no torch.
-    from dml_accel.report import results_table
-    from dml_accel.training import command_line, train
-
-    folder, results = train(config, command_line())
-    print(results_table(results))
-    print(f"\nrun folder: {folder}\npeers:      {folder}/peers/<name>/model.safetensors")
+    try:
+        finished = train(config, command_line())
+    except (ProcessLostError, StoppedError) as error:
+        if getattr(error, "speaks", launched_rank() == 0):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if launched_processes() > 1:
+            os._exit(1)  # a broken process group cannot be left in order: it would wait
+        return 1
+    if finished is not None:
+        folder, results = finished
+        print(results_table(results))
+        print(f"\nrun folder: {folder}\npeers:      {folder}/peers/<name>/model.safetensors")
     return 0
+
+
+def _say_for_all(message: str) -> None:
+    """Say an error once, though every process meets it: the first rank speaks.
+
+    The others wait; the launcher ends them when the first has left. One that is still here then
+    has met an error of its own.
+    """
+    rank = launched_rank()
+    if rank:
+        time.sleep(_SECONDS_FOR_RANK_0)
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)

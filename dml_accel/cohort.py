@@ -5,6 +5,7 @@ the cohort: permuting the cohort permutes the results, and two peers never start
 """
 
 import ast
+import copy
 import difflib
 import re
 from collections import Counter
@@ -37,6 +38,9 @@ class PeerSpec:
 class Peer:
     """A network that learns, with what belongs to it alone.
 
+    A loss scaler of its own too: one shared by several optimizers is updated by the first of
+    them to step, and the others then divide their gradients by the wrong scale.
+
     ``net`` is what is called in training, wrapped as the placement needs it; ``module`` is the
     bare network whose parameters are saved.
     """
@@ -45,6 +49,7 @@ class Peer:
     module: nn.Module
     net: nn.Module
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
 
     @property
     def name(self) -> str:
@@ -133,32 +138,49 @@ def build(spec: PeerSpec, config: Config, classes: int) -> nn.Module:
         except Exception as error:  # every model family raises its own kinds
             reason = " ".join(str(error).split())
             raise UsageError(f"{spec.name} ({spec.arch}) cannot be built: {reason}") from error
-    if not spec.arch.endswith("_cifar"):
-        _require_image_size(net, spec, config.image_size, classes)
+    reason = _refusal(net, config.image_size, classes)
+    if reason:
+        raise UsageError(
+            f"{spec.name} cannot take {config.image_size} x {config.image_size} images ({reason}); "
+            f"try {_remedy(spec, config.image_size, classes)}"
+        )
+    smallest = config.batch_size // config.grad_accum
+    if smallest == 1 and _refusal(copy.deepcopy(net), config.image_size, classes, train=True):
+        raise UsageError(
+            f"{spec.name} cannot learn from 1 image at a time (its batch norm sees one value per "
+            f"channel), as --batch-size {config.batch_size} --grad-accum {config.grad_accum} asks"
+        )
     return net.double() if config.float64 else net
 
 
-def _require_image_size(net: nn.Module, spec: PeerSpec, size: int, classes: int) -> None:
-    """Try one image in evaluation mode, which leaves BatchNorm's statistics alone."""
-    reason = ""
-    net.eval()
+def _refusal(net: nn.Module, size: int, classes: int, train: bool = False) -> str:
+    """Say why the net cannot take one image; without ``train`` it leaves no trace in the net."""
+    net.train(train)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             shape = tuple(net(torch.zeros(1, 3, size, size)).shape)
-        if shape != (1, classes):
-            reason = f"it returns shape {shape} and not (1, {classes})"
+        return "" if shape == (1, classes) else f"it returns shape {shape} and not (1, {classes})"
     except Exception as error:  # every model family raises its own kinds
-        reason = " ".join(str(error).split())
+        return " ".join(str(error).split())
     finally:
         net.train()
-    if reason:
-        native = net.default_cfg["input_size"][-1]  # type: ignore[index]
-        fixed = "patch_embed" in dict(net.named_children()) and "img_size" not in spec.arguments
-        patches = f"'timm:{spec.arch}[img_size={size},patch_size={max(1, size // 8)}]' or "
-        raise UsageError(
-            f"{spec.name} cannot take {size} x {size} images ({reason}); try "
-            f"{patches if fixed else ''}--image-size {native}"
-        )
+
+
+def _remedy(spec: PeerSpec, size: int, classes: int) -> str:
+    """Name arguments under which the net takes the image, tried out, and its own image size."""
+    with torch.device("meta"):
+        native = timm.create_model(spec.arch).default_cfg["input_size"][-1]
+    patches = {"img_size": size, "patch_size": max(1, size // 8)}
+    windows = {"img_size": size, "patch_size": max(1, size // 16), "window_size": 4}
+    for arguments in (patches, windows, {"img_size": size}):
+        try:
+            net = timm.create_model(spec.arch, num_classes=classes, **spec.arguments | arguments)
+        except Exception:  # every model family raises its own kinds
+            continue
+        if not _refusal(net, size, classes):
+            text = ",".join(f"{name}={value}" for name, value in arguments.items())
+            return f"'timm:{spec.arch}[{text}]' or --image-size {native}"
+    return f"--image-size {native}"
 
 
 def optimizer(module: nn.Module, config: Config) -> torch.optim.SGD:

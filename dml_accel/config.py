@@ -6,6 +6,8 @@ Every field is one flag of the command line; its ``help`` teaches what it does a
 import dataclasses
 import math
 import re
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,6 +107,19 @@ class Config:
     output_dir: str | None = flag(None, "the run folder (default: runs/<time>-<cohort>)")
     grad_accum: int = flag(1, "parts that a batch is computed in, one after the other")
     clip_norm: float | None = flag(None, "largest gradient norm, per peer (default: off)")
+    mixed_precision: str | None = flag(
+        None,
+        "bf16 or fp16 (GPU only) computes the networks in half precision "
+        "(default: what accelerate launch says, else no)",
+        choices=("no", "bf16", "fp16"),
+    )
+    batch_norm: str = flag(
+        "group",
+        "with several processes, batch statistics of all of them, as in one process, or each "
+        "its own (local: faster, another result)",
+        choices=("group", "local"),
+    )
+    timeout: float = flag(10.0, "minutes to wait for another process before giving up")
     cpu: bool = flag(False, "stay on the CPU even where there is an accelerator")
     float64: bool = flag(False, "double precision throughout, files included: to check numerics")
     val_fraction: float = flag(
@@ -121,17 +136,19 @@ class Config:
             if isinstance(v := getattr(self, f.name), (int, float)) and not isinstance(v, bool)
         }
         for name, value in finite.items():
-            _require(math.isfinite(value), name, value, "a finite number")
+            if isinstance(value, float):
+                _require(math.isfinite(value), name, value, "a finite number")
         for name in ("image_size", "epochs", "batch_size", "lr_step", "grad_accum"):
             _require(finite[name] >= 1, name, finite[name], "at least 1")
         for name in ("lr", "weight_decay", "lr_gamma", "kl_weight", "seed"):
             _require(finite[name] >= 0, name, finite[name], "0 or more")
         for name in ("momentum", "val_fraction"):
             _require(0 <= finite[name] < 1, name, finite[name], "at least 0 and below 1")
-        for name in ("temperature", "clip_norm"):
+        for name in ("temperature", "clip_norm", "timeout"):
             _require(finite.get(name, 1) > 0, name, finite.get(name), "above 0")
         _require(finite.get("max_steps", 1) >= 1, "max_steps", self.max_steps, "at least 1")
-        _require(self.image_size >= 8, "image_size", self.image_size, "at least 8 pixels")
+        _require(8 <= self.image_size <= 4096, "image_size", self.image_size, "8 to 4096 pixels")
+        _require(self.lr_gamma <= 1, "lr_gamma", self.lr_gamma, "0 to 1")
         _require(
             self.grad_accum <= self.batch_size,
             "grad_accum",
@@ -173,9 +190,14 @@ class Config:
             raise UsageError(
                 f"unknown configuration {', '.join(unknown)}; known are: {', '.join(known)}"
             )
-        values = dict(values)
         if "cohort" in values:
-            values["cohort"] = tuple(values["cohort"])
+            values = values | {"cohort": tuple(values["cohort"])}
+        for name, hint in typing.get_type_hints(cls).items():
+            accepted = typing.get_origin(hint) or hint
+            accepted = accepted if accepted is not types.UnionType else hint
+            value = values.get(name, getattr(cls, name))
+            if not isinstance(value, accepted) and not (hint is float and type(value) is int):
+                raise UsageError(f"configuration {name} is {value!r}; it must be {hint}")
         return cls(**values)
 
 

@@ -33,12 +33,14 @@ class StepRecord:
         step: optimizer steps taken, this one included.
         epoch: the epoch it belongs to, from 0.
         lr: the learning rate it used.
+        evaluates: whether an evaluation follows before the next step.
         losses_KP: mean over the batch of every peer's parts, in ``PARTS`` order, on the device.
     """
 
     step: int
     epoch: int
     lr: float
+    evaluates: bool
     losses_KP: Tensor
 
 
@@ -75,14 +77,16 @@ def fit(
     peers = sorted(peers, key=lambda peer: peer.name)
     per_epoch = len(data.train) // config.batch_size
     steps = steps_to_take(config, len(data.train))
-    evaluated_at = time.monotonic()
+    every, evaluated_at = config.eval_interval, time.monotonic()
     for step in range(steps):
         lr = learning_rate(config, step, per_epoch)
         losses = train_step(peers, data.train, step, lr, config, placement)
-        yield StepRecord(step + 1, step // per_epoch, lr, losses)
-        every = config.eval_interval
-        minutes_up = every.unit == "min" and time.monotonic() - evaluated_at >= 60 * every.count
-        if step + 1 == steps or minutes_up or every.due(step + 1, per_epoch):
+        minutes_up = every.unit == "min" and placement.agreed(
+            time.monotonic() - evaluated_at >= 60 * every.count
+        )
+        evaluates = step + 1 == steps or minutes_up or every.due(step + 1, per_epoch)
+        yield StepRecord(step + 1, step // per_epoch, lr, evaluates, losses)
+        if evaluates:
             yield EvaluationRecord(
                 step + 1,
                 step // per_epoch,
@@ -133,13 +137,16 @@ def train_step(
                 kl_reduction=config.kl_reduction,
             )
             # A sum over our rows divided by the whole batch, so that slices may be uneven.
-            mean = losses.total.sum(1) / config.batch_size
-            mean.backward(torch.ones_like(mean))
+            mean = losses.total.sum(1) * (placement.gradient_scale / config.batch_size)
+            one = mean.new_ones(())
+            mean.backward(torch.stack([peer.scaler.scale(one) for peer in peers]))
         sums.append(torch.stack([part.detach().sum(1) for part in losses], 1))
     for peer in peers:
         if config.clip_norm is not None:
+            peer.scaler.unscale_(peer.optimizer)
             nn.utils.clip_grad_norm_(peer.module.parameters(), config.clip_norm)
-        peer.optimizer.step()
+        peer.scaler.step(peer.optimizer)
+        peer.scaler.update()
     return placement.sum_over_rows(torch.stack(sums).sum(0)) / config.batch_size
 
 
@@ -160,14 +167,14 @@ def evaluate(
         See ``metrics.finish``.
     """
     peers = sorted(peers, key=lambda peer: peer.name)
-    for peer in peers:
-        peer.net.eval()
+    modules = [peer.module.eval() for peer in peers]
+    placement.share_buffers(modules)
+    lo, hi = placement.rows(len(images))
     sums = []
-    for start in range(0, len(images), _EVALUATION_ROWS):
-        lo, hi = placement.rows(min(_EVALUATION_ROWS, len(images) - start))
-        x, y = images.rows(start + lo, start + hi)
-        sums.append(batch_sums(torch.stack([peer.net(x) for peer in peers]), y))
-    for peer in peers:
-        peer.net.train()
+    for start in range(lo, hi, _EVALUATION_ROWS):
+        x, y = images.rows(start, min(start + _EVALUATION_ROWS, hi))
+        sums.append(batch_sums(torch.stack([module(x) for module in modules]), y))
+    for module in modules:
+        module.train()
     total = placement.sum_over_rows(torch.stack(sums).sum(0))
     return finish(total, [peer.name for peer in peers], classes)

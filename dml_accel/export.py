@@ -7,7 +7,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
-from torch import nn
 
 from dml_accel.cohort import Peer
 from dml_accel.data import Normalisation
@@ -29,7 +28,8 @@ def write_peer(
     normalisation: Normalisation,
     image_size: int,
     dataset: str,
-    cohort: list[str],
+    steps: int,
+    taught_by: list[str],
 ) -> None:
     """Write model.safetensors, config.json and README.md of one peer into ``folder``.
 
@@ -41,7 +41,8 @@ def write_peer(
         normalisation: what its inputs are normalised with.
         image_size: pixels a side of its inputs.
         dataset: what it was trained on.
-        cohort: names of all peers it was trained with, its own included.
+        steps: optimizer steps it took.
+        taught_by: names of the peers that it learned from; none where it learned alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned, because the format refuses tensors that share memory (tied weights).
@@ -53,7 +54,7 @@ def write_peer(
     os.replace(temporary, folder / "model.safetensors")
     config = timm_config(peer, classes, normalisation, image_size)
     write_json(folder / "config.json", config)
-    _card(peer, metrics, dataset, cohort).save(folder / "README.md")
+    _card(peer, metrics, dataset, steps, taught_by).save(folder / "README.md")
 
 
 def timm_config(
@@ -65,7 +66,7 @@ def timm_config(
     return {
         "architecture": peer.spec.arch,
         "num_classes": len(classes),
-        "num_features": _number(peer.module, "num_features"),
+        "num_features": getattr(peer.module, "num_features", None),
         "model_args": peer.spec.arguments,
         "label_names": list(classes),
         "pretrained_cfg": {
@@ -83,11 +84,9 @@ def timm_config(
     }
 
 
-def _number(net: nn.Module, name: str) -> int:
-    return int(getattr(net, name))
-
-
-def _card(peer: Peer, metrics: dict[str, Any], dataset: str, cohort: list[str]) -> ModelCard:
+def _card(
+    peer: Peer, metrics: dict[str, Any], dataset: str, steps: int, taught_by: list[str]
+) -> ModelCard:
     result = EvalResult(
         task_type="image-classification",
         dataset_type=dataset,
@@ -97,21 +96,23 @@ def _card(peer: Peer, metrics: dict[str, Any], dataset: str, cohort: list[str]) 
     )
     about = ModelCardData(
         library_name="timm",
-        tags=["image-classification", "timm", "deep-mutual-learning"],
+        tags=["image-classification", "timm", *["deep-mutual-learning"] * bool(taught_by)],
         model_name=peer.name,
         eval_results=[result],
     )
-    others = ", ".join(name for name in cohort if name != peer.name) or "no other network"
+    how = "from the labels alone"
+    if taught_by:
+        how = f"together with {', '.join(taught_by)} by Deep Mutual Learning (CVPR 2018)"
     text = f"""---
 {about.to_yaml()}
 ---
 
 # {peer.name}
 
-A `{peer.spec.arch}` with {peer.parameters:,} parameters, trained on `{dataset}` with
-{others} by Deep Mutual Learning (Zhang et al., CVPR 2018).
+A `{peer.spec.arch}` with {peer.parameters:,} parameters, trained on `{dataset}`
+{how}.
 
-Top-1 accuracy on the test split after the last epoch: {100 * metrics["top1"]:.2f}%
+Top-1 accuracy on the test split after the last of {steps:,} steps: {100 * metrics["top1"]:.2f}%
 ({metrics["n"]:,} images).
 
 ```python

@@ -64,12 +64,12 @@ def finish(sums: Tensor, peers: list[str], classes: int) -> dict[str, Any]:
     Returns:
         ``peers``: {name: {n, top1, top5, nll, ece}}; ``ensemble``: the same; ``agreement``: share
         of rows on which two peers predict the same class, mean over pairs, None for one peer;
-        ``entropy``: {name: mean entropy of the posterior}; ``kl``: [K][K] mean KL(p_l || p_k), l
-        the row. Fractions in [0, 1], nll, entropy and kl in nats, top5 None below 5 classes.
+        ``entropy``: {name: mean entropy of the posterior}; ``kl``: {l: {k: mean KL(p_l || p_k)}}.
+        Fractions in [0, 1]; nll, entropy and kl in nats; top5 None below 5 classes.
     """
     k = len(peers)
     sizes = [1, k + 1, k + 1, k + 1, (k + 1) * ECE_BINS, k * k, k * k]
-    rows, top1, top5, nll, calibration, cross, same = sums.double().cpu().split(sizes)
+    rows, top1, top5, nll, calibration, cross, same = sums.cpu().double().split(sizes)
     n = int(rows)
     ece = calibration.view(k + 1, ECE_BINS).abs().sum(1)
     table = [
@@ -90,7 +90,10 @@ def finish(sums: Tensor, peers: list[str], classes: int) -> dict[str, Any]:
         "ensemble": table[k],
         "agreement": (same.sum().item() - n * k) / (n * pairs) if pairs else None,
         "entropy": {name: finite(cross[i, i].item()) for i, name in enumerate(peers)},
-        "kl": [[finite(value) for value in row] for row in kl.tolist()],
+        "kl": {
+            taught_by: {name: finite(value) for name, value in zip(peers, row, strict=True)}
+            for taught_by, row in zip(peers, kl.tolist(), strict=True)
+        },
     }
 
 

@@ -1,24 +1,129 @@
 """Where the work is done: the only module that knows devices, processes and ranks.
 
-Today one process holds every peer. What a step needs of a placement is small: which rows of the
-batch are ours, how a network is wrapped, and how sums over rows become sums over all processes.
+Placement ``replicate``: every process holds every peer and works on its own rows of each batch;
+gradients are averaged over all processes, so that the cohort takes the steps of one process. What
+a step needs of a placement is small: which rows are ours, how a network is wrapped, and how sums
+over rows become sums over all processes.
 """
 
 import contextlib
+import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from dml_accel.batchnorm import span_group
 from dml_accel.config import Config, UsageError
+from dml_accel.keys import bounds
+
+_SECONDS_TO_REPORT = 3.0
+_PLUGINS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+class StoppedError(RuntimeError):
+    """The system or a person asked this process to stop."""
+
+
+class ProcessLostError(RuntimeError):
+    """Other processes of the run are gone; the text names them.
+
+    Attributes:
+        speaks: whether this process, the first of those left, is the one to say it.
+    """
+
+    def __init__(self, gone: Sequence[int], reason: str, speaks: bool) -> None:
+        names = ", ".join(f"rank {rank}" for rank in gone)
+        super().__init__(f"{names} no longer answers, so the run ends ({reason})")
+        self.speaks = speaks
+
+
+def stop_on_sigterm() -> None:
+    """Turn the first SIGTERM into ``StoppedError``, so that the run's status is written."""
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise StoppedError("stopped by SIGTERM")
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process; 0 where there is no launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def launched_processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_launch(config: Config) -> None:
+    """Refuse what cannot work, before any process group.
+
+    Raises:
+        UsageError: the way of starting, a plugin, the precision or the number of processes; the
+            text names the fix.
+    """
+    environment, world = os.environ, launched_processes()
+    on_cpu = _stays_on_cpu(config)
+    precision = config.mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked_for_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
+    if started_by_accelerate and asked_for_cpu and world == 1 and "MASTER_ADDR" in environment:
+        raise UsageError(
+            "accelerate launch --cpu (or use_cpu with MULTI_CPU) starts one process whatever "
+            "--num_processes says; write accelerate launch --multi_gpu --num_processes N, which "
+            "is N processes on the CPU where there is no GPU"
+        )
+    for variable, plugin in _PLUGINS.items():
+        if environment.get(variable, "").lower() == "true":
+            raise UsageError(f"{plugin} does not fit a cohort of networks; launch without it")
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        raise UsageError("compilation is not supported; launch without --dynamo_backend")
+    if int(environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)) > 1:
+        raise UsageError(
+            "gradient accumulation is a flag of training: --grad-accum, and not of the launcher"
+        )
+    if precision not in ("no", "bf16", "fp16"):
+        raise UsageError(f"mixed precision {precision} is not supported; use no, bf16 or fp16")
+    if precision == "fp16" and on_cpu:
+        raise UsageError("fp16 needs a GPU (a CPU would compute in fp32); use bf16 or no")
+    if config.float64 and precision != "no":
+        raise UsageError(f"--float64 and mixed precision {precision} exclude each other")
+    if config.float64 and not on_cpu and not torch.cuda.is_available():
+        raise UsageError("--float64: Apple GPUs have no double precision; add --cpu")
+    least = config.batch_size // config.grad_accum
+    if world > least:
+        raise UsageError(
+            f"{world} processes, but only {least} images in a part of the batch (--batch-size "
+            f"{config.batch_size}, --grad-accum {config.grad_accum}); each needs at least one"
+        )
+
+
+def _stays_on_cpu(config: Config) -> bool:
+    asked = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return asked or not torch.accelerator.is_available()
 
 
 class Placement:
-    """Every peer on one device.
+    """Every peer in every process.
 
     Attributes:
-        device: where the networks and batches are.
+        device: where this process's networks and batches are.
         rank: this process among ``world_size``; rank 0 speaks and writes.
         kind: the resolved placement, as in results.json.
     """
@@ -26,14 +131,22 @@ class Placement:
     kind = "replicate"
 
     def __init__(self, config: Config) -> None:
-        self._accelerator = Accelerator(cpu=config.cpu)
+        launched = launched_processes()
+        # Several processes without an accelerator need to be told, or each believes to be alone.
+        self._accelerator = Accelerator(
+            cpu=config.cpu or (launched > 1 and _stays_on_cpu(config)),
+            mixed_precision=config.mixed_precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
+        )
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
-        if self.world_size > 1:
-            raise UsageError("this version trains in one process; start it with plain python")
-        if config.float64 and self.device.type == "mps":
-            raise UsageError("--float64: Apple GPUs have no double precision; add --cpu")
+        if launched != self.world_size:
+            raise UsageError(
+                f"launched as {launched} processes but only {self.world_size} found each other; "
+                "add --cpu to the flags of train.py"
+            )
+        self._spans_batch_norm = config.batch_norm == "group" and self.world_size > 1
 
     @property
     def mixed_precision(self) -> str:
@@ -44,19 +157,119 @@ class Placement:
         """Return the ranks that hold each peer."""
         return {name: list(range(self.world_size)) for name in peers}
 
-    def prepare(self, net: nn.Module) -> nn.Module:
-        """Move a network to the device and wrap it for training."""
-        return self._accelerator.prepare_model(net, evaluation_mode=True)
+    def prepare(self, module: nn.Module, name: str) -> nn.Module:
+        """Move a network to the device, in place, and wrap it for training.
+
+        Args:
+            module: the bare network; its batch norms span the processes afterwards, unless the
+                configuration says ``local``.
+            name: the peer's name, for messages.
+
+        Returns:
+            What to call in training.
+
+        Raises:
+            UsageError: a batch norm cannot span processes.
+        """
+        if self._spans_batch_norm:
+            span_group(module, None, name)
+        module = self._accelerator.prepare_model(module, evaluation_mode=True)
+        if self.world_size == 1:
+            return module
+        # Buffers need no broadcast before each step: training never reads running statistics.
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+        )
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Return a loss scaler for one peer; outside fp16 it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.mixed_precision == "fp16")
 
     def rows(self, count: int) -> tuple[int, int]:
         """Return the first and one past the last of the ``count`` rows that are ours."""
-        return 0, count
+        return bounds(count, self.world_size)[self.rank]
+
+    @property
+    def gradient_scale(self) -> int:
+        """What a sum over our rows is multiplied by, as gradients are divided by the processes."""
+        return self.world_size
 
     @contextlib.contextmanager
     def micro_batch(self, nets: Sequence[nn.Module], last: bool) -> Iterator[None]:
         """Surround forward and backward of one part of a batch; gradients meet in the last."""
-        yield
+        with contextlib.ExitStack() as stack:
+            for net in nets:
+                if isinstance(net, DistributedDataParallel) and not last:
+                    stack.enter_context(net.no_sync())
+            yield
 
     def sum_over_rows(self, sums: Tensor) -> Tensor:
         """Add a tensor of sums over our rows to those of all other processes."""
+        if self.world_size > 1:
+            dist.all_reduce(sums)
         return sums
+
+    def share_buffers(self, modules: Sequence[nn.Module]) -> None:
+        """Give every process rank 0's running statistics: those that are evaluated and saved."""
+        if self.world_size > 1 and not self._spans_batch_norm:
+            for module in modules:
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, src=0)
+
+    def agreed(self, decision: bool) -> bool:
+        """Return rank 0's decision in every process."""
+        if self.world_size == 1:
+            return decision
+        word = torch.tensor([decision], dtype=torch.uint8, device=self.device)
+        dist.broadcast(word, src=0)
+        return bool(word.item())
+
+    def largest(self, value: int) -> int:
+        """Return the largest of all processes' values."""
+        if self.world_size == 1:
+            return value
+        word = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(word, op=dist.ReduceOp.MAX)
+        return int(word.item())
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Turn a failed exchange into an error that names the processes that are gone.
+
+        Raises:
+            ProcessLostError: an exchange failed, or waited longer than the timeout.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            lost = isinstance(error, dist.DistError | StoppedError) or "gloo" in reason
+            if self.world_size == 1 or not lost:
+                raise
+            gone = self._missing()
+            if not gone:
+                raise
+            raise ProcessLostError(gone, reason, speaks=self._speaks_for(gone)) from error
+
+    def _missing(self) -> list[int]:
+        """Ask every process to report through the launcher's store; return those that do not."""
+        gone = list(range(self.world_size))
+        try:
+            store: Any = dist.distributed_c10d._get_default_store()
+            store.set(f"alive/{self.rank}", b"1")
+            deadline = time.monotonic() + _SECONDS_TO_REPORT
+            while gone and time.monotonic() < deadline:
+                gone = [rank for rank in gone if not store.check([f"alive/{rank}"])]
+                time.sleep(0.05)
+        except RuntimeError:
+            gone = [0]  # the store lives on rank 0's machine
+        return gone
+
+    def _speaks_for(self, gone: Sequence[int]) -> bool:
+        return self.rank == min(set(range(self.world_size)) - set(gone), default=self.rank)
+
+    def close(self) -> None:
+        """Leave the process group in order."""
+        self._accelerator.end_training()

@@ -33,8 +33,8 @@ class Window:
 class Windows:
     """Collects step records; reads the device once per window, not once per step.
 
-    Windows end after steps 1, 2, 4, 8, ... and then every twentieth of an epoch, and where
-    ``close`` is called, so they depend on the steps alone.
+    Windows end after steps 1, 2, 4, 8, ..., then with every twentieth of an epoch, and before an
+    evaluation, whose time is no step's.
 
     Args:
         peers: names, in the order of the records' rows.
@@ -43,7 +43,8 @@ class Windows:
 
     def __init__(self, peers: list[str], steps_per_epoch: int) -> None:
         self._peers = peers
-        self._every = max(1, steps_per_epoch // 20)
+        self._per_epoch = steps_per_epoch
+        self._every = -(-steps_per_epoch // 20)
         self._pending: list[StepRecord] = []
         self._measured: list[Window] = []
         self.restart_clock()
@@ -55,14 +56,12 @@ class Windows:
     def add(self, record: StepRecord) -> Window | None:
         """Take one record; return the window that it ends, if it ends one."""
         self._pending.append(record)
-        step = record.step
-        early = step < self._every and step & (step - 1) == 0
-        return self.close() if early or step % self._every == 0 else None
+        early = record.step < self._every and record.step.bit_count() == 1
+        into_epoch = (record.step - 1) % self._per_epoch + 1
+        ends = into_epoch % self._every == 0 or into_epoch == self._per_epoch
+        return self._close() if early or ends or record.evaluates else None
 
-    def close(self) -> Window | None:
-        """End the window that is open; None where none is."""
-        if not self._pending:
-            return None
+    def _close(self) -> Window:
         means = torch.stack([record.losses_KP for record in self._pending]).mean(0).tolist()
         now = time.perf_counter()  # after the read above, which waits for the device
         window = Window(
@@ -176,7 +175,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def device_memory(device: torch.device) -> int | None:
+def device_memory(device: torch.device) -> int:
     """Peak memory of this process in bytes: the accelerator's where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

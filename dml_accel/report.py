@@ -27,7 +27,13 @@ def _percent(share: float | None) -> str:
 
 def results_markdown(results: dict[str, Any], config: dict[str, Any], command: str) -> str:
     """Return results.md: the table, and what it takes to repeat it."""
-    agreement = _percent(results["agreement"])
+    agreement = ""
+    if results["agreement"] is not None:
+        agreement = (
+            f"\nTwo peers predict the same class on {_percent(results['agreement'])}% of the "
+            "images (mean over pairs)."
+        )
+    seed = f"seed {results['seed']}. The ensemble is the mean posterior.{agreement}"
     rate = results["throughput"]["images_per_second"]
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
     return f"""# {" + ".join(peer["name"] for peer in results["peers"])} on {config["dataset"]}
@@ -35,8 +41,7 @@ def results_markdown(results: dict[str, Any], config: dict[str, Any], command: s
 {results_table(results, "github")}
 
 Test split, {results["ensemble"]["n"]:,} images, after the last of {results["steps"]:,} steps
-({results["epochs"]} epochs configured), seed {results["seed"]}. The ensemble is the mean posterior.
-Two peers predict the same class on {agreement}% of the images (mean over pairs).
+({results["epochs"]} epochs configured), {seed}
 
 - Command: `{command}`
 - {results["world_size"]} process(es) on {results["device"]}, precision

@@ -26,15 +26,20 @@ class RunFolder:
         UsageError: the folder holds a run already, is in use, or cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | None, peers: list[str]) -> None:
+        """Take ``path``, or a new ``runs/<time>-<cohort>`` where it is None."""
+        self._given = path is not None
+        self.path = Path(path) if path is not None else _default_path(peers)
         self.step = 0
-        self._refuse_early()
+        try:
+            self._refuse_early()
+        except OSError as error:
+            raise self._cannot_be_made(error.strerror) from error
 
     def _refuse_early(self) -> None:
         """Refuse what entering would refuse, as far as looking can tell, before long work."""
         for trace in _TRACES_OF_A_RUN:
-            if (self.path / trace).exists():
+            if self._given and (self.path / trace).exists():
                 raise UsageError(
                     f"--output-dir {self.path} already holds a run ({trace}); name a new folder"
                 )
@@ -42,18 +47,32 @@ class RunFolder:
         while not parent.exists() and parent != parent.parent:
             parent = parent.parent
         if not parent.is_dir():
-            raise UsageError(f"--output-dir {self.path} cannot be made: {parent} is not a folder")
+            raise self._cannot_be_made(f"{parent} is not a folder")
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise UsageError(f"--output-dir {self.path} cannot be made: {parent} is not writable")
+            raise self._cannot_be_made(f"{parent} is not writable")
+
+    def _cannot_be_made(self, reason: str | None) -> UsageError:
+        return UsageError(f"--output-dir {self.path} cannot be made: {reason}; name another folder")
+
+    def _make(self) -> None:
+        """Make the folder; one that was not asked for by name must be new."""
+        stem, attempt = self.path, 1
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=self._given)
+                return
+            except FileExistsError:
+                if self._given:
+                    raise
+                attempt += 1
+                self.path = stem.with_name(f"{stem.name}-{attempt}")
 
     def __enter__(self) -> "RunFolder":
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make()
             self._lock = open(self.path / "run.lock", "a+")
         except OSError as error:
-            raise UsageError(
-                f"--output-dir {self.path} cannot be made: {error.strerror}"
-            ) from error
+            raise self._cannot_be_made(error.strerror) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -97,13 +116,7 @@ class RunFolder:
         write_json(self.path / name, content)
 
 
-def default_path(peers: list[str]) -> Path:
-    """Return ``runs/<time>-<cohort>``, a folder that is not there yet."""
+def _default_path(peers: list[str]) -> Path:
     nets = [name.rpartition("-")[0] for name in peers]
     parts = [f"{net}x{nets.count(net)}" for net in dict.fromkeys(nets)]
-    stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{'-'.join(parts)[:80]}"
-    path, attempt = stem, 1
-    while path.exists():
-        attempt += 1
-        path = stem.with_name(f"{stem.name}-{attempt}")
-    return path
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{'-'.join(parts)[:80]}"

@@ -7,10 +7,10 @@ cache. Nothing that is read can execute code: Arrow, image files and safetensors
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import io
 import os
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 import warnings
@@ -58,15 +58,24 @@ class Source:
     classes: tuple[str, ...]
 
 
-def read(config: Config) -> Source:
+def read(config: Config, quiet: bool = False) -> Source:
     """Read ``config.dataset``, all of it, into memory.
+
+    Args:
+        config: names the set, its splits, columns and the image size.
+        quiet: let the library show no download bars (this process is one of several).
 
     Raises:
         UsageError: the set cannot be reached, or a split, column, label or image is not usable.
     """
     if config.dataset == "digits":
+        for name in ("image_column", "label_column", "train_split", "test_split"):
+            if getattr(config, name) != getattr(Config, name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} does not apply to digits; leave it out"
+                )
         return _digits(config.image_size)
-    splits = _open(config.dataset)
+    splits = _open(config.dataset, quiet)
     features = [_split(splits, name, flag).features for name, flag in _split_flags(config)]
     image = _image_column(features[0], config.image_column)
     label = _label_column(features[0], config.label_column)
@@ -89,24 +98,30 @@ def read(config: Config) -> Source:
 # ---------------------------------------------------------------- finding the set
 
 
-def _open(dataset: str) -> Any:
+def _open(dataset: str, quiet: bool) -> Any:
     import datasets  # imported late: it costs a second that 'digits' need not pay
 
-    folder = Path(dataset).expanduser()
-    if folder.is_file():
-        raise UsageError(f"--dataset {dataset} is a file; name the folder that holds it")
-    if not folder.exists() and (dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1):
+    try:
+        folder = Path(dataset).expanduser()
+        present = folder.exists()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"--dataset {dataset} cannot be a folder: {error}") from error
+    if not dataset or folder.is_file():
+        raise UsageError(f"--dataset {dataset!r} is no folder; name the one that holds the images")
+    if not present and (dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1):
         raise UsageError(f"--dataset {dataset}: there is no such folder")
-    if not folder.exists() and not _hub_answers():
+    if not present and not _hub_answers():
         # The library would retry for half a minute; offline it uses what is cached, at once.
         datasets.config.HF_HUB_OFFLINE = True
         import huggingface_hub.constants
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(str(folder) if folder.exists() else dataset)
+        # On disk and not in memory: the cache of decoded images is keyed by those files.
+        name = str(folder) if present else dataset
+        return datasets.load_dataset(name, keep_in_memory=False)
     except ConnectionError as error:
         raise UsageError(
             f"--dataset {dataset}: the hub cannot be reached, nothing of it is cached here, and no "
@@ -133,7 +148,7 @@ def _hub_answers() -> bool:
         ).close()
     except urllib.error.HTTPError as answer:
         answer.close()
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
 
@@ -216,6 +231,10 @@ def _digits(size: int) -> Source:
 
 
 def _to_rgb(image: Image.Image, size: int) -> np.ndarray:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; store 8 or 16 bits")
     if image.size != (size, size):
         image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image.convert("RGB"))
@@ -230,16 +249,17 @@ def _decoded(dataset: Any, split: str, image: str, label: str, classes: int, siz
     """Return the split's images, from the cache where it holds them undamaged."""
     stats = [(f["filename"], os.stat(f["filename"])) for f in dataset.cache_files]
     identity = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    path = cache_dir() / f"{key(_CACHE_FORMAT, identity, image, label, size):016x}.safetensors"
+    digest = key(_CACHE_FORMAT, identity, split, image, label, size)
+    path = cache_dir() / f"{digest:016x}.safetensors"
     with _lock(path) as writable:
-        if path.exists():
+        if identity and path.exists():
             try:
                 return _load(path)
             except (ValueError, SafetensorError) as damage:
                 print(f"{path} is damaged ({damage}); decoding again", file=sys.stderr)
         labels = _labels(dataset, split, label, classes)
         decoded = Split(_decode(dataset, split, image, size), labels)
-        if writable:
+        if writable and identity:
             _store(path, decoded)
         return decoded
 
@@ -307,15 +327,13 @@ def _digest(split: Split) -> str:
 
 def _store(path: Path, split: Split) -> None:
     """Write under a temporary name, then rename: a reader sees the whole file or none."""
-    temporary = ""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as handle:
-            temporary = handle.name
         tensors = {"images": split.images, "labels": split.labels}
         save_file(tensors, temporary, metadata={"sha256": _digest(split)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         print(f"images are not cached: {error}; set DML_CACHE to a folder", file=sys.stderr)
 
 

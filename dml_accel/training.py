@@ -11,54 +11,65 @@ from dml_accel import cohort, data, sources
 from dml_accel.cohort import Peer, PeerSpec
 from dml_accel.config import Config
 from dml_accel.data import Data
-from dml_accel.engine import EvaluationRecord, StepRecord, fit, steps_to_take
+from dml_accel.engine import EvaluationRecord, fit, steps_to_take
 from dml_accel.export import write_peer
-from dml_accel.placement import Placement
+from dml_accel.placement import Placement, check_launch, launched_rank, stop_on_sigterm
 from dml_accel.progress import Display, Windows, device_memory
 from dml_accel.report import results_markdown
-from dml_accel.runfolder import RunFolder, default_path
+from dml_accel.runfolder import RunFolder
 
 _PACKAGES = ("dml-accel", "torch", "torchvision", "accelerate", "datasets", "timm", "safetensors")
 
 
-def train(config: Config, command: str) -> tuple[Path, dict[str, Any]]:
-    """Train a cohort as ``config`` says.
+def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
+    """Train a cohort as ``config`` says, in this process or as one of several.
 
     Args:
         config: the run.
         command: the command line that asked for it, for the record.
 
     Returns:
-        The run folder, and the content of its results.json.
+        The run folder and the content of its results.json; None in all processes but the first,
+        which alone writes.
 
     Raises:
         UsageError: the input does not allow the run; nothing has been written then.
+        ProcessLostError: another process is gone.
     """
+    check_launch(config)
     specs = cohort.parse(config.cohort)
     names = [spec.name for spec in specs]
-    folder = RunFolder(Path(config.output_dir) if config.output_dir else default_path(names))
-    source = sources.read(config)
+    speaks = launched_rank() == 0
+    folder = RunFolder(config.output_dir, names) if speaks else None
+    source = sources.read(config, quiet=not speaks)
     data.held_out(source, config)
+    modules = [cohort.build(spec, config, len(source.classes)) for spec in specs]
     placement = Placement(config)
     images = data.prepare(source, config, placement.device)
-    peers = [_peer(spec, config, len(images.classes), placement) for spec in specs]
-    with folder:
-        folder.write(
-            "config.json",
-            {
-                "format": 1,
-                "config": config.as_dict(),
-                "peers": [{"name": spec.name, "arch": spec.arch} for spec in specs],
-                "classes": len(images.classes),
-                "images": {"train": len(images.train), "test": len(images.test)},
-                "versions": versions(),
-                "command": command,
-                "commit": _commit(),
-            },
+    peers = [
+        Peer(
+            spec,
+            module,
+            placement.prepare(module, spec.name),
+            cohort.optimizer(module, config),
+            placement.scaler(),
         )
+        for spec, module in zip(specs, modules, strict=True)
+    ]
+    stop_on_sigterm()
+    if folder is None:
+        with placement.watching():
+            for _ in fit(peers, images, config, placement):
+                pass
+            placement.largest(device_memory(placement.device))
+            placement.close()
+        return None
+    with folder, placement.watching():
+        folder.write("config.json", _description(config, specs, images, command))
         folder.status("running")
         last, windows = _train_and_record(peers, images, config, placement, folder)
         results = _results(peers, last, windows, config, placement)
+        folder.write("results.json", results)
         for peer in peers:
             write_peer(
                 folder.path / "peers" / peer.name,
@@ -68,18 +79,28 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]]:
                 normalisation=images.normalisation,
                 image_size=config.image_size,
                 dataset=config.dataset,
-                cohort=names,
+                steps=last.step,
+                taught_by=[name for name in names if name != peer.name and config.kl_weight > 0],
             )
-        folder.write("results.json", results)
         markdown = results_markdown(results, config.as_dict(), command)
         (folder.path / "results.md").write_text(markdown)
+        placement.close()
     return folder.path, results
 
 
-def _peer(spec: PeerSpec, config: Config, classes: int, placement: Placement) -> Peer:
-    module = cohort.build(spec, config, classes)
-    net = placement.prepare(module)
-    return Peer(spec, module, net, cohort.optimizer(module, config))
+def _description(
+    config: Config, specs: list[PeerSpec], images: Data, command: str
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "config": config.as_dict(),
+        "peers": [{"name": spec.name, "arch": spec.arch} for spec in specs],
+        "classes": len(images.classes),
+        "images": {"train": len(images.train), "test": len(images.test)},
+        "versions": versions(),
+        "command": command,
+        "commit": commit(),
+    }
 
 
 def _train_and_record(
@@ -92,25 +113,24 @@ def _train_and_record(
     last = None
     try:
         for record in fit(peers, images, config, placement):
-            if isinstance(record, StepRecord):
-                window = windows.add(record)
-                display.step(window)
-            else:
-                window, last = windows.close(), record
+            if isinstance(record, EvaluationRecord):
+                last = record
+                folder.event("eval", record.step, record.epoch, test=record.test, val=record.val)
+                display.evaluation(record)
+                windows.restart_clock()
+                continue
+            window = windows.add(record)
+            display.step(window)
             if window is not None:
                 folder.event(
                     "step",
-                    window.last.step,
-                    window.last.epoch,
-                    lr=window.last.lr,
+                    record.step,
+                    record.epoch,
+                    lr=record.lr,
                     steps=window.steps,
                     seconds=round(window.seconds, 6),
                     peers=window.losses,
                 )
-            if isinstance(record, EvaluationRecord):
-                folder.event("eval", record.step, record.epoch, test=record.test, val=record.val)
-                display.evaluation(record)
-                windows.restart_clock()
     finally:
         display.close()
     assert last is not None, "fit ends with an evaluation"
@@ -148,7 +168,7 @@ def _results(
         "ensemble": last.test["ensemble"],
         "agreement": last.test["agreement"],
         "throughput": windows.throughput(config.batch_size),
-        "peak_memory_bytes": device_memory(placement.device),
+        "peak_memory_bytes": placement.largest(device_memory(placement.device)),
         "versions": versions(),
     }
 
@@ -158,19 +178,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
-def _commit() -> str | None:
-    """Return the commit of this source tree, None where it is not a checkout."""
+def commit() -> str | None:
+    """Return the commit of this source tree, ``-dirty`` behind it where files differ from it.
+
+    None where the package is not part of a checkout of its own.
+    """
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
 
 
 def command_line() -> str:

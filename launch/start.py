@@ -31,8 +31,8 @@ def set_up() -> None:
     if stamp.is_file() and stamp.read_text() == wanted:
         return
     print(f"setting up {VENV}: a few minutes the first time", flush=True)
-    if not (BIN / "python").exists():
-        venv.create(VENV, with_pip=True)
+    if not stamp.is_file():  # nothing here, or what an installation that failed has left
+        venv.create(VENV, with_pip=True, clear=True)
     install = [BIN / "python", "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[test]"]
     subprocess.run(install, check=True)
     stamp.write_text(wanted)

@@ -73,8 +73,9 @@ class Training:
 
     def _peer(self, spec: cohort.PeerSpec) -> Peer:
         module = cohort.build(spec, self.config, len(self.data.classes))
-        net = self.placement.prepare(module)
-        return Peer(spec, module, net, cohort.optimizer(module, self.config))
+        net = self.placement.prepare(module, spec.name)
+        optimizer = cohort.optimizer(module, self.config)
+        return Peer(spec, module, net, optimizer, self.placement.scaler())
 
     def states(self) -> dict[str, dict[str, torch.Tensor]]:
         """Parameters, buffers and momentum of every peer, by name."""

@@ -180,7 +180,7 @@ def test_dropout_is_keyed_and_differs_between_peers_and_steps(training: Build) -
     for step, name in ((0, "a"), (0, "b"), (1, "a")):
         spec = cohort.PeerSpec(name, "")
         dropout = nn.Dropout(0.5)
-        peer = cohort.Peer(spec, dropout, dropout, None)
+        peer = cohort.Peer(spec, dropout, dropout, None, None)
         masks.append(engine._forward(peer, torch.ones(64), 0, step, 0, 0))
     assert not any(torch.equal(masks[i], masks[j]) for i in range(3) for j in range(i))
 

@@ -32,7 +32,7 @@ def test_values_by_hand() -> None:
     assert found["entropy"]["n-0"] == pytest.approx(entropy / 2)
     kl_01 = 0.8 * math.log(0.8 / 0.3) + 0.2 * math.log(0.2 / 0.7)
     kl_01 += 0.6 * math.log(0.6 / 0.2) + 0.4 * math.log(0.4 / 0.8)
-    assert found["kl"][0] == pytest.approx([0, kl_01 / 2])
+    assert found["kl"]["n-0"] == pytest.approx({"n-0": 0, "n-1": kl_01 / 2})
 
 
 @pytest.fixture

@@ -159,6 +159,19 @@ def test_an_argument_that_a_net_does_not_know_is_refused() -> None:
         cohort.build(spec, tiny_config(), 10)
 
 
+def test_our_own_nets_arguments_are_tried_as_well() -> None:
+    spec = cohort.parse(["resnet8[in_chans=1]"])[0]
+    with pytest.raises(UsageError, match="resnet8-0 cannot take 16 x 16 images"):
+        cohort.build(spec, tiny_config(), 10)
+
+
+def test_a_net_that_cannot_learn_from_one_image_is_refused() -> None:
+    spec = cohort.parse(["timm:resnet18"])[0]
+    with pytest.raises(UsageError, match="cannot learn from 1 image at a time"):
+        cohort.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=4), 10)
+    assert cohort.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=2), 10).training
+
+
 def test_the_readme_prints_the_counts_beside_the_papers() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for name in cohort.SHORT_NAMES:

@@ -15,6 +15,9 @@ import torch
 from dml_accel import cli, sources
 from dml_accel.config import Config, Interval, UsageError
 from dml_accel.data import prepare
+from dml_accel.engine import StepRecord
+from dml_accel.progress import Windows
+from dml_accel.runfolder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 TINY = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --max-steps 20 --cpu".split()
@@ -93,7 +96,16 @@ def test_metrics_are_one_record_a_line(run: Path) -> None:
     assert [e["step"] for e in events if e["event"] == "eval"] == [8, 16, 20]
     steps = [e for e in events if e["event"] == "step"]
     assert sum(e["steps"] for e in steps) == 20 and steps[-1]["step"] == 20
-    assert len({e["step"] for e in steps}) == len(steps)
+    assert [e["step"] for e in steps] == [
+        1,
+        2,
+        4,
+        8,
+        9,
+        16,
+        18,
+        20,
+    ]  # 9: a twentieth of the epoch's 161
     losses = [e["peers"]["resnet8-0"]["cross_entropy"] for e in steps]
     assert len(set(losses)) == len(losses)  # not one value reported for ever
     assert all({"event", "step", "epoch", "time"} <= set(e) for e in events)
@@ -200,6 +212,8 @@ def test_a_cohort_that_diverges_still_writes_json(tmp_path: Path) -> None:
         (["--eval-every", "often"], "--eval-every 'often' is not an interval"),
         (["--image-size", "4"], "--image-size is 4"),
         (["--seed", "-1"], "--seed is -1"),
+        (["--lr-gamma", "1e200"], "--lr-gamma is 1e+200; it must be 0 to 1"),
+        (["--output-dir", "/tmp/" + "x" * 300], "cannot be made: File name too long"),
         (["--epochs", "two"], "--epochs: invalid int value: 'two'"),
         (["--kl-reduction", "max"], "invalid choice: 'max'"),
         (["--batchsize", "8"], "unknown argument --batchsize: did you mean --batch-size?"),
@@ -247,6 +261,43 @@ def test_a_folder_in_use_is_refused_and_its_holder_named(
         assert train("--output-dir", str(tmp_path), "--cohort", "resnet8") == 2
         assert "is in use by process 42 on elsewhere" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_folders_without_a_name_are_new_even_in_the_same_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    with RunFolder(None, ["a-0"]) as first, RunFolder(None, ["a-0"]) as second:
+        assert (str(first.path), str(second.path)) == ("runs/now-ax1", "runs/now-ax1-2")
+
+
+def test_evaluation_takes_no_steps_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    windows = Windows(["a"], steps_per_epoch=781)
+    ends = []
+    for step in range(1, 783):
+        window = windows.add(StepRecord(step, 0, 0.1, step in (100, 781), torch.zeros(1, 3)))
+        if window:
+            ends.append((step, window.steps, window.seconds))
+        if step in (100, 781):
+            next(clock)  # an evaluation
+            windows.restart_clock()
+    assert [end[0] for end in ends][:8] == [1, 2, 4, 8, 16, 32, 40, 80]
+    assert [end[:2] for end in ends][-2:] == [(760, 40), (781, 21)]
+    assert {end[2] for end in ends} == {10}
+
+
+def test_a_model_card_says_how_it_was_taught(run: Path, tmp_path: Path) -> None:
+    card = (run / "peers" / "resnet8-0" / "README.md").read_text()
+    assert "together with wrn_16_2-0 by Deep Mutual Learning" in card
+    assert "after the last of 20 steps" in card
+    folder = tmp_path / "run"
+    words = ("--cohort", "resnet8*2", "--kl-weight", "0", "--max-steps", "1")
+    assert train(*words, "--output-dir", str(folder)) == 0
+    card = (folder / "peers" / "resnet8-0" / "README.md").read_text()
+    assert "from the labels alone" in card and "mutual" not in card.lower()
 
 
 def test_a_failure_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +362,12 @@ def test_interval_ends() -> None:
 def test_unknown_configuration_lists_the_known() -> None:
     with pytest.raises(UsageError, match="unknown configuration batchsize; known are: cohort"):
         Config.from_dict({"batchsize": 3})
+
+
+def test_a_value_of_the_wrong_type_is_refused() -> None:
+    with pytest.raises(UsageError, match="configuration epochs is '8'; it must be <class 'int'>"):
+        Config.from_dict({"epochs": "8"})
+    assert Config.from_dict({"lr": 1}).lr == 1
 
 
 def test_defaults_are_the_papers() -> None:

@@ -121,6 +121,20 @@ def test_the_real_images_are_read(real_images: Path) -> None:
     assert first["fine_label"] == found.train.labels[0]
 
 
+def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(parquet: Write) -> None:
+    def grey(value: float, kind: type, form: str) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((SIZE, SIZE), value, kind)).save(buffer, form)
+        return buffer.getvalue()
+
+    images = [grey(257 * value, np.uint16, "PNG") for value in (3, 200)]
+    found = read(parquet(train=split([0, 1], images), test=split([1])))
+    assert found.train.images[:, 0, 0].tolist() == [[3] * 3, [200] * 3]
+    folder = parquet(train=split([0], [grey(0.5, np.float32, "TIFF")]), test=split([1]))
+    with pytest.raises(UsageError, match="image 0 of split 'train' .*mode F have no known range"):
+        read(folder)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_other_colours_and_sizes_become_rgb_squares(parquet: Write, mode: str) -> None:
     buffer = io.BytesIO()
@@ -187,6 +201,26 @@ def test_without_a_place_for_the_cache_the_images_are_still_read(
     found = read(parquet(train=split([0, 1]), test=split([2, 1])))
     assert len(found.train) == 2
     assert "images are not cached" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_run(
+    parquet: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sources, "save_file", full)
+    assert len(read(parquet(train=split([0, 1, 1]), test=split([2]))).train) == 3
+    assert "images are not cached: [Errno 28] No space" in capsys.readouterr().err
+    assert not list(sources.cache_dir().glob("*.tmp"))
+
+
+def test_tables_kept_in_memory_are_not_mistaken_for_each_other(
+    parquet: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 10**9)
+    found = read(parquet(train=split([0, 1, 2]), test=split([2])))
+    assert (len(found.train), len(found.test)) == (3, 1)
 
 
 def test_the_cache_holds_no_pickle_and_no_leftovers(parquet: Write) -> None:
@@ -292,6 +326,9 @@ def test_a_corrupt_file_of_a_class_folder_is_named(tmp_path: Path) -> None:
     [
         ("./nowhere", "there is no such folder"),
         ("/a/b/c", "there is no such folder"),
+        ("x" * 300, "cannot be a folder"),
+        ("~nobody-of-that-name/x", "cannot be a folder"),
+        ("", "'' is no folder"),
         ("no-such/set", "the hub cannot be reached, nothing of it is cached here, and no local"),
     ],
 )
@@ -300,11 +337,17 @@ def test_a_set_that_is_not_there(dataset: str, message: str) -> None:
         read(dataset)
 
 
+@pytest.mark.parametrize("change", [{"label_column": "x"}, {"test_split": "valid"}])
+def test_flags_without_meaning_for_digits_are_refused(change: dict) -> None:
+    with pytest.raises(UsageError, match="does not apply to digits"):
+        read("digits", **change)
+
+
 def test_a_file_or_an_empty_folder_is_no_set(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         read(str(tmp_path))
     (tmp_path / "x.png").write_bytes(png(0))
-    with pytest.raises(UsageError, match="is a file"):
+    with pytest.raises(UsageError, match="is no folder"):
         read(str(tmp_path / "x.png"))
 
 

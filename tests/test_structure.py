@@ -17,6 +17,7 @@ ORDER = [
     "reference",
     "metrics",
     "cohort",
+    "batchnorm",
     "placement",
     "engine",
     "export",

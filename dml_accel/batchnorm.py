@@ -1,0 +1,147 @@
+"""Batch normalisation whose statistics span a group of processes, on any backend.
+
+Forward and backward give what one process would compute on all the group's rows together, with
+slices of any size, not zero. torch's SyncBatchNorm does this on CUDA only, and converting to it
+loses the activation that timm fuses into its own layers.
+
+Shape letters: B our rows, C channels, W processes of the group.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from dml_accel.config import UsageError
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalise with the group's statistics; the gradient passes through them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count, mean, var = _group_statistics(wide, group)
+        y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.group, ctx.count = eps, group, count
+        ctx.mark_non_differentiable(count, mean, var)
+        return y, count, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """Take the gradient with fixed statistics, then subtract what flows through them.
+
+        With x^ = (x - mean) / std and sums over all N rows and pixels of the group,
+        dx = w / std (dy - sum(dy) / N - x^ sum(dy x^) / N).
+        """
+        x, weight, mean, var = ctx.saved_tensors
+        inverse_std = (var + ctx.eps).rsqrt()
+        fixed, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([grad_bias, grad_weight])
+        dist.all_reduce(sums, group=ctx.group)
+        sum_dy, sum_dy_x = sums / ctx.count
+        slope = weight * inverse_std**2 * sum_dy_x
+        offset = weight * inverse_std * sum_dy - slope * mean
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        through = torch.addcmul(offset.view(shape), x, slope.view(shape))
+        # Weight and bias get our rows' part; DDP adds up the group's, as for all parameters.
+        return (fixed - through).to(x.dtype), grad_weight, grad_bias, None, None
+
+
+def _group_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the group's count per channel [], mean [C] and biased variance [C] of x [B, C, ...].
+
+    Each process sends its own count, mean and variance; the spread of the means is added to the
+    mean of the variances, so nothing large is subtracted from anything large.
+    """
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    var, mean = torch.var_mean(x, dims, correction=0)
+    count = torch.full_like(mean[:1], x.numel() / x.shape[1])
+    # Every process fills its row of zeros: a sum that only ever adds zero is an exact exchange.
+    table = x.new_zeros(dist.get_world_size(group), 2 * len(mean) + 1)
+    table[dist.get_rank(group)] = torch.cat([count, mean, var])
+    dist.all_reduce(table, group=group)
+    counts, means, variances = table.split([1, len(mean), len(mean)], dim=1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    var = (counts * (variances + (means - mean) ** 2)).sum(0) / total
+    return total, mean, var
+
+
+def _normalise(layer: Any, x: Tensor) -> Tensor:
+    """Normalise in training with the group's statistics and move the running ones, once."""
+    y, count, mean, var = _Normalise.apply(x, layer.weight, layer.bias, layer.eps, layer.group)
+    if layer.track_running_stats:
+        with torch.no_grad():
+            layer.num_batches_tracked.add_(1)
+            momentum = layer.momentum
+            if momentum is None:  # a cumulative average
+                momentum = 1 / layer.num_batches_tracked.item()
+            layer.running_mean.lerp_(mean.to(layer.running_mean), momentum)
+            layer.running_var.lerp_((var * count / (count - 1)).to(layer.running_var), momentum)
+    return y
+
+
+class GroupBatchNorm1d(nn.BatchNorm1d):
+    """``BatchNorm1d`` over a group of processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [B, C] or [B, C, L]."""
+        return _normalise(self, x) if self.training else super().forward(x)
+
+
+class GroupBatchNorm2d(nn.BatchNorm2d):
+    """``BatchNorm2d`` over a group of processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [B, C, H, W]."""
+        return _normalise(self, x) if self.training else super().forward(x)
+
+
+class GroupBatchNormAct2d(BatchNormAct2d):
+    """timm's batch norm with its fused dropout and activation, over a group of processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [B, C, H, W] and activate."""
+        if not self.training:
+            return super().forward(x)
+        return self.act(self.drop(_normalise(self, x)))
+
+
+_SPANNING: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: GroupBatchNorm1d,
+    nn.BatchNorm2d: GroupBatchNorm2d,
+    BatchNormAct2d: GroupBatchNormAct2d,
+}
+
+
+def span_group(net: nn.Module, group: Any, name: str) -> None:
+    """Let every batch norm of ``net`` span ``group``, in place: weights and names stay.
+
+    Raises:
+        UsageError: a layer is a batch norm that this file does not know.
+    """
+    for path, layer in net.named_modules():
+        spanning = _SPANNING.get(type(layer))
+        if spanning is not None:
+            if layer.weight is None or not layer.track_running_stats:
+                _refuse(name, path, "without weights or running statistics")
+            layer.__class__ = spanning
+            layer.group = group
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            _refuse(name, path, f"of type {type(layer).__name__}")
+
+
+def _refuse(name: str, path: str, what: str) -> None:
+    raise UsageError(
+        f"{name}: layer {path} is a batch norm {what}, which cannot span processes; "
+        "--batch-norm local keeps its statistics in each process"
+    )

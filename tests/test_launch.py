@@ -1,0 +1,90 @@
+"""What is refused before any process group: ways of starting, plugins, precisions (law 9)."""
+
+import pytest
+import torch
+
+from dml_accel.config import UsageError
+from dml_accel.placement import check_launch
+from tests.conftest import tiny_config
+
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+WORKERS = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*ACCELERATE, *WORKERS, "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+
+
+REFUSED = {
+    "accelerate launch --cpu --num_processes 2": (
+        ACCELERATE | {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
+        {},
+        "starts one process whatever --num_processes says; write accelerate launch --multi_gpu",
+    ),
+    "FSDP": (ACCELERATE | {"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP does not fit"),
+    "DeepSpeed": (ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed does not fit"),
+    "fp8": ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "mixed precision fp8 is not supported"),
+    "fp16 from the launcher": (
+        {"ACCELERATE_MIXED_PRECISION": "fp16"},
+        {"float64": False},
+        "fp16 needs a GPU",
+    ),
+    "fp16 from the flag": ({}, {"mixed_precision": "fp16", "float64": False}, "fp16 needs a GPU"),
+    "float64 with bf16": (
+        {},
+        {"mixed_precision": "bf16"},
+        "--float64 and mixed precision bf16 exclude each other",
+    ),
+    "compilation": (
+        ACCELERATE | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+        {},
+        "launch without --dynamo_backend",
+    ),
+    "accumulation by the launcher": (
+        ACCELERATE | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"},
+        {},
+        "--grad-accum, and not of the launcher",
+    ),
+    "more processes than images": (
+        WORKERS,
+        {"batch_size": 8, "grad_accum": 4},
+        "3 processes, but only 2 images in a part of the batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    environment, changes, message = REFUSED[case]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as refusal:
+        check_launch(tiny_config(**changes))
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes"),
+    [
+        ({}, {}),
+        (ACCELERATE, {}),
+        (ACCELERATE | WORKERS, {"batch_size": 3}),
+        (ACCELERATE | {"ACCELERATE_USE_CPU": "True"}, {}),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}, {}),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"float64": False}),
+    ],
+)
+def test_accepted(monkeypatch: pytest.MonkeyPatch, environment: dict, changes: dict) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_launch(tiny_config(**changes))
+
+
+def test_double_precision_is_refused_on_apple_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="Apple GPUs have no double precision; add --cpu"):
+        check_launch(tiny_config(cpu=False))
+    check_launch(tiny_config(cpu=True))
