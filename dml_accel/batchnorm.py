@@ -90,14 +90,6 @@ def _normalise(layer: Any, x: Tensor) -> Tensor:
     return y
 
 
-class GroupBatchNorm1d(nn.BatchNorm1d):
-    """``BatchNorm1d`` over a group of processes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [B, C] or [B, C, L]."""
-        return _normalise(self, x) if self.training else super().forward(x)
-
-
 class GroupBatchNorm2d(nn.BatchNorm2d):
     """``BatchNorm2d`` over a group of processes."""
 
@@ -117,7 +109,6 @@ class GroupBatchNormAct2d(BatchNormAct2d):
 
 
 _SPANNING: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: GroupBatchNorm1d,
     nn.BatchNorm2d: GroupBatchNorm2d,
     BatchNormAct2d: GroupBatchNormAct2d,
 }

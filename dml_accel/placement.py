@@ -7,6 +7,7 @@ over rows become sums over all processes.
 """
 
 import contextlib
+import inspect
 import os
 import signal
 import time
@@ -26,6 +27,12 @@ from dml_accel.config import Config, UsageError
 from dml_accel.keys import bounds
 
 _SECONDS_TO_REPORT = 3.0
+# torch 2.15 gave the argument a new name.
+_BUFFERS_BEFORE_FORWARD = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 _PLUGINS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -180,7 +187,7 @@ class Placement:
         return DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **{_BUFFERS_BEFORE_FORWARD: False},
         )
 
     def scaler(self) -> torch.amp.GradScaler:

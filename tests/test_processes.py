@@ -1,0 +1,202 @@
+"""Law 2: several real processes take the steps of one, started by the launchers that users use."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+LAUNCH = {
+    1: [sys.executable],
+    2: [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"],
+    3: [BIN / "torchrun", "--nproc_per_node", "3"],
+}
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """What every number of processes runs: 16 images a batch, so that 3 get 5, 5 and 6."""
+    shared = {
+        "cohort": ["resnet8", "resnet20"],
+        "dataset": os.environ.get("DML_TEST_DATA", "digits"),
+        "batch_size": 16,
+        "lr": 0.001,
+        "max_steps": 30,
+        "cpu": True,
+        "float64": True,
+    }
+    single = {"max_steps": 1, "float64": False}
+
+    def case(broken: str | None = None, **changes: object) -> dict[str, Any]:
+        return {"config": shared | changes, "break": broken}
+
+    return {
+        "plain": case(),
+        "accumulated and clipped": case(grad_accum=3, clip_norm=0.5, max_steps=8),
+        "fused activations": case(cohort=["wrn_16_2", "resnet8"], max_steps=2),
+        "rates": case(cohort=["resnet8"], epochs=4, lr_step=1, max_steps=None, image_size=8),
+        "fp32": case(**single),
+        "fp32 reversed": case("reversed batch", **single),
+        "bf16": case(**single, mixed_precision="bf16"),
+        "bf16 reversed": case("reversed batch", **single, mixed_precision="bf16"),
+        "local batch norm": case(max_steps=1, batch_norm="local"),
+        "broken detach": case("detach", max_steps=1),
+        "broken gradient mean": case("gradient mean", max_steps=1),
+    }
+
+
+Found = dict[str, list[tuple[dict[str, Any], dict[str, torch.Tensor]]]]
+
+
+def load(folder: Path) -> Found:
+    return {
+        name: [
+            (json.loads((folder / name / f"{rank}.json").read_text()), load_file(tensors))
+            for rank, tensors in enumerate(sorted((folder / name).glob("*.tensors")))
+        ]
+        for name in cases()
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
+    """Run all cases on 1, 2 or 3 processes, once each; one entry per case and rank."""
+    folder = tmp_path_factory.mktemp("parity")
+    (folder / "cases.json").write_text(json.dumps(cases()))
+    done: dict[int, Found] = {}
+
+    def run(processes: int) -> Found:
+        if processes not in done:
+            output = folder / str(processes)
+            ended = subprocess.run(
+                [*LAUNCH[processes], "tests/worker.py", folder / "cases.json", output],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert ended.returncode == 0, ended.stderr[-3000:]
+            done[processes] = load(output)
+        return done[processes]
+
+    return run
+
+
+def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], part: str) -> float:
+    """Return the largest relative error in norm of any tensor of a part."""
+    names = [name for name in b if name.startswith(part)]
+    assert names
+    errors = []
+    for name in names:
+        size = b[name].double().norm().item()
+        errors.append((a[name].double() - b[name].double()).norm().item() / (size or 1))
+    return max(errors)
+
+
+def gradient(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    names = sorted(name for name in tensors if name.startswith("gradient/"))
+    return torch.cat([tensors[name].double().flatten() for name in names])
+
+
+several = pytest.mark.parametrize("processes", [2, 3])
+
+
+@several
+def test_they_are_several_processes_that_share_the_batch(
+    found: Callable[[int], Found], processes: int
+) -> None:
+    rows = {2: [[0, 8], [8, 16]], 3: [[0, 5], [5, 10], [10, 16]]}[processes]
+    for name, ranks in found(processes).items():
+        reports = [report for report, _ in ranks]
+        assert len({report["pid"] for report in reports}) == processes
+        assert [report["rank"] for report in reports] == list(range(processes))
+        assert {report["world_size"] for report in reports} == {processes}
+        assert {report["kind"] for report in reports} == {"replicate"}
+        assert [report["rows"] for report in reports] == rows
+        for report, tensors in ranks:
+            assert all(held == list(range(processes)) for held in report["ranks"].values())
+            moved = [value for key, value in tensors.items() if key.startswith("moved/")]
+            assert max(moved) > 0, name
+            for key, value in ranks[0][1].items():
+                if name != "local batch norm":
+                    assert torch.equal(tensors[key], value), (name, key)
+
+
+@several
+@pytest.mark.parametrize("case", ["plain", "accumulated and clipped", "fused activations"])
+def test_first_gradients_are_those_of_one_process(
+    found: Callable[[int], Found], processes: int, case: str
+) -> None:
+    one, many = found(1)[case][0][1], found(processes)[case][0][1]
+    assert worst(many, one, "gradient/") < 1e-10
+    assert worst(many, one, "losses") < 1e-10
+
+
+@several
+@pytest.mark.parametrize("case", ["plain", "accumulated and clipped", "fused activations"])
+def test_states_after_many_steps_are_those_of_one_process(
+    found: Callable[[int], Found], processes: int, case: str
+) -> None:
+    # Parameters and running statistics, in absolute terms: all are of the order of 1. Momentum is
+    # a gradient, and after many steps gradients differ by what rounding makes of the order of sums.
+    (one_report, one), (report, many) = found(1)[case][0], found(processes)[case][0]
+    steps = {"plain": 30, "accumulated and clipped": 8, "fused activations": 2}[case]
+    assert report["steps"] == one_report["steps"] == steps
+    for name, value in one.items():
+        if name.startswith("state/") and "/momentum." not in name:
+            assert (many[name] - value).abs().max() < 1e-9, name
+
+
+@several
+def test_evaluation_counts_every_image_once(found: Callable[[int], Found], processes: int) -> None:
+    one, many = found(1)["plain"][0][0]["metrics"], found(processes)["plain"][0][0]["metrics"]
+    assert one["ensemble"]["n"] == many["ensemble"]["n"] == 101
+    assert one["agreement"] == many["agreement"]
+    for name, metrics in one["peers"].items():
+        for key in ("n", "top1", "top5"):
+            assert many["peers"][name][key] == metrics[key]
+        assert many["peers"][name]["nll"] == pytest.approx(metrics["nll"], rel=1e-9)
+
+
+@several
+def test_rates_and_steps_do_not_depend_on_the_processes(
+    found: Callable[[int], Found], processes: int
+) -> None:
+    one, many = found(1)["rates"][0][0], found(processes)["rates"][0][0]
+    assert one["rates"] == many["rates"]
+    assert one["rates"] == [
+        pytest.approx(0.001 * 0.1**epoch) for epoch in range(4) for _ in "x" * 10
+    ]
+
+
+@several
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_lower_precision_differs_by_rounding_only(
+    found: Callable[[int], Found], processes: int, precision: str, tolerance: float
+) -> None:
+    one, many = found(1)[precision][0][1], found(processes)[precision][0][1]
+    for name in one:
+        if name.startswith(("losses", "logits/")):
+            largest = one[name].abs().max()
+            assert (many[name] - one[name]).abs().max() <= tolerance * largest, name
+    backwards = found(1)[f"{precision} reversed"][0][1]
+    rounding = (gradient(backwards) - gradient(one)).norm()
+    assert rounding > 0
+    assert (gradient(many) - gradient(one)).norm() <= 3 * rounding
+
+
+@several
+@pytest.mark.parametrize("case", ["local batch norm", "broken detach", "broken gradient mean"])
+def test_broken_versions_do_not_pass(
+    found: Callable[[int], Found], processes: int, case: str
+) -> None:
+    honest, broken = found(1)["plain"][0][1], found(processes)[case][0][1]
+    assert worst(broken, honest, "gradient/") > 1e-3

@@ -1,0 +1,131 @@
+"""One process of a parity test: run cases, write what this process found.
+
+    accelerate launch --multi_gpu --num_processes N tests/worker.py CASES.json FOLDER
+
+``CASES.json`` maps a case's name to {"config": ..., "steps": n, "break": what to break or None}.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dml_accel import engine, losses, sources
+from dml_accel.config import Config
+from dml_accel.data import ImageSet
+from dml_accel.placement import Placement, check_launch
+from tests.conftest import Training
+
+
+def undetached(log_p: torch.Tensor) -> torch.Tensor:
+    """KL whose targets carry gradients: the commonest bug."""
+    p, others = log_p.exp(), len(log_p) - 1
+    target = (p.sum(0) - p) / others
+    negative = (p * log_p).sum(-1)
+    return (negative.sum(0) - negative) / others - (target * log_p).sum(-1)
+
+
+def break_it(what: str | None, patch: dict) -> None:
+    """Break the code on purpose, remembering in ``patch`` how to mend it."""
+    targets = {
+        "detach": (losses, "kl_from_peers", undetached),
+        "gradient mean": (Placement, "gradient_scale", property(lambda self: 1)),
+        "reversed batch": (ImageSet, "batch", reversed_batch),
+    }
+    if what is not None:
+        owner, name, broken = targets[what]
+        patch[(owner, name)] = owner.__dict__[name]
+        setattr(owner, name, broken)
+
+
+whole_batch = ImageSet.batch
+
+
+def reversed_batch(self: ImageSet, *words: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same batch in the opposite order: the same sums, added up differently."""
+    x, y = whole_batch(self, *words)
+    return x.flip(0), y.flip(0)
+
+
+def run_case(case: dict, source: sources.Source, folder: Path) -> None:
+    """Train as the case says; write gradients of the first step, states, metrics."""
+    training = Training(Config.from_dict(case["config"]), source)
+    peers = sorted(training.peers, key=lambda peer: peer.name)
+    before = training.states()
+    tensors, rates = {}, []
+    x, _ = training.data.train.batch(0, training.config.batch_size, 0, 8)
+    for peer in peers:
+        with torch.no_grad():
+            tensors[f"logits/{peer.name}"] = peer.module.eval()(x)
+        peer.module.train()
+    records = engine.fit(training.peers, training.data, training.config, training.placement)
+    for record in records:
+        if isinstance(record, engine.EvaluationRecord):
+            metrics = record.test
+            continue
+        rates.append(record.lr)
+        if record.step == 1:
+            tensors["losses"] = record.losses_KP
+            for peer in peers:
+                for name, weight in peer.module.named_parameters():
+                    tensors[f"gradient/{peer.name}/{name}"] = weight.grad.clone()
+    for name, state in training.states().items():
+        for key, value in state.items():
+            tensors[f"state/{name}/{key}"] = value
+            if value.is_floating_point() and key in before[name]:
+                tensors[f"moved/{name}/{key}"] = (value - before[name][key]).abs().max()
+    placement = training.placement
+    report = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "rank": placement.rank,
+        "world_size": placement.world_size,
+        "kind": placement.kind,
+        "ranks": placement.ranks([peer.name for peer in peers]),
+        "rows": placement.rows(training.config.batch_size),
+        "rates": rates,
+        "steps": len(rates),
+        "metrics": metrics,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{placement.rank}.tensors")
+    (folder / f"{placement.rank}.json").write_text(json.dumps(report))
+
+
+def main(cases: str, folder: str) -> None:
+    """Run every case in turn."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    work = json.loads(Path(cases).read_text())
+    configs = [Config.from_dict(case["config"]) for case in work.values()]
+    source = sources.read(configs[0])
+    # A few images are enough; 101 to test, so that no number of processes divides them.
+    few = {name: getattr(source, name) for name in ("train", "test")}
+    source = dataclasses.replace(
+        source,
+        train=few["train"].select(torch.arange(170)),
+        test=few["test"].select(torch.arange(101)),
+    )
+    check_launch(configs[0])
+    for name, case in work.items():
+        patch: dict = {}
+        AcceleratorState._reset_state()  # its precision is fixed for good otherwise
+        break_it(case["break"], patch)
+        run_case(case, source, Path(folder) / name)
+        for (owner, attribute), value in patch.items():
+            setattr(owner, attribute, value)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
