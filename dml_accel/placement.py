@@ -255,6 +255,8 @@ class Placement:
             lost = isinstance(error, dist.DistError | StoppedError) or "gloo" in reason
             if self.world_size == 1 or not lost:
                 raise
+            # The launcher tells those left to stop, now or soon: first say who is missing.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             gone = self._missing()
             if not gone:
                 raise
@@ -270,7 +272,7 @@ class Placement:
             while gone and time.monotonic() < deadline:
                 gone = [rank for rank in gone if not store.check([f"alive/{rank}"])]
                 time.sleep(0.05)
-        except RuntimeError:
+        except dist.DistError:
             gone = [0]  # the store lives on rank 0's machine
         return gone
 
