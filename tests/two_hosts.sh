@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Start one training on two hosts with addresses of their own: network namespaces joined by a veth.
+#   sudo bash tests/two_hosts.sh ACCELERATE [flags of train.py]
+# ACCELERATE is the accelerate program to use. Needs root and iproute2; leaves nothing behind.
+set -euo pipefail
+accelerate=$1
+shift
+cd "$(dirname "$0")/.."
+tag=$$
+hosts=("dml-a-$tag" "dml-b-$tag")
+links=("va$tag" "vb$tag")
+cleanup() {
+  local host
+  kill $(jobs -p) 2>/dev/null || true
+  for host in "${hosts[@]}"; do
+    ip netns pids "$host" 2>/dev/null | xargs -r kill -9 2>/dev/null || true
+    ip netns del "$host" 2>/dev/null || true
+  done
+}
+trap cleanup EXIT
+
+for host in 0 1; do
+  ip netns add "${hosts[$host]}"
+done
+ip link add "${links[0]}" type veth peer name "${links[1]}"
+for host in 0 1; do
+  ip link set "${links[$host]}" netns "${hosts[$host]}"
+  ip -n "${hosts[$host]}" addr add "10.77.0.$((host + 1))/24" dev "${links[$host]}"
+  ip -n "${hosts[$host]}" link set "${links[$host]}" up
+  ip -n "${hosts[$host]}" link set lo up
+done
+
+launch() { # host, then the flags of train.py
+  local host=$1
+  shift
+  ip netns exec "${hosts[$host]}" env GLOO_SOCKET_IFNAME="${links[$host]}" \
+    "$accelerate" launch --config_file launch/multi_node.yaml --machine_rank "$host" \
+    --num_processes 2 --main_process_ip 10.77.0.1 --mixed_precision no train.py "$@"
+}
+
+launch 1 "$@" &
+other=$!
+launch 0 "$@"
+wait "$other"
+for host in 0 1; do
+  echo "host $host: $(ip -n "${hosts[$host]}" -br -4 addr show dev "${links[$host]}" | tr -s ' ')" \
+    "sent $(ip netns exec "${hosts[$host]}" cat "/sys/class/net/${links[$host]}/statistics/tx_bytes") bytes"
+done
