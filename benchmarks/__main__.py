@@ -12,7 +12,6 @@ import io
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -88,7 +87,7 @@ def step_cost(blocks: int, steps: int) -> dict[str, Any]:
         peers = []
         for spec in cohort.parse(config.cohort):
             module = cohort.build(spec, config, 100)
-            net, optimizer = placement.prepare(module, spec.name), cohort.optimizer(module, config)
+            net, optimizer = placement.prepare(module), cohort.optimizer(module, config)
             peers.append(Peer(spec, module, net, optimizer, placement.scaler()))
         return peers
 
@@ -266,7 +265,8 @@ def main() -> None:
         "system": platform.platform(),
         "versions": versions(),
         "commit": commit(),
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": "python -m benchmarks"
+        + (f" --images {words.images.name}" if words.images else ""),
     }
     (words.output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     (words.output / "results.md").write_text(table(found))

@@ -114,25 +114,34 @@ _SPANNING: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def span_group(net: nn.Module, group: Any, name: str) -> None:
-    """Let every batch norm of ``net`` span ``group``, in place: weights and names stay.
+def check_spanning(net: nn.Module, name: str) -> None:
+    """Refuse a network of which some batch norm cannot span processes.
+
+    Args:
+        net: the network.
+        name: what to call it in the message.
 
     Raises:
-        UsageError: a layer is a batch norm that this file does not know.
+        UsageError: naming the layer.
     """
     for path, layer in net.named_modules():
-        spanning = _SPANNING.get(type(layer))
-        if spanning is not None:
-            if layer.weight is None or not layer.track_running_stats:
-                _refuse(name, path, "without weights or running statistics")
-            layer.__class__ = spanning
+        if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            continue
+        what = ""
+        if type(layer) not in _SPANNING:
+            what = f"of type {type(layer).__name__}"
+        elif layer.weight is None or not layer.track_running_stats:
+            what = "without weights or running statistics"
+        if what:
+            raise UsageError(
+                f"{name}: layer {path} is a batch norm {what}, which cannot span processes; "
+                "--batch-norm local keeps its statistics in each process"
+            )
+
+
+def span_group(net: nn.Module, group: Any) -> None:
+    """Let every batch norm of ``net`` span ``group``, in place: weights and names stay."""
+    for layer in net.modules():
+        if type(layer) in _SPANNING:
+            layer.__class__ = _SPANNING[type(layer)]
             layer.group = group
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            _refuse(name, path, f"of type {type(layer).__name__}")
-
-
-def _refuse(name: str, path: str, what: str) -> None:
-    raise UsageError(
-        f"{name}: layer {path} is a batch norm {what}, which cannot span processes; "
-        "--batch-norm local keeps its statistics in each process"
-    )

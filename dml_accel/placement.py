@@ -11,7 +11,7 @@ import inspect
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,17 +22,16 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dml_accel.batchnorm import span_group
+from dml_accel.batchnorm import check_spanning, span_group
 from dml_accel.config import Config, UsageError
 from dml_accel.keys import bounds
 
 _SECONDS_TO_REPORT = 3.0
 # torch 2.15 gave the argument a new name.
-_BUFFERS_BEFORE_FORWARD = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
+_HAS_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if _HAS_NEW_NAME else "broadcast_buffers": False
+}
 _PLUGINS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -121,6 +120,17 @@ def check_launch(config: Config) -> None:
         )
 
 
+def check_networks(config: Config, networks: Mapping[str, nn.Module]) -> None:
+    """Refuse networks, by peer, that several processes cannot train as one would.
+
+    Raises:
+        UsageError: a batch norm cannot span processes.
+    """
+    if launched_processes() > 1 and config.batch_norm == "group":
+        for name, net in networks.items():
+            check_spanning(net, name)
+
+
 def _stays_on_cpu(config: Config) -> bool:
     asked = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     return asked or not torch.accelerator.is_available()
@@ -164,22 +174,18 @@ class Placement:
         """Return the ranks that hold each peer."""
         return {name: list(range(self.world_size)) for name in peers}
 
-    def prepare(self, module: nn.Module, name: str) -> nn.Module:
+    def prepare(self, module: nn.Module) -> nn.Module:
         """Move a network to the device, in place, and wrap it for training.
 
         Args:
             module: the bare network; its batch norms span the processes afterwards, unless the
                 configuration says ``local``.
-            name: the peer's name, for messages.
 
         Returns:
             What to call in training.
-
-        Raises:
-            UsageError: a batch norm cannot span processes.
         """
         if self._spans_batch_norm:
-            span_group(module, None, name)
+            span_group(module, None)
         module = self._accelerator.prepare_model(module, evaluation_mode=True)
         if self.world_size == 1:
             return module
@@ -187,7 +193,7 @@ class Placement:
         return DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            **{_BUFFERS_BEFORE_FORWARD: False},
+            **_NO_BUFFERS,
         )
 
     def scaler(self) -> torch.amp.GradScaler:

@@ -1,5 +1,6 @@
 """One run from its configuration to its folder: everything is checked, then trained, then kept."""
 
+import contextlib
 import platform
 import subprocess
 import sys
@@ -7,13 +8,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dml_accel import cohort, data, sources
 from dml_accel.cohort import Peer, PeerSpec
 from dml_accel.config import Config
 from dml_accel.data import Data
 from dml_accel.engine import EvaluationRecord, fit, steps_to_take
 from dml_accel.export import write_peer
-from dml_accel.placement import Placement, check_launch, launched_rank, stop_on_sigterm
+from dml_accel.placement import (
+    Placement,
+    check_launch,
+    check_networks,
+    launched_rank,
+    stop_on_sigterm,
+)
 from dml_accel.progress import Display, Windows, device_memory
 from dml_accel.report import results_markdown
 from dml_accel.runfolder import RunFolder
@@ -38,63 +47,76 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     """
     check_launch(config)
     specs = cohort.parse(config.cohort)
-    names = [spec.name for spec in specs]
     speaks = launched_rank() == 0
-    folder = RunFolder(config.output_dir, names) if speaks else None
+    folder = RunFolder(config.output_dir, [spec.name for spec in specs]) if speaks else None
     source = sources.read(config, quiet=not speaks)
-    data.held_out(source, config)
-    modules = [cohort.build(spec, config, len(source.classes)) for spec in specs]
-    placement = Placement(config)
-    images = data.prepare(source, config, placement.device)
-    peers = [
-        Peer(
-            spec,
-            module,
-            placement.prepare(module, spec.name),
-            cohort.optimizer(module, config),
-            placement.scaler(),
-        )
-        for spec, module in zip(specs, modules, strict=True)
-    ]
-    stop_on_sigterm()
-    if folder is None:
+    data.held_out(source, config)  # refuses what leaves too few images
+    modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
+    check_networks(config, modules)
+    # From here on something is written, and processes wait for each other.
+    with folder or contextlib.nullcontext():
+        placement = Placement(config)
+        stop_on_sigterm()
         with placement.watching():
-            for _ in fit(peers, images, config, placement):
-                pass
-            placement.largest(device_memory(placement.device))
+            images = data.prepare(source, config, placement.device)
+            peers = [_peer(spec, modules[spec.name], config, placement) for spec in specs]
+            if folder is None:
+                _follow(peers, images, config, placement)
+            else:
+                results = _write(peers, images, config, placement, folder, command)
             placement.close()
-        return None
-    with folder, placement.watching():
-        folder.write("config.json", _description(config, specs, images, command))
-        folder.status("running")
-        last, windows = _train_and_record(peers, images, config, placement, folder)
-        results = _results(peers, last, windows, config, placement)
-        folder.write("results.json", results)
-        for peer in peers:
-            write_peer(
-                folder.path / "peers" / peer.name,
-                peer,
-                last.test["peers"][peer.name],
-                classes=images.classes,
-                normalisation=images.normalisation,
-                image_size=config.image_size,
-                dataset=config.dataset,
-                steps=last.step,
-                taught_by=[name for name in names if name != peer.name and config.kl_weight > 0],
-            )
-        markdown = results_markdown(results, config.as_dict(), command)
-        (folder.path / "results.md").write_text(markdown)
-        placement.close()
-    return folder.path, results
+    return (folder.path, results) if folder else None
 
 
-def _description(
-    config: Config, specs: list[PeerSpec], images: Data, command: str
+def _peer(spec: PeerSpec, module: nn.Module, config: Config, placement: Placement) -> Peer:
+    net = placement.prepare(module)
+    return Peer(spec, module, net, cohort.optimizer(module, config), placement.scaler())
+
+
+def _follow(peers: list[Peer], images: Data, config: Config, placement: Placement) -> None:
+    """Train beside the process that writes, exchange for exchange."""
+    for _ in fit(peers, images, config, placement):
+        pass
+    placement.largest(device_memory(placement.device))
+
+
+def _write(
+    peers: list[Peer],
+    images: Data,
+    config: Config,
+    placement: Placement,
+    folder: RunFolder,
+    command: str,
 ) -> dict[str, Any]:
+    """Train, and write all that a run leaves; return the content of results.json."""
+    folder.write("config.json", _description(config, peers, images, command))
+    folder.status("running")
+    last, windows = _train_and_record(peers, images, config, placement, folder)
+    results = _results(peers, last, windows, config, placement)
+    folder.write("results.json", results)
+    names = [peer.name for peer in peers]
+    for peer in peers:
+        write_peer(
+            folder.path / "peers" / peer.name,
+            peer,
+            last.test["peers"][peer.name],
+            classes=images.classes,
+            normalisation=images.normalisation,
+            image_size=config.image_size,
+            dataset=config.dataset,
+            steps=last.step,
+            taught_by=[name for name in names if name != peer.name and config.kl_weight > 0],
+        )
+    markdown = results_markdown(results, config.as_dict(), command)
+    (folder.path / "results.md").write_text(markdown)
+    return results
+
+
+def _description(config: Config, peers: list[Peer], images: Data, command: str) -> dict[str, Any]:
     return {
         "format": 1,
         "config": config.as_dict(),
-        "peers": [{"name": spec.name, "arch": spec.arch} for spec in specs],
+        "peers": [{"name": peer.name, "arch": peer.spec.arch} for peer in peers],
         "classes": len(images.classes),
         "images": {"train": len(images.train), "test": len(images.test)},
         "versions": versions(),

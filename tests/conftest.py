@@ -73,7 +73,7 @@ class Training:
 
     def _peer(self, spec: cohort.PeerSpec) -> Peer:
         module = cohort.build(spec, self.config, len(self.data.classes))
-        net = self.placement.prepare(module, spec.name)
+        net = self.placement.prepare(module)
         optimizer = cohort.optimizer(module, self.config)
         return Peer(spec, module, net, optimizer, self.placement.scaler())
 

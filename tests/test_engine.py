@@ -316,3 +316,43 @@ def test_the_step_reads_nothing_back_from_the_device(training: Build) -> None:
             patch.setattr(torch.Tensor, name, forbidden)
         parts = run(t, 1)
     assert not parts[0].requires_grad
+
+
+# ---------------------------------------------------------------- one loss scaler per peer
+
+
+def with_scalers(training: Training, **options: float) -> Training:
+    """Give every peer the scaler that fp16 uses on a GPU; the class is the same on a CPU."""
+    for peer in training.peers:
+        peer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, **options)
+    return training
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_one_peers_overflow_is_its_own(training: Build, clip_norm: float | None) -> None:
+    settings = {"cohort": ("resnet8*3",), "float64": False, "clip_norm": clip_norm}
+    scaled, plain = with_scalers(training(**settings)), training(**settings)
+    before = scaled.states()["resnet8-0"]
+    overflow = scaled.peers[0].module.conv1.weight.register_hook(lambda grad: grad * math.inf)
+    run(scaled, 1), run(plain, 1)
+    overflow.remove()
+    assert [peer.scaler.get_scale() for peer in scaled.peers] == [512, 1024, 1024]
+    for name, weight in scaled.peers[0].module.named_parameters():
+        assert torch.equal(weight, before[name])  # the overflowing peer skipped its step
+    for name in ("resnet8-1", "resnet8-2"):  # the others took theirs, with the right gradient
+        for key, value in plain.states()[name].items():
+            torch.testing.assert_close(scaled.states()[name][key], value)
+    run(scaled, 1, start=1)
+    assert not torch.equal(scaled.peers[0].module.conv1.weight, before["conv1.weight"])
+
+
+def test_scales_grow_once_per_step_and_are_all_kept(training: Build) -> None:
+    t = with_scalers(training(cohort=("resnet8*3",), float64=False), growth_interval=2)
+    run(t, 4)
+    assert [peer.scaler.get_scale() for peer in t.peers] == [4096, 4096, 4096]
+    assert len({id(peer.scaler) for peer in t.peers}) == 3
+    assert all(peer.scaler.state_dict()["scale"] == 4096 for peer in t.peers)
+
+
+def test_outside_fp16_a_scaler_does_nothing(training: Build) -> None:
+    assert not any(peer.scaler.is_enabled() for peer in training().peers)
