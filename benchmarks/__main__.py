@@ -30,7 +30,7 @@ from scipy import stats
 from tabulate import tabulate
 from tqdm import tqdm
 
-from dml_accel import cohort, sources
+from dml_accel import cohort, decoding
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import ImageSet, Normalisation
@@ -53,7 +53,7 @@ def timed(work: Callable[[], Any]) -> float:
 def image_set() -> ImageSet:
     """Return as many images as CIFAR-100 has, of noise: gathering pixels costs the same."""
     pixels = torch.randint(0, 256, (IMAGES, 32, 32, 3), dtype=torch.uint8)
-    split = sources.Split(pixels, torch.randint(0, 100, (IMAGES,)))
+    split = decoding.Split(pixels, torch.randint(0, 100, (IMAGES,)))
     return ImageSet(
         split,
         Normalisation.of(pixels[:100]),
@@ -164,7 +164,7 @@ def start_cost(images: Path | None) -> dict[str, Any]:
         dataset = datasets.load_dataset(str(folder / "set"), split="train")
         label = "fine_label" if "fine_label" in dataset.features else "label"
         image = next(n for n, f in dataset.features.items() if isinstance(f, datasets.Image))
-        decoding = timed(lambda: sources._decode(dataset, "train", image, 32))
+        decoding = timed(lambda: decoding.decode(dataset, "train", image, 32))
         command = [sys.executable, "train.py", "--dataset", str(folder / "set"), "--cpu"]
         command += ["--label-column", label, "--cohort", "resnet32*2", "--max-steps", "4"]
         first_steps = []

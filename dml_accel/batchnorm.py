@@ -42,8 +42,9 @@ class _Normalise(torch.autograd.Function):
         """
         x, weight, mean, var = ctx.saved_tensors
         inverse_std = (var + ctx.eps).rsqrt()
+        unused = mean.new_empty(0)  # statistics of this batch alone; CUDA wants a tensor here
         fixed, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+            grad, x, weight, mean, var, unused, unused, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack([grad_bias, grad_weight])
         dist.all_reduce(sums, group=ctx.group)

@@ -112,7 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say_for_all(str(error))
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if launched_rank() == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        if launched_processes() > 1:
+            os._exit(130)  # the others may be gone already: nothing to wait for
         return 130
 
 

@@ -148,6 +148,7 @@ class Config:
             _require(finite.get(name, 1) > 0, name, finite.get(name), "above 0")
         _require(finite.get("max_steps", 1) >= 1, "max_steps", self.max_steps, "at least 1")
         _require(8 <= self.image_size <= 4096, "image_size", self.image_size, "8 to 4096 pixels")
+        _require(self.timeout <= 10**6, "timeout", self.timeout, "at most 1000000 minutes")
         _require(self.lr_gamma <= 1, "lr_gamma", self.lr_gamma, "0 to 1")
         _require(
             self.grad_accum <= self.batch_size,

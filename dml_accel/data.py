@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dml_accel.config import Config, UsageError
+from dml_accel.decoding import Split
 from dml_accel.keys import generator, stratified
-from dml_accel.sources import Source, Split
+from dml_accel.sources import Source
 
 _CHANNELS = 3
 _BYTES_PER_PIXEL = 4  # RGB and one unused byte: a pixel is one int32, gathered in one read

@@ -19,7 +19,7 @@ from dml_accel.config import Config
 from dml_accel.data import Data, ImageSet
 from dml_accel.keys import bounds, key
 from dml_accel.losses import mutual_losses
-from dml_accel.metrics import batch_sums, finish
+from dml_accel.metrics import batch_sums, finish, no_sums
 from dml_accel.placement import Placement
 
 _EVALUATION_ROWS = 256
@@ -170,7 +170,7 @@ def evaluate(
     modules = [peer.module.eval() for peer in peers]
     placement.share_buffers(modules)
     lo, hi = placement.rows(len(images))
-    sums = []
+    sums = [no_sums(len(peers), placement.device)]  # ours may be no rows at all
     for start in range(lo, hi, _EVALUATION_ROWS):
         x, y = images.rows(start, min(start + _EVALUATION_ROWS, hi))
         sums.append(batch_sums(torch.stack([module(x) for module in modules]), y))

@@ -14,6 +14,17 @@ from torch import Tensor
 ECE_BINS = 15
 
 
+def no_sums(peers: int, device: torch.device) -> Tensor:
+    """Return the sums over no rows at all, for ``peers`` peers."""
+    length = 1 + (peers + 1) * (3 + ECE_BINS) + 2 * peers**2
+    return torch.zeros(length, dtype=_wide(device), device=device)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    # Double precision holds counts exactly and sums of many small terms well; MPS has none.
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def batch_sums(logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
     """Return the sums that ``finish`` turns into metrics, as one flat vector to be added up.
 
@@ -21,8 +32,7 @@ def batch_sums(logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
         logits_KBC: logits of every peer for the same rows.
         labels_B: classes, int64.
     """
-    # Double precision holds counts exactly and sums of many small terms well; MPS has none.
-    wide = torch.float32 if logits_KBC.device.type == "mps" else torch.float64
+    wide = _wide(logits_KBC.device)
     peers, rows, classes = logits_KBC.shape
     log_p = F.log_softmax(logits_KBC.to(wide), dim=-1)
     ensemble = log_p.logsumexp(0, keepdim=True) - math.log(peers)

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -26,7 +27,7 @@ from dml_accel.batchnorm import check_spanning, span_group
 from dml_accel.config import Config, UsageError
 from dml_accel.keys import bounds
 
-_SECONDS_TO_REPORT = 3.0
+_SECONDS_BETWEEN_BEATS = 0.5
 # torch 2.15 gave the argument a new name.
 _HAS_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFERS: dict[str, Any] = {
@@ -51,25 +52,32 @@ class ProcessLostError(RuntimeError):
         speaks: whether this process, the first of those left, is the one to say it.
     """
 
-    def __init__(self, gone: Sequence[int], reason: str, speaks: bool) -> None:
-        names = ", ".join(f"rank {rank}" for rank in gone)
-        super().__init__(f"{names} no longer answers, so the run ends ({reason})")
+    def __init__(self, message: str, speaks: bool) -> None:
+        super().__init__(message)
         self.speaks = speaks
 
 
-def stop_on_sigterm() -> None:
+@contextlib.contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
     """Turn the first SIGTERM into ``StoppedError``, so that the run's status is written."""
 
     def stop(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise StoppedError("stopped by SIGTERM")
 
-    signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def launched_rank() -> int:
     """The rank that the launcher gave this process; 0 where there is no launcher."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if launched_processes() > 1 else 0
 
 
 def launched_processes() -> int:
@@ -87,14 +95,17 @@ def check_launch(config: Config) -> None:
     environment, world = os.environ, launched_processes()
     on_cpu = _stays_on_cpu(config)
     precision = config.mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    asked_for_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    # The launcher sets an address for several processes, and then starts one without a rank.
     started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
-    if started_by_accelerate and asked_for_cpu and world == 1 and "MASTER_ADDR" in environment:
+    if started_by_accelerate and "MASTER_ADDR" in environment and "RANK" not in environment:
         raise UsageError(
-            "accelerate launch --cpu (or use_cpu with MULTI_CPU) starts one process whatever "
-            "--num_processes says; write accelerate launch --multi_gpu --num_processes N, which "
-            "is N processes on the CPU where there is no GPU"
+            "accelerate launch started one process whatever --num_processes and --num_machines "
+            "say, as it does with --cpu, MULTI_CPU and without --multi_gpu; write accelerate "
+            "launch --multi_gpu --num_processes N, which is N processes on the CPU where there "
+            "is no GPU"
         )
+    if world > 1 and not on_cpu:
+        _check_gpus()
     for variable, plugin in _PLUGINS.items():
         if environment.get(variable, "").lower() == "true":
             raise UsageError(f"{plugin} does not fit a cohort of networks; launch without it")
@@ -117,6 +128,21 @@ def check_launch(config: Config) -> None:
         raise UsageError(
             f"{world} processes, but only {least} images in a part of the batch (--batch-size "
             f"{config.batch_size}, --grad-accum {config.grad_accum}); each needs at least one"
+        )
+
+
+def _check_gpus() -> None:
+    if not torch.cuda.is_available():
+        raise UsageError("several processes need CUDA GPUs or the CPU; add --cpu to train.py")
+    if "LOCAL_RANK" not in os.environ:
+        raise UsageError(
+            "WORLD_SIZE is set but LOCAL_RANK is not; start with accelerate launch or torchrun"
+        )
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > gpus:
+        raise UsageError(
+            f"{here} processes on this machine but {gpus} GPUs; start at most {gpus} "
+            "(--num_processes), or add --cpu to train.py"
         )
 
 
@@ -150,11 +176,18 @@ class Placement:
     def __init__(self, config: Config) -> None:
         launched = launched_processes()
         # Several processes without an accelerator need to be told, or each believes to be alone.
-        self._accelerator = Accelerator(
-            cpu=config.cpu or (launched > 1 and _stays_on_cpu(config)),
-            mixed_precision=config.mixed_precision,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
-        )
+        try:
+            self._accelerator = Accelerator(
+                cpu=config.cpu or (launched > 1 and _stays_on_cpu(config)),
+                mixed_precision=config.mixed_precision,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
+            )
+        except dist.DistError as error:
+            raise ProcessLostError(
+                f"the {launched} processes did not find each other within {config.timeout:g} "
+                f"minutes ({_first_line(error)})",
+                speaks=launched_rank() == 0,
+            ) from error
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
@@ -164,6 +197,9 @@ class Placement:
                 "add --cpu to the flags of train.py"
             )
         self._spans_batch_norm = config.batch_norm == "group" and self.world_size > 1
+        self._closing = threading.Event()
+        if self.world_size > 1:
+            threading.Thread(target=self._beat, daemon=True).start()
 
     @property
     def mixed_precision(self) -> str:
@@ -257,7 +293,7 @@ class Placement:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = _first_line(error)
             lost = isinstance(error, dist.DistError | StoppedError) or "gloo" in reason
             if self.world_size == 1 or not lost:
                 raise
@@ -266,25 +302,39 @@ class Placement:
             gone = self._missing()
             if not gone:
                 raise
-            raise ProcessLostError(gone, reason, speaks=self._speaks_for(gone)) from error
+            names = ", ".join(f"rank {rank}" for rank in gone)
+            left = set(range(self.world_size)) - set(gone)
+            raise ProcessLostError(
+                f"{names} no longer answers, so the run ends ({reason})",
+                speaks=self.rank == min(left, default=self.rank),
+            ) from error
+
+    def _beat(self) -> None:
+        """Say that this process lives, from a thread of its own: exchanges block the main one."""
+        store: Any = dist.distributed_c10d._get_default_store()
+        count = 0
+        with contextlib.suppress(RuntimeError):  # the store is gone: nobody listens any more
+            while not self._closing.wait(_SECONDS_BETWEEN_BEATS):
+                count += 1
+                store.set(f"alive/{self.rank}", str(count))
 
     def _missing(self) -> list[int]:
-        """Ask every process to report through the launcher's store; return those that do not."""
-        gone = list(range(self.world_size))
+        """Return the ranks whose sign of life in the launcher's store does not change."""
         try:
             store: Any = dist.distributed_c10d._get_default_store()
-            store.set(f"alive/{self.rank}", b"1")
-            deadline = time.monotonic() + _SECONDS_TO_REPORT
-            while gone and time.monotonic() < deadline:
-                gone = [rank for rank in gone if not store.check([f"alive/{rank}"])]
-                time.sleep(0.05)
+            names = [f"alive/{rank}" for rank in range(self.world_size)]
+            before = [store.get(name) if store.check([name]) else b"" for name in names]
+            time.sleep(6 * _SECONDS_BETWEEN_BEATS)
+            after = [store.get(name) if store.check([name]) else b"" for name in names]
         except dist.DistError:
-            gone = [0]  # the store lives on rank 0's machine
-        return gone
-
-    def _speaks_for(self, gone: Sequence[int]) -> bool:
-        return self.rank == min(set(range(self.world_size)) - set(gone), default=self.rank)
+            return [0]  # the store lives on rank 0's machine
+        return [rank for rank in range(self.world_size) if before[rank] == after[rank]]
 
     def close(self) -> None:
         """Leave the process group in order."""
+        self._closing.set()
         self._accelerator.end_training()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,20 +1,9 @@
-"""Where images come from: the hub, a local folder or scikit-learn's digits, decoded once, cached.
+"""Where images come from: the hub, a local folder or scikit-learn's digits."""
 
-No process rank is known here: whoever comes first decodes under a file lock, the rest read the
-cache. Nothing that is read can execute code: Arrow, image files and safetensors only.
-"""
-
-import contextlib
-import fcntl
-import hashlib
 import http.client
-import io
-import os
 import sys
 import urllib.error
 import urllib.request
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,31 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
 
 from dml_accel.config import Config, UsageError
-from dml_accel.keys import key
+from dml_accel.decoding import Split, decoded, to_rgb
 
-_CACHE_FORMAT = 1
 _DIGITS_TEST_ROWS = 360
-
-
-@dataclass(frozen=True)
-class Split:
-    """Decoded images: ``images`` [N, S, S, 3] uint8 and ``labels`` [N] int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def select(self, rows: Tensor) -> "Split":
-        """Return the given rows, shape [n] int64, in that order."""
-        return Split(self.images[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -63,7 +32,7 @@ def read(config: Config, quiet: bool = False) -> Source:
 
     Args:
         config: names the set, its splits, columns and the image size.
-        quiet: let the library show no download bars (this process is one of several).
+        quiet: show no progress (another process does).
 
     Raises:
         UsageError: the set cannot be reached, or a split, column, label or image is not usable.
@@ -89,7 +58,7 @@ def read(config: Config, quiet: bool = False) -> Source:
     if len(classes) < 2:
         raise UsageError(f"column {label!r} has {len(classes)} class; at least 2 are needed")
     train, test = (
-        _decoded(splits[name], name, image, label, len(classes), config.image_size)
+        decoded(splits[name], name, image, label, len(classes), config.image_size, quiet)
         for name in (config.train_split, config.test_split)
     )
     return Source(train, test, classes)
@@ -212,15 +181,12 @@ def _require_column(features: Any, name: str, flag: str, usable: list[str], what
         )
 
 
-# ---------------------------------------------------------------- decoding and caching
-
-
 def _digits(size: int) -> Source:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
-    images = torch.from_numpy(np.stack([_to_rgb(Image.fromarray(g), size) for g in grey]))
+    images = torch.from_numpy(np.stack([to_rgb(Image.fromarray(g), size) for g in grey]))
     labels = torch.from_numpy(bunch.target).long()
     cut = len(labels) - _DIGITS_TEST_ROWS
     return Source(
@@ -228,118 +194,3 @@ def _digits(size: int) -> Source:
         Split(images[cut:], labels[cut:]),
         tuple(str(name) for name in bunch.target_names),
     )
-
-
-def _to_rgb(image: Image.Image, size: int) -> np.ndarray:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range; store 8 or 16 bits")
-    if image.size != (size, size):
-        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image.convert("RGB"))
-
-
-def cache_dir() -> Path:
-    """The folder of decoded images: ``$DML_CACHE``, else ``~/.cache/dml_accel``."""
-    return Path(os.environ.get("DML_CACHE", "~/.cache/dml_accel")).expanduser()
-
-
-def _decoded(dataset: Any, split: str, image: str, label: str, classes: int, size: int) -> Split:
-    """Return the split's images, from the cache where it holds them undamaged."""
-    stats = [(f["filename"], os.stat(f["filename"])) for f in dataset.cache_files]
-    identity = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    digest = key(_CACHE_FORMAT, identity, split, image, label, size)
-    path = cache_dir() / f"{digest:016x}.safetensors"
-    with _lock(path) as writable:
-        if identity and path.exists():
-            try:
-                return _load(path)
-            except (ValueError, SafetensorError) as damage:
-                print(f"{path} is damaged ({damage}); decoding again", file=sys.stderr)
-        labels = _labels(dataset, split, label, classes)
-        decoded = Split(_decode(dataset, split, image, size), labels)
-        if writable and identity:
-            _store(path, decoded)
-        return decoded
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold the file's lock, so that one process decodes and the others then read."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
-    except OSError as error:
-        print(f"images are not cached: {error}; set DML_CACHE to a folder", file=sys.stderr)
-        yield False
-        return
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield True
-
-
-def _labels(dataset: Any, split: str, column: str, classes: int) -> Tensor:
-    labels = np.asarray(dataset[column][:], dtype=np.float64)
-    bad = ~((labels >= 0) & (labels < classes))  # a missing label is NaN here
-    if bad.any():
-        row = int(bad.argmax())
-        raise UsageError(
-            f"row {row} of split {split!r} has {column} = {labels[row]:g}; with {classes} classes "
-            f"labels run from 0 to {classes - 1}"
-        )
-    return torch.from_numpy(labels.astype(np.int64))
-
-
-def _decode(dataset: Any, split: str, column: str, size: int) -> Tensor:
-    import datasets
-
-    raw = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    images = np.empty((len(raw), size, size, 3), np.uint8)
-    if not sys.stderr.isatty():
-        print(f"decoding {len(raw):,} images of split {split!r}", file=sys.stderr, flush=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for row, record in enumerate(tqdm(raw, f"decoding {split}", disable=None, unit=" images")):
-            stored = record[column] or {}
-            content: bytes | None = stored.get("bytes")
-            path: Any = stored.get("path")
-            try:
-                if content is None and path is None:
-                    raise ValueError("the row is empty")
-                with Image.open(io.BytesIO(content) if content is not None else path) as picture:
-                    images[row] = _to_rgb(picture, size)
-            except Exception as error:  # Pillow raises many kinds for files it cannot parse
-                # A buffer's address says nothing to a reader.
-                reason = str(error).split(" <_io.BytesIO")[0]
-                where = f" ({path})" if path else ""
-                raise UsageError(
-                    f"image {row} of split {split!r}{where} cannot be read: {reason}"
-                ) from error
-    return torch.from_numpy(images)
-
-
-def _digest(split: Split) -> str:
-    digest = hashlib.sha256(split.images.numpy().data)
-    digest.update(split.labels.numpy().data)
-    return digest.hexdigest()
-
-
-def _store(path: Path, split: Split) -> None:
-    """Write under a temporary name, then rename: a reader sees the whole file or none."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        tensors = {"images": split.images, "labels": split.labels}
-        save_file(tensors, temporary, metadata={"sha256": _digest(split)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        print(f"images are not cached: {error}; set DML_CACHE to a folder", file=sys.stderr)
-
-
-def _load(path: Path) -> Split:
-    with safe_open(path, framework="pt") as file:
-        split = Split(file.get_tensor("images"), file.get_tensor("labels"))
-        if (file.metadata() or {}).get("sha256") != _digest(split):
-            raise ValueError("its sha256 is not the recorded one")
-    return split

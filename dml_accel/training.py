@@ -21,7 +21,7 @@ from dml_accel.placement import (
     check_launch,
     check_networks,
     launched_rank,
-    stop_on_sigterm,
+    stopping_on_sigterm,
 )
 from dml_accel.progress import Display, Windows, device_memory
 from dml_accel.report import results_markdown
@@ -54,9 +54,8 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
     check_networks(config, modules)
     # From here on something is written, and processes wait for each other.
-    with folder or contextlib.nullcontext():
+    with stopping_on_sigterm(), folder or contextlib.nullcontext():
         placement = Placement(config)
-        stop_on_sigterm()
         with placement.watching():
             images = data.prepare(source, config, placement.device)
             peers = [_peer(spec, modules[spec.name], config, placement) for spec in specs]

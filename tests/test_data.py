@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from dml_accel.config import UsageError
 from dml_accel.data import ImageSet, Normalisation, held_out
+from dml_accel.decoding import Split
 from dml_accel.keys import bounds, generator, stratified
-from dml_accel.sources import Source, Split
+from dml_accel.sources import Source
 from tests.conftest import tiny_config
 
 N, S, B = 103, 16, 10

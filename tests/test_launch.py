@@ -21,7 +21,12 @@ REFUSED = {
     "accelerate launch --cpu --num_processes 2": (
         ACCELERATE | {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
         {},
-        "starts one process whatever --num_processes says; write accelerate launch --multi_gpu",
+        "started one process whatever --num_processes and --num_machines say",
+    ),
+    "accelerate launch --num_processes 2": (
+        ACCELERATE | {"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1"},
+        {},
+        "write accelerate launch --multi_gpu --num_processes N",
     ),
     "FSDP": (ACCELERATE | {"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP does not fit"),
     "DeepSpeed": (ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed does not fit"),
@@ -80,6 +85,26 @@ def test_accepted(monkeypatch: pytest.MonkeyPatch, environment: dict, changes: d
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     check_launch(tiny_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "message"),
+    [
+        (0, {"LOCAL_RANK": "0"}, "several processes need CUDA GPUs or the CPU; add --cpu"),
+        (2, {}, "start with accelerate launch or torchrun"),
+        (2, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, "3 processes on this machine but 2 GPUs"),
+    ],
+)
+def test_processes_need_a_gpu_each(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, environment: dict, message: str
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in (WORKERS | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        check_launch(tiny_config(cpu=False, float64=False))
 
 
 def test_double_precision_is_refused_on_apple_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -378,3 +380,20 @@ def test_defaults_are_the_papers() -> None:
     assert config.augmentation == "crop-flip"
     assert Config(dataset="digits").augmentation == "crop"
     assert math.isclose(config.weight_decay, 5e-4)
+
+
+def test_sigterm_is_recorded_and_the_handler_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dml_accel import training
+
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(training, "fit", stopped)
+    assert train("--cohort", "resnet8", "--output-dir", str(tmp_path / "run")) == 1
+    assert "error: stopped by SIGTERM\n" in capsys.readouterr().err
+    status = load(tmp_path / "run" / "status.json")
+    assert status["status"] == "failed" and "stopped by SIGTERM" in status["reason"]
+    assert signal.getsignal(signal.SIGTERM) is before

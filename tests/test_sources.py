@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dml_accel import sources
+from dml_accel import decoding, sources
 from dml_accel.config import UsageError
 from tests.conftest import tiny_config
 from tests.hub import serve_hub
@@ -158,13 +158,13 @@ def test_columns_are_inferred(parquet: Write) -> None:
 
 
 def cached_files() -> list[Path]:
-    return sorted(sources.cache_dir().glob("*.safetensors"))
+    return sorted(decoding.cache_dir().glob("*.safetensors"))
 
 
 def test_images_are_decoded_once(parquet: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = parquet(train=split([0, 1]), test=split([2, 1]))
     first = read(folder)
-    monkeypatch.setattr(sources, "_decode", None)  # a second decoding would fail
+    monkeypatch.setattr(decoding, "decode", None)  # a second decoding would fail
     again = read(folder)
     assert torch.equal(first.train.images, again.train.images)
     assert torch.equal(first.test.labels, again.test.labels)
@@ -209,10 +209,10 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sources, "save_file", full)
+    monkeypatch.setattr(decoding, "save_file", full)
     assert len(read(parquet(train=split([0, 1, 1]), test=split([2]))).train) == 3
     assert "images are not cached: [Errno 28] No space" in capsys.readouterr().err
-    assert not list(sources.cache_dir().glob("*.tmp"))
+    assert not list(decoding.cache_dir().glob("*.tmp"))
 
 
 def test_tables_kept_in_memory_are_not_mistaken_for_each_other(
@@ -225,7 +225,7 @@ def test_tables_kept_in_memory_are_not_mistaken_for_each_other(
 
 def test_the_cache_holds_no_pickle_and_no_leftovers(parquet: Write) -> None:
     read(parquet(train=split([0, 1]), test=split([2, 1])))
-    names = {path.suffix for path in sources.cache_dir().iterdir()}
+    names = {path.suffix for path in decoding.cache_dir().iterdir()}
     assert names == {".safetensors", ".lock"}
 
 
@@ -365,7 +365,7 @@ def read_in_a_process(dataset: str, environment: dict[str, str]) -> tuple[str, f
     """Read the set in a fresh process (the hub's address is read at import)."""
     script = (
         "import sys, time\n"
-        "from dml_accel import sources\n"
+        "from dml_accel import decoding, sources\n"
         "from dml_accel.config import Config, UsageError\n"
         "start = time.monotonic()\n"
         "try:\n"

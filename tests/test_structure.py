@@ -10,6 +10,7 @@ PACKAGE = ROOT / "dml_accel"
 ORDER = [
     "config",
     "keys",
+    "decoding",
     "sources",
     "data",
     "networks",

@@ -12,6 +12,7 @@ links=("va$tag" "vb$tag")
 cleanup() {
   local host
   kill $(jobs -p) 2>/dev/null || true
+  ip link del "${links[0]}" 2>/dev/null || true
   for host in "${hosts[@]}"; do
     ip netns pids "$host" 2>/dev/null | xargs -r kill -9 2>/dev/null || true
     ip netns del "$host" 2>/dev/null || true

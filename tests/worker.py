@@ -11,11 +11,14 @@ import os
 import socket
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -56,17 +59,26 @@ def reversed_batch(self: ImageSet, *words: int) -> tuple[torch.Tensor, torch.Ten
     return x.flip(0), y.flip(0)
 
 
+def keep_first(tensors: dict, name: str, _: object, __: object, logits: torch.Tensor) -> None:
+    """Keep the logits of our rows in the first forward of training."""
+    tensors.setdefault(f"logits/{name}", logits.detach().clone())
+
+
 def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     """Train as the case says; write gradients of the first step, states, metrics."""
     training = Training(Config.from_dict(case["config"]), source)
     peers = sorted(training.peers, key=lambda peer: peer.name)
     before = training.states()
-    tensors, rates = {}, []
-    x, _ = training.data.train.batch(0, training.config.batch_size, 0, 8)
+    tensors, rates, reductions = {}, [], [0]
+
+    def count(group: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future:
+        reductions[0] += 1
+        return allreduce_hook(group, bucket)
+
     for peer in peers:
-        with torch.no_grad():
-            tensors[f"logits/{peer.name}"] = peer.module.eval()(x)
-        peer.module.train()
+        peer.module.register_forward_hook(partial(keep_first, tensors, peer.name))
+        if isinstance(peer.net, DistributedDataParallel):
+            peer.net.register_comm_hook(None, count)
     records = engine.fit(training.peers, training.data, training.config, training.placement)
     for record in records:
         if isinstance(record, engine.EvaluationRecord):
@@ -81,7 +93,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     for name, state in training.states().items():
         for key, value in state.items():
             tensors[f"state/{name}/{key}"] = value
-            if value.is_floating_point() and key in before[name]:
+            if value.is_floating_point() and key in before[name] and "running" not in key:
                 tensors[f"moved/{name}/{key}"] = (value - before[name][key]).abs().max()
     placement = training.placement
     report = {
@@ -94,6 +106,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
         "rows": placement.rows(training.config.batch_size),
         "rates": rates,
         "steps": len(rates),
+        "reductions": reductions[0],
         "metrics": metrics,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,174 @@
+"""From encoded images to one array in memory: decoding, the labels' check, the cache.
+
+No process rank is known here: whoever comes first decodes under a file lock, the rest read the
+cache. Nothing that is read can execute code: Arrow, image files and safetensors only.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dml_accel.config import UsageError
+from dml_accel.keys import key
+
+_CACHE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Decoded images: ``images`` [N, S, S, 3] uint8 and ``labels`` [N] int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: Tensor) -> "Split":
+        """Return the given rows, shape [n] int64, in that order."""
+        return Split(self.images[rows], self.labels[rows])
+
+
+def to_rgb(image: Image.Image, size: int) -> np.ndarray:
+    """Return the image as RGB levels [S, S, 3] uint8, resized where it is not S x S.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; store 8 or 16 bits")
+    if image.size != (size, size):
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image.convert("RGB"))
+
+
+def cache_dir() -> Path:
+    """The folder of decoded images: ``$DML_CACHE``, else ``~/.cache/dml_accel``."""
+    return Path(os.environ.get("DML_CACHE", "~/.cache/dml_accel")).expanduser()
+
+
+def decoded(
+    dataset: Any, split: str, image: str, label: str, classes: int, size: int, quiet: bool
+) -> Split:
+    """Return the split's images, from the cache where it holds them undamaged."""
+    stats = [(f["filename"], os.stat(f["filename"])) for f in dataset.cache_files]
+    identity = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    digest = key(_CACHE_FORMAT, identity, split, image, label, size)
+    path = cache_dir() / f"{digest:016x}.safetensors"
+    with _lock(path) as writable:
+        if identity and path.exists():
+            try:
+                return _load(path)
+            except (ValueError, SafetensorError) as damage:
+                print(f"{path} is damaged ({damage}); decoding again", file=sys.stderr)
+        labels = _labels(dataset, split, label, classes)
+        decoded = Split(decode(dataset, split, image, size, quiet), labels)
+        if writable and identity:
+            _store(path, decoded)
+        return decoded
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold the file's lock, so that one process decodes and the others then read."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        print(f"images are not cached: {error}; set DML_CACHE to a folder", file=sys.stderr)
+        yield False
+        return
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield True
+
+
+def _labels(dataset: Any, split: str, column: str, classes: int) -> Tensor:
+    labels = np.asarray(dataset[column][:], dtype=np.float64)
+    bad = ~((labels >= 0) & (labels < classes))  # a missing label is NaN here
+    if bad.any():
+        row = int(bad.argmax())
+        raise UsageError(
+            f"row {row} of split {split!r} has {column} = {labels[row]:g}; with {classes} classes "
+            f"labels run from 0 to {classes - 1}"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def decode(dataset: Any, split: str, column: str, size: int, quiet: bool = False) -> Tensor:
+    """Decode every image of a column, [N, S, S, 3] uint8.
+
+    Raises:
+        UsageError: an image cannot be read; its row, and its file where it has one, are named.
+    """
+    import datasets
+
+    raw = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    images = np.empty((len(raw), size, size, 3), np.uint8)
+    if not (quiet or sys.stderr.isatty()):
+        print(f"decoding {len(raw):,} images of split {split!r}", file=sys.stderr, flush=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for row, record in enumerate(
+            tqdm(raw, f"decoding {split}", disable=quiet or None, unit=" images")
+        ):
+            stored = record[column] or {}
+            content: bytes | None = stored.get("bytes")
+            path: Any = stored.get("path")
+            try:
+                if content is None and path is None:
+                    raise ValueError("the row is empty")
+                with Image.open(io.BytesIO(content) if content is not None else path) as picture:
+                    images[row] = to_rgb(picture, size)
+            except Exception as error:  # Pillow raises many kinds for files it cannot parse
+                # A buffer's address says nothing to a reader.
+                reason = str(error).split(" <_io.BytesIO")[0]
+                where = f" ({path})" if path else ""
+                raise UsageError(
+                    f"image {row} of split {split!r}{where} cannot be read: {reason}"
+                ) from error
+    return torch.from_numpy(images)
+
+
+def _digest(split: Split) -> str:
+    digest = hashlib.sha256(split.images.numpy().data)
+    digest.update(split.labels.numpy().data)
+    return digest.hexdigest()
+
+
+def _store(path: Path, split: Split) -> None:
+    """Write under a temporary name, then rename: a reader sees the whole file or none."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        tensors = {"images": split.images, "labels": split.labels}
+        save_file(tensors, temporary, metadata={"sha256": _digest(split)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        print(f"images are not cached: {error}; set DML_CACHE to a folder", file=sys.stderr)
+
+
+def _load(path: Path) -> Split:
+    with safe_open(path, framework="pt") as file:
+        split = Split(file.get_tensor("images"), file.get_tensor("labels"))
+        if (file.metadata() or {}).get("sha256") != _digest(split):
+            raise ValueError("its sha256 is not the recorded one")
+    return split
