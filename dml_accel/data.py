@@ -153,6 +153,25 @@ class Data:
     normalisation: Normalisation
 
 
+def count_held_out(source: Source, config: Config) -> int:
+    """Return how many training images are held out to choose by.
+
+    Raises:
+        UsageError: a batch has more images than are left, or the fraction leaves none.
+    """
+    total, count = len(source.train), round(config.val_fraction * len(source.train))
+    if config.val_fraction and not 0 < count < total:
+        raise UsageError(
+            f"--val-fraction {config.val_fraction} of {total} images is {count}; "
+            "both parts need images"
+        )
+    if config.batch_size > total - count:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is more than the {total - count} training images"
+        )
+    return count
+
+
 def held_out(source: Source, config: Config) -> tuple[Split, Split | None]:
     """Cut the training split into images to learn from and images to choose by.
 
@@ -160,31 +179,21 @@ def held_out(source: Source, config: Config) -> tuple[Split, Split | None]:
     several seeds can be compared on one validation split.
 
     Raises:
-        UsageError: a batch has more images than are left, or the fraction leaves none.
+        UsageError: see ``count_held_out``.
     """
-    train, val = source.train, None
-    if config.val_fraction:
-        count = round(config.val_fraction * len(train))
-        if not 0 < count < len(train):
-            raise UsageError(
-                f"--val-fraction {config.val_fraction} of {len(train)} images is {count}; "
-                "both parts need images"
-            )
-        chosen = torch.zeros(len(train), dtype=torch.bool)
-        chosen[stratified(train.labels, count, "validation split")] = True
-        val, train = train.select(chosen.nonzero()[:, 0]), train.select((~chosen).nonzero()[:, 0])
-    if config.batch_size > len(train):
-        raise UsageError(
-            f"--batch-size {config.batch_size} is more than the {len(train)} training images"
-        )
-    return train, val
+    train, count = source.train, count_held_out(source, config)
+    if count == 0:
+        return train, None
+    chosen = torch.zeros(len(train), dtype=torch.bool)
+    chosen[stratified(train.labels, count, "validation split")] = True
+    return train.select((~chosen).nonzero()[:, 0]), train.select(chosen.nonzero()[:, 0])
 
 
 def prepare(source: Source, config: Config, device: torch.device) -> Data:
     """Cut, measure and place the images of ``source`` on ``device``.
 
     Raises:
-        UsageError: see ``held_out``.
+        UsageError: see ``count_held_out``.
     """
     train, val = held_out(source, config)
     normalisation = Normalisation.of(train.images)
