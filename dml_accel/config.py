@@ -96,6 +96,11 @@ class Config:
     lr_step: int = flag(60, "epochs between two drops of the learning rate")
     lr_gamma: float = flag(0.1, "factor of each drop")
     max_steps: int | None = flag(None, "stop after that many optimizer steps (default: off)")
+    train_limit: int | None = flag(
+        None,
+        "train on that many images only, chosen stratified by class, the same for every seed "
+        "(default: all)",
+    )
     kl_weight: float = flag(
         1.0, "weight of the KL term; 0 skips it: every network then trains independently"
     )
@@ -146,7 +151,8 @@ class Config:
             _require(0 <= finite[name] < 1, name, finite[name], "at least 0 and below 1")
         for name in ("temperature", "clip_norm", "timeout"):
             _require(finite.get(name, 1) > 0, name, finite.get(name), "above 0")
-        _require(finite.get("max_steps", 1) >= 1, "max_steps", self.max_steps, "at least 1")
+        for name in ("max_steps", "train_limit"):
+            _require(finite.get(name, 1) >= 1, name, finite.get(name), "at least 1")
         _require(8 <= self.image_size <= 4096, "image_size", self.image_size, "8 to 4096 pixels")
         _require(self.timeout <= 10**6, "timeout", self.timeout, "at most 1000000 minutes")
         _require(self.lr_gamma <= 1, "lr_gamma", self.lr_gamma, "0 to 1")

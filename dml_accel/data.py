@@ -153,47 +153,57 @@ class Data:
     normalisation: Normalisation
 
 
-def count_held_out(source: Source, config: Config) -> int:
-    """Return how many training images are held out to choose by.
+def check_sizes(source: Source, config: Config) -> tuple[int, int]:
+    """Return how many images are trained on, and how many are held out to choose by.
 
     Raises:
-        UsageError: a batch has more images than are left, or the fraction leaves none.
+        UsageError: the fraction, the limit or a batch does not fit the training images.
     """
-    total, count = len(source.train), round(config.val_fraction * len(source.train))
-    if config.val_fraction and not 0 < count < total:
+    total, held = len(source.train), round(config.val_fraction * len(source.train))
+    if config.val_fraction and not 0 < held < total:
         raise UsageError(
-            f"--val-fraction {config.val_fraction} of {total} images is {count}; "
+            f"--val-fraction {config.val_fraction} of {total} images is {held}; "
             "both parts need images"
         )
-    if config.batch_size > total - count:
+    left = total - held
+    if config.train_limit is not None and config.train_limit > left:
         raise UsageError(
-            f"--batch-size {config.batch_size} is more than the {total - count} training images"
+            f"--train-limit {config.train_limit} is more than the {left} training images"
         )
-    return count
+    trained = config.train_limit or left
+    if config.batch_size > trained:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is more than the {trained} training images"
+        )
+    return trained, held
 
 
 def held_out(source: Source, config: Config) -> tuple[Split, Split | None]:
     """Cut the training split into images to learn from and images to choose by.
 
-    The cut is stratified by class and does not depend on the run's seed, so that runs of
-    several seeds can be compared on one validation split.
+    Both choices are stratified by class and do not depend on the run's seed, so that runs of
+    several seeds can be compared; a smaller ``train_limit`` chooses a part of what a larger does.
 
     Raises:
-        UsageError: see ``count_held_out``.
+        UsageError: see ``check_sizes``.
     """
-    train, count = source.train, count_held_out(source, config)
-    if count == 0:
-        return train, None
-    chosen = torch.zeros(len(train), dtype=torch.bool)
-    chosen[stratified(train.labels, count, "validation split")] = True
-    return train.select((~chosen).nonzero()[:, 0]), train.select(chosen.nonzero()[:, 0])
+    train, val = source.train, None
+    trained, held = check_sizes(source, config)
+    if held:
+        chosen = torch.zeros(len(train), dtype=torch.bool)
+        chosen[stratified(train.labels, held, "validation split")] = True
+        val = train.select(chosen.nonzero()[:, 0])
+        train = train.select((~chosen).nonzero()[:, 0])
+    if trained < len(train):
+        train = train.select(stratified(train.labels, trained, "training limit"))
+    return train, val
 
 
 def prepare(source: Source, config: Config, device: torch.device) -> Data:
     """Cut, measure and place the images of ``source`` on ``device``.
 
     Raises:
-        UsageError: see ``count_held_out``.
+        UsageError: see ``check_sizes``.
     """
     train, val = held_out(source, config)
     normalisation = Normalisation.of(train.images)

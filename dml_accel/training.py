@@ -50,7 +50,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     speaks = launched_rank() == 0
     folder = RunFolder(config.output_dir, [spec.name for spec in specs]) if speaks else None
     source = sources.read(config, quiet=not speaks)
-    data.count_held_out(source, config)  # refuses what leaves too few images
+    data.check_sizes(source, config)  # refuses what leaves too few images
     modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
     check_networks(config, modules)
     # From here on something is written, and processes wait for each other.

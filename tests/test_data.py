@@ -164,6 +164,25 @@ def test_the_validation_split_is_the_same_for_every_seed(digits: Source) -> None
     assert len(val) + len(train) == len(digits.train)
 
 
+def test_a_limit_takes_every_class_alike_whatever_the_seed(digits: Source) -> None:
+    (few, _), (again, _), (more, _) = (
+        held_out(digits, tiny_config(train_limit=limit, seed=seed))
+        for limit, seed in ((100, 0), (100, 1), (200, 0))
+    )
+    assert torch.equal(few.images, again.images) and len(few) == 100
+    share = torch.bincount(digits.train.labels) / len(digits.train)
+    assert (torch.bincount(few.labels) - 100 * share).abs().max() <= 1
+    larger = {tuple(image) for image in more.images.flatten(1).tolist()}
+    assert len(more) == 200
+    assert {tuple(image) for image in few.images.flatten(1).tolist()} <= larger
+
+
+def test_a_limit_leaves_the_validation_split_alone(digits: Source) -> None:
+    _, val = held_out(digits, tiny_config(val_fraction=0.2))
+    train, same = held_out(digits, tiny_config(val_fraction=0.2, train_limit=50))
+    assert torch.equal(val.images, same.images) and len(train) == 50
+
+
 def test_the_validation_split_is_cut_from_the_training_images_only(digits: Source) -> None:
     train, val = held_out(digits, tiny_config(val_fraction=0.2))
     everything = torch.cat([train.images, val.images]).flatten(1).tolist()
@@ -174,6 +193,8 @@ def test_the_validation_split_is_cut_from_the_training_images_only(digits: Sourc
     ("changes", "message"),
     [
         ({"batch_size": 5000}, "--batch-size 5000 is more than the 1437 training images"),
+        ({"train_limit": 1438}, "--train-limit 1438 is more than the 1437 training images"),
+        ({"train_limit": 7}, "--batch-size 8 is more than the 7 training images"),
         ({"val_fraction": 1e-6}, "--val-fraction 1e-06 of 1437 images is 0"),
         ({"val_fraction": 0.999, "batch_size": 8}, "more than the 1 training images"),
     ],
