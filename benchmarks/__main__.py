@@ -36,6 +36,7 @@ from dml_accel.config import Config
 from dml_accel.data import ImageSet, Normalisation
 from dml_accel.engine import train_step
 from dml_accel.placement import Placement
+from dml_accel.processes import Processes
 from dml_accel.training import commit, versions
 
 HERE = Path(__file__).parent
@@ -81,7 +82,7 @@ def input_cost(blocks: int) -> dict[str, Any]:
 def step_cost(blocks: int, steps: int) -> dict[str, Any]:
     """The whole step of a ResNet-32 pair against its networks' own work on a ready batch."""
     config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
-    placement, images = Placement(config), image_set()
+    placement, images = Placement(config, Processes(config)), image_set()
 
     def build() -> list[Peer]:
         peers = []

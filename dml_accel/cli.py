@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dml_accel.config import Config, UsageError
-from dml_accel.placement import ProcessLostError, StoppedError, launched_processes, launched_rank
+from dml_accel.processes import ProcessLostError, StoppedError, launched_processes, launched_rank
 from dml_accel.report import results_table
 from dml_accel.training import command_line, train
 

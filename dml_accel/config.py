@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 IntervalUnit = Literal["step", "ep", "min"]
+_LEAVES_THE_RESULT_ALONE = frozenset({"output_dir", "timeout", "cpu", "eval_every"})
 
 
 class UsageError(ValueError):
@@ -47,9 +48,13 @@ class Interval:
             )
         return cls(count, unit)
 
+    def steps(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps between two ends of the interval (0: it is in minutes)."""
+        return {"step": 1, "ep": steps_per_epoch, "min": 0}[self.unit] * int(self.count)
+
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether the interval ends with optimizer step ``step`` (never, for minutes)."""
-        period = {"step": 1, "ep": steps_per_epoch, "min": 0}[self.unit] * int(self.count)
+        period = self.steps(steps_per_epoch)
         return period > 0 and step % period == 0
 
 
@@ -179,6 +184,15 @@ class Config:
     def augmentation(self) -> str:
         """``augment`` with the data set's default filled in (a mirrored digit is no digit)."""
         return self.augment or ("crop" if self.dataset == "digits" else "crop-flip")
+
+    def differences(self, other: "Config") -> list[str]:
+        """Say where ``other`` would give another result, one text per field."""
+        mine, theirs = self.as_dict(), other.as_dict()
+        return [
+            f"{name} is {theirs[name]} and not {value}"
+            for name, value in mine.items()
+            if name not in _LEAVES_THE_RESULT_ALONE and theirs[name] != value
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

@@ -81,7 +81,7 @@ def fit(
     for step in range(steps):
         lr = learning_rate(config, step, per_epoch)
         losses = train_step(peers, data.train, step, lr, config, placement)
-        minutes_up = every.unit == "min" and placement.agreed(
+        minutes_up = every.unit == "min" and placement.processes.agreed(
             time.monotonic() - evaluated_at >= 60 * every.count
         )
         evaluates = step + 1 == steps or minutes_up or every.due(step + 1, per_epoch)

@@ -1,4 +1,4 @@
-"""Where the work is done: the only module that knows devices, processes and ranks.
+"""Where the work of a cohort is done: which peers and rows are ours, and how gradients meet.
 
 Placement ``replicate``: every process holds every peer and works on its own rows of each batch;
 gradients are averaged over all processes, so that the cohort takes the steps of one process. What
@@ -8,203 +8,43 @@ over rows become sums over all processes.
 
 import contextlib
 import inspect
-import os
-import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dml_accel.batchnorm import check_spanning, span_group
-from dml_accel.config import Config, UsageError
+from dml_accel.batchnorm import span_group
+from dml_accel.config import Config
 from dml_accel.keys import bounds
+from dml_accel.processes import Processes
 
-_SECONDS_BETWEEN_BEATS = 0.5
 # torch 2.15 gave the argument a new name.
 _HAS_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if _HAS_NEW_NAME else "broadcast_buffers": False
 }
-_PLUGINS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
-
-
-class StoppedError(RuntimeError):
-    """The system or a person asked this process to stop."""
-
-
-class ProcessLostError(RuntimeError):
-    """Other processes of the run are gone; the text names them.
-
-    Attributes:
-        speaks: whether this process, the first of those left, is the one to say it.
-    """
-
-    def __init__(self, message: str, speaks: bool) -> None:
-        super().__init__(message)
-        self.speaks = speaks
-
-
-@contextlib.contextmanager
-def stopping_on_sigterm() -> Iterator[None]:
-    """Turn the first SIGTERM into ``StoppedError``, so that the run's status is written."""
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise StoppedError("stopped by SIGTERM")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def launched_rank() -> int:
-    """The rank that the launcher gave this process; 0 where there is no launcher."""
-    return int(os.environ.get("RANK", 0)) if launched_processes() > 1 else 0
-
-
-def launched_processes() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def check_launch(config: Config) -> None:
-    """Refuse what cannot work, before any process group.
-
-    Raises:
-        UsageError: the way of starting, a plugin, the precision or the number of processes; the
-            text names the fix.
-    """
-    environment, world = os.environ, launched_processes()
-    on_cpu = _stays_on_cpu(config)
-    precision = config.mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    # The launcher sets an address for several processes, and then starts one without a rank.
-    started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
-    if started_by_accelerate and "MASTER_ADDR" in environment and "RANK" not in environment:
-        raise UsageError(
-            "accelerate launch started one process whatever --num_processes and --num_machines "
-            "say, as it does with --cpu, MULTI_CPU and without --multi_gpu; write accelerate "
-            "launch --multi_gpu --num_processes N, which is N processes on the CPU where there "
-            "is no GPU"
-        )
-    if world > 1 and not on_cpu:
-        _check_gpus()
-    for variable, plugin in _PLUGINS.items():
-        if environment.get(variable, "").lower() == "true":
-            raise UsageError(f"{plugin} does not fit a cohort of networks; launch without it")
-    if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise UsageError("compilation is not supported; launch without --dynamo_backend")
-    if int(environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)) > 1:
-        raise UsageError(
-            "gradient accumulation is a flag of training: --grad-accum, and not of the launcher"
-        )
-    if precision not in ("no", "bf16", "fp16"):
-        raise UsageError(f"mixed precision {precision} is not supported; use no, bf16 or fp16")
-    if precision == "fp16" and on_cpu:
-        raise UsageError("fp16 needs a GPU (a CPU would compute in fp32); use bf16 or no")
-    if config.float64 and precision != "no":
-        raise UsageError(f"--float64 and mixed precision {precision} exclude each other")
-    if config.float64 and not on_cpu and not torch.cuda.is_available():
-        raise UsageError("--float64: Apple GPUs have no double precision; add --cpu")
-    least = config.batch_size // config.grad_accum
-    if world > least:
-        raise UsageError(
-            f"{world} processes, but only {least} images in a part of the batch (--batch-size "
-            f"{config.batch_size}, --grad-accum {config.grad_accum}); each needs at least one"
-        )
-
-
-def _check_gpus() -> None:
-    if not torch.cuda.is_available():
-        raise UsageError("several processes need CUDA GPUs or the CPU; add --cpu to train.py")
-    if "LOCAL_RANK" not in os.environ:
-        raise UsageError(
-            "WORLD_SIZE is set but LOCAL_RANK is not; start with accelerate launch or torchrun"
-        )
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if here > gpus:
-        raise UsageError(
-            f"{here} processes on this machine but {gpus} GPUs; start at most {gpus} "
-            "(--num_processes), or add --cpu to train.py"
-        )
-
-
-def check_networks(config: Config, networks: Mapping[str, nn.Module]) -> None:
-    """Refuse networks, by peer, that several processes cannot train as one would.
-
-    Raises:
-        UsageError: a batch norm cannot span processes.
-    """
-    if launched_processes() > 1 and config.batch_norm == "group":
-        for name, net in networks.items():
-            check_spanning(net, name)
-
-
-def _stays_on_cpu(config: Config) -> bool:
-    asked = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    return asked or not torch.accelerator.is_available()
 
 
 class Placement:
     """Every peer in every process.
 
     Attributes:
+        processes: those that share the work.
         device: where this process's networks and batches are.
-        rank: this process among ``world_size``; rank 0 speaks and writes.
+        rank: this process among ``world_size``.
         kind: the resolved placement, as in results.json.
     """
 
     kind = "replicate"
 
-    def __init__(self, config: Config) -> None:
-        launched = launched_processes()
-        # Several processes without an accelerator need to be told, or each believes to be alone.
-        try:
-            self._accelerator = Accelerator(
-                cpu=config.cpu or (launched > 1 and _stays_on_cpu(config)),
-                mixed_precision=config.mixed_precision,
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
-            )
-        except dist.DistError as error:
-            raise ProcessLostError(
-                f"the {launched} processes did not find each other within {config.timeout:g} "
-                f"minutes ({_first_line(error)})",
-                speaks=launched_rank() == 0,
-            ) from error
-        self.device: torch.device = self._accelerator.device
-        self.rank: int = self._accelerator.process_index
-        self.world_size: int = self._accelerator.num_processes
-        if launched != self.world_size:
-            raise UsageError(
-                f"launched as {launched} processes but only {self.world_size} found each other; "
-                "add --cpu to the flags of train.py"
-            )
+    def __init__(self, config: Config, processes: Processes) -> None:
+        self.processes = processes
+        self.device, self.rank = processes.device, processes.rank
+        self.world_size = processes.world_size
         self._spans_batch_norm = config.batch_norm == "group" and self.world_size > 1
-        self._closing = threading.Event()
-        if self.world_size > 1:
-            threading.Thread(target=self._beat, daemon=True).start()
-
-    @property
-    def mixed_precision(self) -> str:
-        """``no``, ``bf16`` or ``fp16``."""
-        return str(self._accelerator.mixed_precision)
 
     def ranks(self, peers: Sequence[str]) -> dict[str, list[int]]:
         """Return the ranks that hold each peer."""
@@ -222,7 +62,7 @@ class Placement:
         """
         if self._spans_batch_norm:
             span_group(module, None)
-        module = self._accelerator.prepare_model(module, evaluation_mode=True)
+        module = self.processes.accelerator.prepare_model(module, evaluation_mode=True)
         if self.world_size == 1:
             return module
         # Buffers need no broadcast before each step: training never reads running statistics.
@@ -234,7 +74,9 @@ class Placement:
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return a loss scaler for one peer; outside fp16 it does nothing."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.mixed_precision == "fp16")
+        return torch.amp.GradScaler(
+            self.device.type, enabled=self.processes.mixed_precision == "fp16"
+        )
 
     def rows(self, count: int) -> tuple[int, int]:
         """Return the first and one past the last of the ``count`` rows that are ours."""
@@ -266,75 +108,3 @@ class Placement:
             for module in modules:
                 for buffer in module.buffers():
                     dist.broadcast(buffer, src=0)
-
-    def agreed(self, decision: bool) -> bool:
-        """Return rank 0's decision in every process."""
-        if self.world_size == 1:
-            return decision
-        word = torch.tensor([decision], dtype=torch.uint8, device=self.device)
-        dist.broadcast(word, src=0)
-        return bool(word.item())
-
-    def largest(self, value: int) -> int:
-        """Return the largest of all processes' values."""
-        if self.world_size == 1:
-            return value
-        word = torch.tensor([value], dtype=torch.int64, device=self.device)
-        dist.all_reduce(word, op=dist.ReduceOp.MAX)
-        return int(word.item())
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Turn a failed exchange into an error that names the processes that are gone.
-
-        Raises:
-            ProcessLostError: an exchange failed, or waited longer than the timeout.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            reason = _first_line(error)
-            lost = isinstance(error, dist.DistError | StoppedError) or "gloo" in reason
-            if self.world_size == 1 or not lost:
-                raise
-            # The launcher tells those left to stop, now or soon: first say who is missing.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            gone = self._missing()
-            if not gone:
-                raise
-            names = ", ".join(f"rank {rank}" for rank in gone)
-            left = set(range(self.world_size)) - set(gone)
-            raise ProcessLostError(
-                f"{names} no longer answers, so the run ends ({reason})",
-                speaks=self.rank == min(left, default=self.rank),
-            ) from error
-
-    def _beat(self) -> None:
-        """Say that this process lives, from a thread of its own: exchanges block the main one."""
-        store: Any = dist.distributed_c10d._get_default_store()
-        count = 0
-        with contextlib.suppress(RuntimeError):  # the store is gone: nobody listens any more
-            while not self._closing.wait(_SECONDS_BETWEEN_BEATS):
-                count += 1
-                store.set(f"alive/{self.rank}", str(count))
-
-    def _missing(self) -> list[int]:
-        """Return the ranks whose sign of life in the launcher's store does not change."""
-        try:
-            store: Any = dist.distributed_c10d._get_default_store()
-            names = [f"alive/{rank}" for rank in range(self.world_size)]
-            before = [store.get(name) if store.check([name]) else b"" for name in names]
-            time.sleep(6 * _SECONDS_BETWEEN_BEATS)
-            after = [store.get(name) if store.check([name]) else b"" for name in names]
-        except dist.DistError:
-            return [0]  # the store lives on rank 0's machine
-        return [rank for rank in range(self.world_size) if before[rank] == after[rank]]
-
-    def close(self) -> None:
-        """Leave the process group in order."""
-        self._closing.set()
-        self._accelerator.end_training()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

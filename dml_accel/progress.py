@@ -1,5 +1,6 @@
 """From step records to numbers: windows of steps, throughput, and what a person sees meanwhile."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -95,33 +96,61 @@ class Windows:
         }
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What one run costs, in any unit that the runs of one display share."""
+
+    steps: int
+    step: float
+    evaluations: int
+    evaluation: float
+
+    @property
+    def total(self) -> float:
+        """Cost of the whole run."""
+        return self.steps * self.step + self.evaluations * self.evaluation
+
+
 class Display:
-    """A bar with the time left on a terminal; plain lines elsewhere. Everything on stderr.
+    """One bar with the time left on a terminal; plain lines elsewhere. Everything on stderr.
 
     Args:
-        steps: optimizer steps of the whole run.
-        epochs: configured epochs.
-        batch_size: images of one step.
+        work: of all runs that will be shown, in the unit of their workloads.
         quiet: show nothing.
+        many: several runs: a line a minute, and of the evaluations only each run's last.
     """
 
-    def __init__(self, steps: int, epochs: int, batch_size: int, quiet: bool = False) -> None:
-        self._steps, self._epochs, self._batch_size, self._quiet = steps, epochs, batch_size, quiet
+    def __init__(self, work: float, quiet: bool = False, many: bool = False) -> None:
+        self._work, self._quiet, self._many = work, quiet, many
+        self._seconds_between_lines = 60.0 if many else _SECONDS_BETWEEN_LINES
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=steps,
-            unit="step",
+            total=100,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             disable=quiet or not self._terminal,
+            smoothing=0,
             dynamic_ncols=True,
             file=sys.stderr,
         )
-        self._started = self._said = time.monotonic()
-        self._taken = 0
+        self._started, self._said = time.monotonic(), -math.inf
+        self._done = 0.0
+
+    def begin(self, label: str, workload: Workload, epochs: int, batch_size: int) -> None:
+        """Show another run.
+
+        Args:
+            label: what to call it; empty where there is only one.
+            workload: its own.
+            epochs: configured epochs.
+            batch_size: images of one step.
+        """
+        self._label, self._workload = label, workload
+        self._epochs, self._batch_size = epochs, batch_size
+        self._end = self._done + workload.total
 
     def step(self, window: Window | None) -> None:
         """Count a step; ``window`` holds the news where a window ended with it."""
-        self._taken += 1
-        self._bar.update(1)
+        self._advance(self._workload.step)
         if window is None:
             return
         losses = " ".join(
@@ -130,30 +159,43 @@ class Display:
         )
         rate = self._batch_size / window.step_seconds
         if self._terminal:
-            self._bar.set_description(f"epoch {window.last.epoch + 1}/{self._epochs}", False)
+            epoch = f"epoch {window.last.epoch + 1}/{self._epochs}"
+            self._bar.set_description(f"{self._label} {epoch}".strip(), False)
             self._bar.set_postfix_str(f"{rate:.0f} images/s {losses}")
-        elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES or self._taken == 1:
-            done, last = time.monotonic() - self._started, window.last
-            left = _duration(done / self._taken * (self._steps - last.step))
-            self._say(
-                f"step {last.step}/{self._steps} epoch {last.epoch + 1}/{self._epochs} "
-                f"{rate:.0f} images/s, {left} left: {losses}"
-            )
+        elif time.monotonic() - self._said >= self._seconds_between_lines:
+            spent = time.monotonic() - self._started
+            left = _duration(spent / self._done * max(0.0, self._work - self._done))
+            self._say(f"{self._at(window.last)} {rate:.0f} images/s, {left} left: {losses}")
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Say what an evaluation found."""
+        self._advance(self._workload.evaluation)
+        if self._many and record.step < self._workload.steps:
+            return
         found = record.val or record.test
         split = "val" if record.val else "test"
         scores = [*found["peers"].items(), ("ensemble", found["ensemble"])]
         accuracies = " ".join(f"{name} {100 * score['top1']:.2f}%" for name, score in scores)
-        self._say(
-            f"step {record.step}/{self._steps} epoch {record.epoch + 1}/{self._epochs} "
-            f"{split} top-1: {accuracies}"
-        )
+        self._say(f"{self._at(record)} {split} top-1: {accuracies}")
+
+    def end(self) -> None:
+        """Count a run as done, whatever its evaluations were estimated at."""
+        self._advance(self._end - self._done)
 
     def close(self) -> None:
         """Take the bar off the screen's last line."""
         self._bar.close()
+
+    def _advance(self, work: float) -> None:
+        self._done += work
+        self._bar.update(100 * self._done / self._work - self._bar.n)
+
+    def _at(self, record: StepRecord | EvaluationRecord) -> str:
+        label = f"{self._label}: " if self._label else ""
+        return (
+            f"{label}step {record.step}/{self._workload.steps} "
+            f"epoch {record.epoch + 1}/{self._epochs}"
+        )
 
     def _say(self, line: str) -> None:
         self._said = time.monotonic()

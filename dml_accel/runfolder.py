@@ -1,4 +1,4 @@
-"""The run folder: who may write in it, its records, its status.
+"""Folders that one process writes: who may, a run's records and its status.
 
 One writer holds ``run.lock`` by flock, which the system releases when the holder dies. Files
 appear whole or not at all, except metrics.jsonl, which grows by flushed lines.
@@ -7,11 +7,12 @@ appear whole or not at all, except metrics.jsonl, which grows by flushed lines.
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from dml_accel.config import UsageError
 from dml_accel.export import write_json
@@ -19,30 +20,29 @@ from dml_accel.export import write_json
 _TRACES_OF_A_RUN = ("config.json", "metrics.jsonl", "results.json", "status.json", "peers")
 
 
-class RunFolder:
-    """A folder that one run writes. Nothing is made before the context is entered.
+class LockedFolder:
+    """A folder with one writer. Nothing is made before the context is entered.
 
     Raises:
-        UsageError: the folder holds a run already, is in use, or cannot be made.
+        UsageError: the folder is in use, holds what must not be overwritten, or cannot be made.
     """
 
-    def __init__(self, path: str | None, peers: list[str]) -> None:
-        """Take ``path``, or a new ``runs/<time>-<cohort>`` where it is None."""
+    def __init__(self, path: str | Path | None, label: str) -> None:
+        """Take ``path``, or a new ``runs/<time>-<label>`` where it is None."""
         self._given = path is not None
-        self.path = Path(path) if path is not None else _default_path(peers)
-        self.step = 0
+        self.path = Path(path or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}")
         try:
             self._refuse_early()
         except OSError as error:
             raise self._cannot_be_made(error.strerror) from error
 
+    def _refuse_content(self) -> None:
+        """Refuse a folder whose content must not be overwritten."""
+
     def _refuse_early(self) -> None:
         """Refuse what entering would refuse, as far as looking can tell, before long work."""
-        for trace in _TRACES_OF_A_RUN:
-            if self._given and (self.path / trace).exists():
-                raise UsageError(
-                    f"--output-dir {self.path} already holds a run ({trace}); name a new folder"
-                )
+        if self._given:
+            self._refuse_content()
         parent = self.path
         while not parent.exists() and parent != parent.parent:
             parent = parent.parent
@@ -67,7 +67,7 @@ class RunFolder:
                 attempt += 1
                 self.path = stem.with_name(f"{stem.name}-{attempt}")
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> Self:
         try:
             self._make()
             self._lock = open(self.path / "run.lock", "a+")
@@ -84,8 +84,60 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.close()
+
+    def write(self, name: str, content: Any) -> None:
+        """Write one JSON file, whole or not at all."""
+        write_json(self.path / name, content)
+
+
+class RunFolder(LockedFolder):
+    """The folder of one run.
+
+    Args:
+        path: the folder, or None for a new one.
+        label: see ``LockedFolder``.
+        starts_over: a run in it that never ended is cleared away instead of refused.
+
+    Raises:
+        UsageError: also where the folder holds a run already.
+    """
+
+    def __init__(self, path: str | Path | None, label: str, starts_over: bool = False) -> None:
+        self._starts_over = starts_over
+        self.step = 0
+        super().__init__(path, label)
+
+    def _refuse_content(self) -> None:
+        if self._starts_over and not is_done(self.path):
+            return
+        for trace in _TRACES_OF_A_RUN:
+            if (self.path / trace).exists():
+                raise UsageError(
+                    f"--output-dir {self.path} already holds a run ({trace}); name a new folder"
+                )
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        if self._starts_over:
+            self._clear()
         self._metrics = open(self.path / "metrics.jsonl", "a")
         return self
+
+    def _clear(self) -> None:
+        for trace in _TRACES_OF_A_RUN:
+            if (self.path / trace).is_dir():
+                shutil.rmtree(self.path / trace)
+            else:
+                (self.path / trace).unlink(missing_ok=True)
 
     def __exit__(
         self,
@@ -98,7 +150,7 @@ class RunFolder:
         else:
             self.status("failed", f"{type(error).__name__}: {error}".rstrip(": "))
         self._metrics.close()
-        self._lock.close()
+        super().__exit__(kind, error, trace)
 
     def status(self, state: str, reason: str | None = None) -> None:
         """Write status.json: ``running``, ``done`` or ``failed``, why, and the steps taken."""
@@ -111,12 +163,10 @@ class RunFolder:
         self._metrics.write(json.dumps(line | values, allow_nan=False) + "\n")
         self._metrics.flush()
 
-    def write(self, name: str, content: Any) -> None:
-        """Write one JSON file, whole or not at all."""
-        write_json(self.path / name, content)
 
-
-def _default_path(peers: list[str]) -> Path:
-    nets = [name.rpartition("-")[0] for name in peers]
-    parts = [f"{net}x{nets.count(net)}" for net in dict.fromkeys(nets)]
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{'-'.join(parts)[:80]}"
+def is_done(path: Path) -> bool:
+    """Whether the folder holds a run that ended well."""
+    try:
+        return bool(json.loads((path / "status.json").read_text())["status"] == "done")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

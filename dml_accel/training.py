@@ -4,6 +4,7 @@ import contextlib
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,48 @@ from dml_accel.config import Config
 from dml_accel.data import Data
 from dml_accel.engine import EvaluationRecord, fit, steps_to_take
 from dml_accel.export import write_peer
-from dml_accel.placement import (
-    Placement,
+from dml_accel.placement import Placement
+from dml_accel.processes import (
+    Processes,
     check_launch,
     check_networks,
     launched_rank,
     stopping_on_sigterm,
 )
-from dml_accel.progress import Display, Windows, device_memory
+from dml_accel.progress import Display, Windows, Workload, device_memory
 from dml_accel.report import results_markdown
 from dml_accel.runfolder import RunFolder
+from dml_accel.sources import Source
 
 _PACKAGES = ("dml-accel", "torch", "torchvision", "accelerate", "datasets", "timm", "safetensors")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A cohort and images of which everything that can be refused has been.
+
+    Attributes:
+        specs: the peers, in the order of the command line.
+        source: the images.
+        modules: an untrained network for each peer.
+    """
+
+    specs: list[PeerSpec]
+    source: Source
+    modules: dict[str, nn.Module]
+
+
+def check(config: Config, source: Source) -> Checked:
+    """Build the networks; refuse a configuration that does not fit them or the images.
+
+    Raises:
+        UsageError: see the text.
+    """
+    data.check_sizes(source, config)
+    specs = cohort.parse(config.cohort)
+    modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
+    check_networks(config, modules)
+    return Checked(specs, source, modules)
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
@@ -46,25 +77,72 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         ProcessLostError: another process is gone.
     """
     check_launch(config)
-    specs = cohort.parse(config.cohort)
+    label = cohort.label([spec.name for spec in cohort.parse(config.cohort)])
     speaks = launched_rank() == 0
-    folder = RunFolder(config.output_dir, [spec.name for spec in specs]) if speaks else None
+    folder = RunFolder(config.output_dir, label) if speaks else None
     source = sources.read(config, quiet=not speaks)
-    data.check_sizes(source, config)  # refuses what leaves too few images
-    modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
-    check_networks(config, modules)
+    checked = check(config, source)
+    display = Display(workload(config, source).total, quiet=not speaks)
     # From here on something is written, and processes wait for each other.
-    with stopping_on_sigterm(), folder or contextlib.nullcontext():
-        placement = Placement(config)
-        with placement.watching():
-            images = data.prepare(source, config, placement.device)
-            peers = [_peer(spec, modules[spec.name], config, placement) for spec in specs]
-            if folder is None:
-                _follow(peers, images, config, placement)
-            else:
-                results = _write(peers, images, config, placement, folder, command)
-            placement.close()
-    return (folder.path, results) if folder else None
+    with stopping_on_sigterm(), folder or contextlib.nullcontext(), contextlib.closing(display):
+        processes = Processes(config)
+        with processes.watching():
+            results = run(config, checked, processes, folder, command, display)
+            processes.close()
+    return (folder.path, results) if folder and results else None
+
+
+def run(
+    config: Config,
+    checked: Checked,
+    processes: Processes,
+    folder: RunFolder | None,
+    command: str,
+    display: Display,
+    label: str = "",
+    image_cost: float = 1.0,
+) -> dict[str, Any] | None:
+    """Train one cohort with processes that are already together.
+
+    Args:
+        config: the run.
+        checked: what ``check`` returned for it.
+        processes: those that share the work.
+        folder: an entered run folder in the first process, None in the others.
+        command: the command line, for the record.
+        display: where progress is shown.
+        label: what the display calls the run.
+        image_cost: see ``workload``.
+
+    Returns:
+        The content of results.json in the first process.
+    """
+    placement = Placement(config, processes)
+    images = data.prepare(checked.source, config, placement.device)
+    peers = [_peer(spec, checked.modules[spec.name], config, placement) for spec in checked.specs]
+    results = None
+    if folder is None:
+        _follow(peers, images, config, placement)
+    else:
+        work = workload(config, checked.source, image_cost)
+        display.begin(label, work, config.epochs, config.batch_size)
+        results = _write(peers, images, config, placement, folder, command, display)
+        display.end()
+    processes.release_networks()
+    return results
+
+
+def workload(config: Config, source: Source, image_cost: float = 1.0) -> Workload:
+    """Return what a run costs, in forward passes of an image times ``image_cost``.
+
+    Backward passes count twice. Where evaluations follow the clock, the last one alone is counted.
+    """
+    trained, held = data.check_sizes(source, config)
+    steps = steps_to_take(config, trained)
+    period = config.eval_interval.steps(trained // config.batch_size)
+    evaluations = -(-steps // period) if period else 1
+    evaluated = held + len(source.test)
+    return Workload(steps, 3 * config.batch_size * image_cost, evaluations, evaluated * image_cost)
 
 
 def _peer(spec: PeerSpec, module: nn.Module, config: Config, placement: Placement) -> Peer:
@@ -76,7 +154,7 @@ def _follow(peers: list[Peer], images: Data, config: Config, placement: Placemen
     """Train beside the process that writes, exchange for exchange."""
     for _ in fit(peers, images, config, placement):
         pass
-    placement.largest(device_memory(placement.device))
+    placement.processes.largest(device_memory(placement.device))
 
 
 def _write(
@@ -86,11 +164,12 @@ def _write(
     placement: Placement,
     folder: RunFolder,
     command: str,
+    display: Display,
 ) -> dict[str, Any]:
     """Train, and write all that a run leaves; return the content of results.json."""
     folder.write("config.json", _description(config, peers, images, command))
     folder.status("running")
-    last, windows = _train_and_record(peers, images, config, placement, folder)
+    last, windows = _train_and_record(peers, images, config, placement, folder, display)
     results = _results(peers, last, windows, config, placement)
     folder.write("results.json", results)
     names = [peer.name for peer in peers]
@@ -125,35 +204,36 @@ def _description(config: Config, peers: list[Peer], images: Data, command: str) 
 
 
 def _train_and_record(
-    peers: list[Peer], images: Data, config: Config, placement: Placement, folder: RunFolder
+    peers: list[Peer],
+    images: Data,
+    config: Config,
+    placement: Placement,
+    folder: RunFolder,
+    display: Display,
 ) -> tuple[EvaluationRecord, Windows]:
     per_epoch = len(images.train) // config.batch_size
     windows = Windows(sorted(peer.name for peer in peers), per_epoch)
-    display = Display(steps_to_take(config, len(images.train)), config.epochs, config.batch_size)
     folder.event("start", 0, 0)
     last = None
-    try:
-        for record in fit(peers, images, config, placement):
-            if isinstance(record, EvaluationRecord):
-                last = record
-                folder.event("eval", record.step, record.epoch, test=record.test, val=record.val)
-                display.evaluation(record)
-                windows.restart_clock()
-                continue
-            window = windows.add(record)
-            display.step(window)
-            if window is not None:
-                folder.event(
-                    "step",
-                    record.step,
-                    record.epoch,
-                    lr=record.lr,
-                    steps=window.steps,
-                    seconds=round(window.seconds, 6),
-                    peers=window.losses,
-                )
-    finally:
-        display.close()
+    for record in fit(peers, images, config, placement):
+        if isinstance(record, EvaluationRecord):
+            last = record
+            folder.event("eval", record.step, record.epoch, test=record.test, val=record.val)
+            display.evaluation(record)
+            windows.restart_clock()
+            continue
+        window = windows.add(record)
+        display.step(window)
+        if window is not None:
+            folder.event(
+                "step",
+                record.step,
+                record.epoch,
+                lr=record.lr,
+                steps=window.steps,
+                seconds=round(window.seconds, 6),
+                peers=window.losses,
+            )
     assert last is not None, "fit ends with an evaluation"
     folder.event("end", last.step, last.epoch)
     return last, windows
@@ -173,7 +253,7 @@ def _results(
         "epochs": config.epochs,
         "steps": last.step,
         "device": str(placement.device),
-        "mixed_precision": placement.mixed_precision,
+        "mixed_precision": placement.processes.mixed_precision,
         "world_size": placement.world_size,
         "placement": {"kind": placement.kind, "ranks": placement.ranks(names)},
         "peers": [
@@ -189,7 +269,7 @@ def _results(
         "ensemble": last.test["ensemble"],
         "agreement": last.test["agreement"],
         "throughput": windows.throughput(config.batch_size),
-        "peak_memory_bytes": placement.largest(device_memory(placement.device)),
+        "peak_memory_bytes": placement.processes.largest(device_memory(placement.device)),
         "versions": versions(),
     }
 

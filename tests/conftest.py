@@ -15,6 +15,7 @@ from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import Data
 from dml_accel.placement import Placement
+from dml_accel.processes import Processes
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -67,7 +68,7 @@ class Training:
 
     def __init__(self, config: Config, source: sources.Source) -> None:
         self.config = config
-        self.placement = Placement(config)
+        self.placement = Placement(config, Processes(config))
         self.data: Data = data.prepare(source, config, self.placement.device)
         self.peers = [self._peer(spec) for spec in cohort.parse(config.cohort)]
 

@@ -270,7 +270,7 @@ def test_folders_without_a_name_are_new_even_in_the_same_second(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "now")
-    with RunFolder(None, ["a-0"]) as first, RunFolder(None, ["a-0"]) as second:
+    with RunFolder(None, "ax1") as first, RunFolder(None, "ax1") as second:
         assert (str(first.path), str(second.path)) == ("runs/now-ax1", "runs/now-ax1-2")
 
 

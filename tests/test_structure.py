@@ -19,6 +19,7 @@ ORDER = [
     "metrics",
     "cohort",
     "batchnorm",
+    "processes",
     "placement",
     "engine",
     "export",

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from dml_accel import engine, losses, sources
 from dml_accel.config import Config
 from dml_accel.data import ImageSet
-from dml_accel.placement import Placement, check_launch
+from dml_accel.placement import Placement
+from dml_accel.processes import check_launch
 from tests.conftest import Training
 
 
