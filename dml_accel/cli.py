@@ -14,9 +14,10 @@ import typing
 from collections.abc import Sequence
 from typing import NoReturn
 
+from dml_accel.compare import METHODS, PRESETS, compare
 from dml_accel.config import Config, UsageError
 from dml_accel.processes import ProcessLostError, StoppedError, launched_processes, launched_rank
-from dml_accel.report import results_table
+from dml_accel.report import comparison_table, comparison_title, results_table
 from dml_accel.training import command_line, train
 
 _SECONDS_FOR_RANK_0 = 20.0
@@ -26,6 +27,17 @@ _EXAMPLES = """examples:
   %(prog)s --cohort 'resnet32*2' wrn_28_10 'timm:efficientnet_b0'
   %(prog)s --cohort 4 --dataset path/to/folder --image-size 32 --output-dir runs/four
   %(prog)s --cohort 4 --kl-weight 0        # the same networks, each alone
+"""
+
+_COMPARE = """Train every method on the same seeds, initial weights, data order and augmentation;
+write results.csv, results.json, results.md and a plot: means over seeds with 95% intervals, and
+the paired difference to independent training with its interval and p-value. The same command with
+the same --output-dir goes on where it was interrupted."""
+
+_COMPARE_EXAMPLES = """examples:
+  %(prog)s --cohort 'resnet32*2' --seeds 5 --output-dir runs/pair
+  %(prog)s --preset laptop --output-dir runs/laptop
+  %(prog)s --preset paper-table2 --seeds 1 --max-steps 3 --dataset path/to/folder   # a look
 """
 
 
@@ -70,7 +82,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
                 shown = " ".join(default) if isinstance(default, tuple) else default
                 text += f" (default: {shown})"
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, help=text.replace("%", "%%"), **options)
+        # What is not given is left out, so that a preset knows what is.
+        parser.add_argument(
+            flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options
+        )
 
 
 def _plain_type(hint: typing.Any) -> type:
@@ -87,16 +102,52 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-    training = commands.add_parser(
+
+    def add(name: str, text: str, description: str, examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    training = add(
         "train",
-        help="train a cohort and write one folder per run",
-        description="Train a cohort of networks that learn from the labels and from each other.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "train a cohort and write one folder per run",
+        "Train a cohort of networks that learn from the labels and from each other.",
+        _EXAMPLES,
     )
     _add_flags(training)
-    return parser, {"train": training}
+    comparing = add(
+        "compare",
+        "independent against mutual over seeds: a table with intervals",
+        _COMPARE,
+        _COMPARE_EXAMPLES,
+    )
+    comparing.add_argument(
+        "--methods",
+        nargs="+",
+        choices=tuple(METHODS),
+        default=tuple(METHODS),
+        help=f"what to compare (default: {' '.join(METHODS)})",
+    )
+    comparing.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="how many seeds, from --seed on (default: 5)",
+    )
+    presets = "; ".join(f"{name}: {preset.text}" for name, preset in PRESETS.items())
+    comparing.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help=f"cohorts and configuration by name; flags that are given win. {presets}",
+    )
+    _add_flags(comparing)
+    return parser, {"train": training, "compare": comparing}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         values = _parse(sys.argv[1:] if arguments is None else arguments)
-        return {"train": _train}[values.pop("subcommand")](values)
+        return {"train": _train, "compare": _compare}[values.pop("subcommand")](values)
+    except (ProcessLostError, StoppedError) as error:
+        if getattr(error, "speaks", launched_rank() == 0):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if launched_processes() > 1:
+            os._exit(1)  # a broken process group cannot be left in order: it would wait
+        return 1
     except UsageError as error:
         _say_for_all(str(error))
         return 2
@@ -120,19 +177,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(values: dict[str, typing.Any]) -> int:
-    config = Config.from_dict(values)
-    try:
-        finished = train(config, command_line())
-    except (ProcessLostError, StoppedError) as error:
-        if getattr(error, "speaks", launched_rank() == 0):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if launched_processes() > 1:
-            os._exit(1)  # a broken process group cannot be left in order: it would wait
-        return 1
+    finished = train(Config.from_dict(values), command_line())
     if finished is not None:
         folder, results = finished
         print(results_table(results))
         print(f"\nrun folder: {folder}\npeers:      {folder}/peers/<name>/model.safetensors")
+    return 0
+
+
+def _compare(values: dict[str, typing.Any]) -> int:
+    methods, seeds = values.pop("methods"), values.pop("seeds")
+    preset = PRESETS.get(values.pop("preset") or "")
+    config = Config.from_dict((preset.changes if preset else {}) | values)
+    cohorts = preset.cohorts if preset and "cohort" not in values else (config.cohort,)
+    finished = compare(config, cohorts, methods, seeds, command_line())
+    if finished is not None:
+        folder, record = finished
+        print(f"{comparison_title(record)}\n\n{comparison_table(record)}")
+        print(f"\ntables and plot: {folder}/results.md\nruns:            {folder}/*/seed-<n>/")
     return 0
 
 

@@ -185,14 +185,14 @@ class Config:
         """``augment`` with the data set's default filled in (a mirrored digit is no digit)."""
         return self.augment or ("crop" if self.dataset == "digits" else "crop-flip")
 
-    def differences(self, other: "Config") -> list[str]:
-        """Say where ``other`` would give another result, one text per field."""
+    def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
+        """Return the fields by which the results differ: {name: (mine, the other's)}."""
         mine, theirs = self.as_dict(), other.as_dict()
-        return [
-            f"{name} is {theirs[name]} and not {value}"
+        return {
+            name: (value, theirs[name])
             for name, value in mine.items()
             if name not in _LEAVES_THE_RESULT_ALONE and theirs[name] != value
-        ]
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

@@ -12,11 +12,16 @@ from dml_accel.cohort import Peer
 from dml_accel.data import Normalisation
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, then rename: a reader sees the whole file or none."""
+def write_text(path: Path, content: str) -> None:
+    """Write under a temporary name, then rename: a reader sees the whole file or none."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    temporary.write_text(content)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_peer(

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dml_accel.config import UsageError
+from dml_accel.config import Config, UsageError
 from dml_accel.export import write_json
 
 _TRACES_OF_A_RUN = ("config.json", "metrics.jsonl", "results.json", "status.json", "peers")
@@ -170,3 +170,16 @@ def is_done(path: Path) -> bool:
         return bool(json.loads((path / "status.json").read_text())["status"] == "done")
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def saved_config(path: Path) -> Config:
+    """Return the configuration of the run in a folder.
+
+    Raises:
+        UsageError: config.json cannot be read.
+    """
+    try:
+        values = json.loads((path / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path / 'config.json'} cannot be read: {error}") from error
+    return Config.from_dict(values)

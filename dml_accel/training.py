@@ -302,4 +302,6 @@ def command_line() -> str:
     """Return the command that started this process, quoted for a shell."""
     import shlex
 
-    return shlex.join([Path(sys.executable).name, *sys.argv])
+    script = Path(sys.argv[0]).name
+    names = {"__main__.py": ["python", "-m", "dml_accel"], "dml-accel": ["dml-accel"]}
+    return shlex.join([*names.get(script, ["python", script]), *sys.argv[1:]])

@@ -27,6 +27,11 @@ ORDER = [
     "progress",
     "report",
     "training",
+    "intervals",
+    "published",
+    "comparison",
+    "plots",
+    "compare",
     "cli",
 ]
 FRAME = {"__init__", "__main__"}

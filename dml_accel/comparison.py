@@ -1,0 +1,224 @@
+"""From finished runs to one record: every method over the same seeds, paired with independent.
+
+The seed is the unit. Equal networks of one run are averaged first: they share their data, and
+under mutual learning each other, so they are no replicates.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dml_accel.config import Config
+from dml_accel.intervals import paired_difference, summarise
+from dml_accel.published import CIFAR100_TRAINING_IMAGES, is_cifar100, published
+
+BASELINE = "independent"
+METRICS = ("top1", "top5", "nll", "ece")
+_NO_RECIPE = frozenset({"cohort", "dataset", "seed", "image_column", "label_column"})
+COLUMNS = ("method", "seed", "peer", "arch", *METRICS)
+
+
+@dataclass(frozen=True)
+class SubRun:
+    """One run of a comparison: its place in the table and its folder below the comparison's."""
+
+    cohort: str
+    method: str
+    seed: int
+    folder: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A sub-run that is done, with what its folder holds."""
+
+    sub: SubRun
+    results: dict[str, Any]
+    description: dict[str, Any]
+    seconds: float
+
+
+def read(root: Path, sub: SubRun) -> Finished:
+    """Read a finished sub-run below ``root``."""
+    folder = root / sub.folder
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    times = [json.loads(line)["time"] for line in (lines[0], lines[-1])]
+    return Finished(
+        sub,
+        json.loads((folder / "results.json").read_text()),
+        json.loads((folder / "config.json").read_text()),
+        times[1] - times[0],
+    )
+
+
+def csv_rows(runs: Iterable[Finished]) -> list[dict[str, Any]]:
+    """Return one row per cohort, method, seed and peer; accuracy as a fraction, NLL in nats."""
+    return [
+        {
+            "cohort": run.sub.cohort,
+            "method": run.sub.method,
+            "seed": run.sub.seed,
+            "peer": peer["name"],
+            "arch": peer["arch"],
+            **{metric: peer["test"][metric] for metric in METRICS},
+        }
+        for run in runs
+        for peer in run.results["peers"]
+    ]
+
+
+def record(
+    config: Config,
+    plan: Sequence[SubRun],
+    runs: Sequence[Finished],
+    classes: Sequence[str],
+    command: str,
+) -> dict[str, Any]:
+    """Return the content of a comparison's results.json.
+
+    Args:
+        config: what the sub-runs share; cohort, seed, folder and method differ.
+        plan: all sub-runs asked for.
+        runs: those that are finished.
+        classes: names of the classes of the images.
+        command: the command line.
+    """
+    done = {run.sub.folder for run in runs}
+    methods = list(dict.fromkeys(sub.method for sub in plan))
+    theirs = is_cifar100(classes)
+    return {
+        "format": 1,
+        "dataset": config.dataset,
+        "methods": methods,
+        "seeds": sorted({sub.seed for sub in plan}),
+        "scaled_down": _scaled_down(config, runs, theirs),
+        "recipe": {
+            name: value
+            for name, (value, _) in config.differences(Config()).items()
+            if name not in _NO_RECIPE
+        },
+        "missing": [sub.folder for sub in plan if sub.folder not in done],
+        "cohorts": [
+            _cohort(cohort, methods, [run for run in runs if run.sub.cohort == cohort], theirs)
+            for cohort in dict.fromkeys(run.sub.cohort for run in runs)
+        ],
+        "runs": [_run(run) for run in runs],
+        "config": config.as_dict(),
+        "command": command,
+    }
+
+
+def _scaled_down(config: Config, runs: Sequence[Finished], theirs: bool) -> list[str]:
+    """Say in which ways less was done than in the paper."""
+    parts, paper = [], Config()
+    images = {run.description["images"]["train"] for run in runs}
+    if theirs and images and max(images) < CIFAR100_TRAINING_IMAGES:
+        parts.append(f"{max(images):,} of {CIFAR100_TRAINING_IMAGES:,} training images")
+    elif config.train_limit is not None:
+        parts.append(f"{config.train_limit:,} training images")
+    if config.max_steps is not None:
+        parts.append(f"{config.max_steps:,} optimizer steps")
+    if config.epochs < paper.epochs:
+        parts.append(f"{config.epochs} of {paper.epochs} epochs")
+    return parts
+
+
+def _run(run: Finished) -> dict[str, Any]:
+    keys = ("ensemble", "agreement", "device", "mixed_precision", "world_size", "versions")
+    return {
+        **{key: getattr(run.sub, key) for key in ("cohort", "method", "seed", "folder")},
+        **{key: run.results[key] for key in keys},
+        "seconds": run.seconds,
+        "images_per_second": run.results["throughput"]["images_per_second"],
+        "commit": run.description["commit"],
+    }
+
+
+def _cohort(
+    cohort: str, methods: Sequence[str], runs: Sequence[Finished], theirs: bool
+) -> dict[str, Any]:
+    by_method = {
+        method: {run.sub.seed: run for run in runs if run.sub.method == method}
+        for method in methods
+    }
+    peers = [(peer["name"], peer["arch"]) for peer in runs[0].results["peers"]]
+    nets = [name.rpartition("-")[0] for name, _ in peers]
+    groups: list[tuple[str, str, list[str]]] = [
+        *(
+            ("architecture", arch, [name for name, other in peers if other == arch])
+            for arch in dict.fromkeys(arch for _, arch in peers)
+        ),
+        *(("peer", name, [name]) for name, _ in peers),
+        ("cohort", "cohort mean", [name for name, _ in peers]),
+        ("ensemble", "ensemble", []),
+    ]
+    return {
+        "cohort": cohort,
+        "peers": [{"name": name, "arch": arch} for name, arch in peers],
+        "summaries": [
+            _summary(method, of, name, members, by_method)
+            for of, name, members in groups
+            for method in methods
+            if by_method[method]
+        ],
+        "cost": {
+            method: {
+                "seconds": vars(summarise([run.seconds for run in found.values()])),
+                "images_per_second": vars(
+                    summarise(
+                        [run.results["throughput"]["images_per_second"] for run in found.values()]
+                    )
+                ),
+            }
+            for method, found in by_method.items()
+            if found
+        },
+        "published": [
+            {
+                "source": row.source,
+                BASELINE: row.independent,
+                "mutual": row.mutual,
+                "unchecked": sorted(row.unchecked),
+            }
+            for row in (published(nets) if theirs else [])
+        ],
+    }
+
+
+def _summary(
+    method: str,
+    of: str,
+    name: str,
+    members: Sequence[str],
+    by_method: dict[str, dict[int, Finished]],
+) -> dict[str, Any]:
+    """Summarise one method for one network, group of networks or the ensemble."""
+
+    def values(method: str, metric: str) -> dict[int, float | None]:
+        runs = by_method.get(method, {})
+        return {seed: _value(run, members, metric) for seed, run in runs.items()}
+
+    paired = method != BASELINE and by_method.get(BASELINE)
+    return {
+        "method": method,
+        "of": of,
+        "name": name,
+        **{metric: vars(summarise([*values(method, metric).values()])) for metric in METRICS},
+        "difference": {
+            metric: vars(paired_difference(values(method, metric), values(BASELINE, metric)))
+            for metric in METRICS
+        }
+        if paired
+        else None,
+    }
+
+
+def _value(run: Finished, members: Sequence[str], metric: str) -> float | None:
+    """Return the mean of ``members`` in one run; the ensemble's value where there are none."""
+    if not members:
+        return run.results["ensemble"][metric]
+    found = [peer["test"][metric] for peer in run.results["peers"] if peer["name"] in members]
+    return None if None in found else sum(found) / len(found)

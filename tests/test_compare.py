@@ -1,0 +1,363 @@
+"""Comparisons: which runs are made, what is counted, what is written, what is refused."""
+
+import csv
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from scipy import stats
+
+from dml_accel import cli, compare, plots, report
+from dml_accel.compare import PRESETS, Preset
+from dml_accel.config import Config
+from dml_accel.published import published
+from tests.conftest import assert_same_state
+from tests.test_launchers import BIN, ROOT, environment, run
+
+TINY = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --max-steps 6 --cpu".split()
+COHORT = ("--cohort", "resnet8*2", "wrn_16_2")
+SEEDS = (3, 4, 5)
+
+
+def compared(folder: Path, *words: str) -> int:
+    return cli.main(["compare", *TINY, "--output-dir", str(folder), *words])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of three seeds, two of the three networks equal."""
+    folder = tmp_path_factory.mktemp("compared") / "first"
+    assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3") == 0
+    return folder
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "results.csv") as lines:
+        return list(csv.DictReader(lines))
+
+
+def summary(found: dict, method: str, name: str) -> dict:
+    (one,) = (
+        s for s in found["cohorts"][0]["summaries"] if (s["method"], s["name"]) == (method, name)
+    )
+    return one
+
+
+def per_seed(folder: Path, method: str, peers: set[str], metric: str) -> list[float]:
+    """Means over ``peers`` within each seed, from the table of raw numbers."""
+    found = []
+    for seed in SEEDS:
+        values = [
+            float(row[metric])
+            for row in rows(folder)
+            if (row["method"], row["seed"]) == (method, str(seed)) and row["peer"] in peers
+        ]
+        assert len(values) == len(peers)
+        found.append(sum(values) / len(values))
+    return found
+
+
+# ---------------------------------------------------------------- the runs
+
+
+def test_every_sub_run_is_an_ordinary_run(finished: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    words = [*TINY, *COHORT, "--seed", "4", "--kl-weight", "0", "--output-dir", str(alone)]
+    assert cli.main(["train", *words]) == 0
+    inside = finished / "independent" / "seed-4"
+    assert {p.name for p in inside.iterdir()} == {p.name for p in alone.iterdir()}
+    for peer in ("resnet8-0", "resnet8-1", "wrn_16_2-0"):
+        states = [
+            load_file(path / "peers" / peer / "model.safetensors") for path in (inside, alone)
+        ]
+        assert_same_state(*states)
+    saved = json.loads((inside / "config.json").read_text())
+    assert Config.from_dict(saved["config"]).kl_weight == 0
+    assert saved["command"].startswith("python ")
+
+
+def test_methods_start_from_the_same_weights_and_images(finished: Path) -> None:
+    def first_step(method: str, seed: int) -> dict:
+        lines = (finished / method / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[1])["peers"]
+
+    for seed in SEEDS:
+        independent, mutual = first_step("independent", seed), first_step("mutual", seed)
+        for peer, parts in independent.items():
+            assert parts["cross_entropy"] == mutual[peer]["cross_entropy"]
+            assert parts["kl"] == 0 < mutual[peer]["kl"]
+    assert first_step("mutual", 3) != first_step("mutual", 4)
+
+
+def test_a_second_time_nothing_is_trained(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("trained again"))
+    assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3") == 0
+    assert (folder / "results.csv").read_text() == (finished / "results.csv").read_text()
+
+
+def test_more_seeds_are_added_to_what_is_there(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(finished, folder)
+    before = (folder / "mutual" / "seed-3" / "metrics.jsonl").read_text()
+    assert compared(folder, *COHORT, "--seeds", "4", "--seed", "3") == 0
+    assert record(folder)["seeds"] == [3, 4, 5, 6]
+    assert summary(record(folder), "mutual", "ensemble")["top1"]["n"] == 4
+    assert (folder / "mutual" / "seed-3" / "metrics.jsonl").read_text() == before
+
+
+def test_killed_three_times_at_random_it_ends_with_the_same_table(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder, chance = tmp_path / "killed", random.Random(0)
+    words = [sys.executable, "-m", "dml_accel", "compare", *TINY, *COHORT]
+    words += ["--seeds", "3", "--seed", "3", "--output-dir", str(folder)]
+    for runs_begun in (1, 3, 5):
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        until = time.monotonic() + 120
+        while len(list(folder.glob("*/seed-*/metrics.jsonl"))) < runs_begun:
+            assert process.poll() is None and time.monotonic() < until, process.communicate()
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = run(*words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same_threads = tmp_path / "never"
+    done = run(*[same_threads if word == str(folder) else word for word in words])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "results.csv").read_text() == (same_threads / "results.csv").read_text()
+    ours, theirs = record(folder), record(same_threads)
+    for cohort, other in zip(ours["cohorts"], theirs["cohorts"], strict=True):
+        assert cohort["summaries"] == other["summaries"]
+    assert ours["missing"] == []
+
+
+def test_two_processes_share_every_run(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    words = [*TINY, *COHORT, "--seeds", "1", "--seed", "3", "--output-dir", folder]
+    done = run(BIN / "torchrun", "--nproc_per_node", "2", "-m", "dml_accel", "compare", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("tables and plot:") == 1  # rank 0 speaks
+    found = record(folder)
+    assert [one["world_size"] for one in found["runs"]] == [2, 2]
+    for method in ("independent", "mutual"):
+        lines = [
+            json.loads((root / method / "seed-3" / "metrics.jsonl").read_text().splitlines()[1])
+            for root in (finished, folder)
+        ]
+        one, two = (line["peers"]["wrn_16_2-0"]["loss"] for line in lines)
+        assert one == pytest.approx(two, rel=1e-4)  # law 2 on the first step, single precision
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize("metric", ["top1", "nll", "ece"])
+@pytest.mark.parametrize(
+    ("name", "peers"),
+    [
+        ("resnet8_cifar", {"resnet8-0", "resnet8-1"}),
+        ("wrn_16_2_cifar", {"wrn_16_2-0"}),
+        ("resnet8-1", {"resnet8-1"}),
+        ("cohort mean", {"resnet8-0", "resnet8-1", "wrn_16_2-0"}),
+    ],
+)
+def test_summaries_equal_scipys_on_the_raw_numbers(
+    finished: Path, metric: str, name: str, peers: set[str]
+) -> None:
+    alone, mutual = (per_seed(finished, m, peers, metric) for m in ("independent", "mutual"))
+    found = summary(record(finished), "mutual", name)
+    assert found[metric]["n"] == 3  # seeds; equal peers of a run are no replicates
+    assert found[metric]["mean"] == pytest.approx(sum(mutual) / 3, rel=1e-9)
+    theirs = stats.ttest_rel(mutual, alone)
+    interval = theirs.confidence_interval(0.95)
+    difference = found["difference"][metric]
+    assert difference["p"] == pytest.approx(theirs.pvalue, rel=1e-6)
+    assert (difference["low"], difference["high"]) == pytest.approx(tuple(interval), rel=1e-6)
+    assert summary(record(finished), "independent", name)["difference"] is None
+
+
+def test_the_ensemble_is_compared_too(finished: Path) -> None:
+    found = record(finished)
+    values = {
+        method: [r["ensemble"]["nll"] for r in found["runs"] if r["method"] == method]
+        for method in ("independent", "mutual")
+    }
+    p = stats.ttest_rel(values["mutual"], values["independent"]).pvalue
+    assert summary(found, "mutual", "ensemble")["difference"]["nll"]["p"] == pytest.approx(p)
+
+
+def test_the_table_of_raw_numbers(finished: Path) -> None:
+    header = (finished / "results.csv").read_text().splitlines()[0]
+    assert header == "method,seed,peer,arch,top1,top5,nll,ece"
+    table = rows(finished)
+    assert len(table) == 2 * 3 * 3
+    for row in table:
+        folder = finished / row["method"] / f"seed-{row['seed']}"
+        peers = json.loads((folder / "results.json").read_text())["peers"]
+        (peer,) = (peer for peer in peers if peer["name"] == row["peer"])
+        assert row["arch"] == peer["arch"]
+        for metric in ("top1", "top5", "nll", "ece"):
+            assert float(row[metric]) == peer["test"][metric]
+
+
+def test_every_number_can_be_traced_to_its_run(finished: Path) -> None:
+    found = record(finished)
+    assert [r["folder"] for r in found["runs"]] == [
+        f"{method}/seed-{seed}" for seed in SEEDS for method in ("independent", "mutual")
+    ]
+    for one in found["runs"]:
+        config = json.loads((finished / one["folder"] / "config.json").read_text())
+        assert one["commit"] == config["commit"] and one["versions"] == config["versions"]
+        assert one["seconds"] > 0 and one["images_per_second"] > 0
+
+
+def test_the_document_names_what_was_scaled_down(finished: Path) -> None:
+    text = (finished / "results.md").read_text()
+    title = text.splitlines()[0]
+    assert title == (
+        "# Independent against mutual: resnet8 + resnet8 + wrn_16_2 on digits "
+        "(scaled down: 6 optimizer steps)"
+    )
+    assert "| Net 1   | Net 2   | Net 3    |   n |" in text and "DML - Ind." in text
+    assert "| resnet8x2-wrn_16_2 | ensemble       | mutual      |   3 |" in text
+    assert "Beside what others report" not in text  # theirs is another data set
+    assert "`mutual/seed-5`" in text
+
+
+def test_the_plot_shows_the_differences(finished: Path) -> None:
+    found = record(finished)
+    assert (finished / "differences.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = plots.differences(found, "title").axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[0] == "resnet8, mutual (n = 3)" and len(labels) == 4
+    difference = summary(found, "mutual", "resnet8_cifar")["difference"]["top1"]
+    ((low, _), (high, _)) = axes.containers[0].lines[2][0].get_segments()[0]
+    ends = (100 * difference["low"], 100 * difference["high"])
+    assert (low, high) == pytest.approx(ends, rel=1e-9)
+
+
+def test_a_single_seed_is_reported_without_an_interval(tmp_path: Path) -> None:
+    assert compared(tmp_path / "one", "--cohort", "resnet8", "--seeds", "1") == 0
+    text = (tmp_path / "one" / "results.md").read_text()
+    assert "no interval" in text
+    found = summary(record(tmp_path / "one"), "mutual", "resnet8-0")
+    # One network alone has no peer: both methods are the same training, bit for bit.
+    assert found["difference"]["nll"]["mean"] == 0 and found["difference"]["nll"]["p"] is None
+
+
+# ---------------------------------------------------------------- presets, published values
+
+
+def test_a_preset_of_several_cohorts_has_a_folder_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohorts = (("resnet8", "resnet8"), ("wrn_16_2", "resnet8"))
+    changes = {"max_steps": 99, "batch_size": 16}
+    monkeypatch.setitem(PRESETS, "paper-table2", Preset("two pairs", cohorts, changes))
+    folder = tmp_path / "preset"
+    assert compared(folder, "--preset", "paper-table2", "--seeds", "1", "--max-steps", "2") == 0
+    names = {str(path.parent.relative_to(folder)) for path in folder.rglob("metrics.jsonl")}
+    assert names == {
+        f"{cohort}/{method}/seed-0"
+        for cohort in ("resnet8x2", "wrn_16_2-resnet8")
+        for method in ("independent", "mutual")
+    }
+    table = rows(folder)
+    assert [*table[0]][:3] == ["cohort", "method", "seed"]
+    assert {row["cohort"] for row in table} == {"resnet8x2", "wrn_16_2-resnet8"}
+    config = json.loads((folder / "resnet8x2/mutual/seed-0/config.json").read_text())["config"]
+    assert (config["max_steps"], config["batch_size"]) == (2, 8)  # flags that are given win
+
+
+def test_the_papers_preset_is_the_papers_recipe() -> None:
+    preset = PRESETS["paper-table2"]
+    assert preset.changes == {} and len(preset.cohorts) == 6
+    paper = Config()
+    assert (paper.epochs, paper.batch_size, paper.lr, paper.lr_step) == (200, 64, 0.1, 60)
+    assert ("wrn_28_10", "resnet32") in preset.cohorts
+
+
+def test_published_values_stand_in_our_order() -> None:
+    paper, reference = published(["resnet32", "wrn_28_10"])
+    assert (paper.independent, paper.mutual) == ((68.99, 78.69), (70.73, 78.96))
+    assert paper.unchecked == {70.73, 78.96}
+    assert (reference.independent, reference.mutual) == ((70.97, 79.93), (72.55, 80.09))
+    assert published(["resnet32", "resnet20"]) == []
+    assert [row.source for row in published(["mobilenet", "mobilenet"])] == ["paper"]
+
+
+def test_published_values_are_beside_ours_on_cifar100(real_images: Path, tmp_path: Path) -> None:
+    words = ["--dataset", str(real_images), "--cohort", "resnet32*2", "--max-steps", "1"]
+    folder = tmp_path / "cifar"
+    done = cli.main(["compare", *words, "--seeds", "1", "--cpu", "--output-dir", str(folder)])
+    assert done == 0
+    text = (folder / "results.md").read_text()
+    assert "(scaled down: 10,000 of 50,000 training images, 1 optimizer steps)" in text
+    theirs = next(line for line in text.splitlines() if "| resnet32 + resnet32 | paper" in line)
+    assert "68.99 / 68.99" in theirs and "71.19? / 70.75?" in theirs
+    assert "not comparable" in text and "pilsHan/DML_for-personal-study" in text
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kl-weight", "0"], "--kl-weight 0 makes mutual the same as independent"),
+        (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
+        (["--methods", "magic"], "invalid choice: 'magic'"),
+        (["--preset", "paper"], "invalid choice: 'paper'"),
+        (["--cohort", "resnet33"], "there is no net 'resnet33'"),
+        (["--train-limit", "5000"], "--train-limit 5000 is more than the 1437 training images"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert compared(tmp_path / "refused", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+def test_runs_of_another_configuration_are_not_mixed_in(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "results.json").read_text()
+    assert compared(finished, *COHORT, "--seeds", "3", "--seed", "3", "--momentum", "0.5") == 2
+    error = capsys.readouterr().err
+    assert "independent/seed-3 was made with momentum 0.9 and not 0.5" in error
+    assert "name another --output-dir" in error and error.count("\n") == 1
+    assert (finished / "results.json").read_text() == before
+
+
+def test_the_folder_of_a_single_run_is_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "single"
+    assert cli.main(["train", *TINY, "--cohort", "resnet8", "--output-dir", str(folder)]) == 0
+    assert compared(folder, "--cohort", "resnet8") == 2
+    assert "holds a single run (config.json); name another folder" in capsys.readouterr().err
+
+
+def test_a_missing_run_is_named() -> None:
+    record = {"methods": ["mutual"], "cohorts": [], "dataset": "digits", "scaled_down": []}
+    assert report.comparison_title(record) == "Mutual: nothing finished on digits"
