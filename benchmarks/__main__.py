@@ -35,7 +35,7 @@ from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import ImageSet, Normalisation
 from dml_accel.engine import train_step
-from dml_accel.placement import Placement
+from dml_accel.placement import Placement, everywhere
 from dml_accel.processes import Processes
 from dml_accel.training import commit, versions
 
@@ -82,7 +82,9 @@ def input_cost(blocks: int) -> dict[str, Any]:
 def step_cost(blocks: int, steps: int) -> dict[str, Any]:
     """The whole step of a ResNet-32 pair against its networks' own work on a ready batch."""
     config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
-    placement, images = Placement(config, Processes(config)), image_set()
+    names = [spec.name for spec in cohort.parse(config.cohort)]
+    placement = Placement(config, Processes(config), everywhere(names, 1))
+    images = image_set()
 
     def build() -> list[Peer]:
         peers = []

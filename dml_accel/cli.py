@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from dml_accel.compare import METHODS, PRESETS, compare
 from dml_accel.config import Config, UsageError
+from dml_accel.engine import NotFiniteError
 from dml_accel.processes import ProcessLostError, StoppedError, launched_processes, launched_rank
 from dml_accel.report import comparison_table, comparison_title, results_table
 from dml_accel.training import command_line, train
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         values = _parse(sys.argv[1:] if arguments is None else arguments)
         return {"train": _train, "compare": _compare}[values.pop("subcommand")](values)
-    except (ProcessLostError, StoppedError) as error:
+    except (NotFiniteError, ProcessLostError, StoppedError) as error:
         if getattr(error, "speaks", launched_rank() == 0):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if launched_processes() > 1:

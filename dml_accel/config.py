@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 IntervalUnit = Literal["step", "ep", "min"]
-_LEAVES_THE_RESULT_ALONE = frozenset({"output_dir", "timeout", "cpu", "eval_every"})
+_LEAVES_THE_RESULT_ALONE = frozenset(
+    {"output_dir", "timeout", "cpu", "eval_every", "placement", "exchange", "max_nonfinite"}
+)
 
 
 class UsageError(ValueError):
@@ -129,6 +131,27 @@ class Config:
         "its own (local: faster, another result)",
         choices=("group", "local"),
     )
+    placement: str = flag(
+        "auto",
+        "with several processes: every peer in each of them (replicate), or each peer in one or "
+        "more of its own, exchanging logits (split); auto predicts which is faster",
+        choices=("auto", "replicate", "split"),
+    )
+    exchange: str = flag(
+        "logits",
+        "what crosses between processes under split: every peer's logits, or the sum of the "
+        "peers' posteriors, whose volume does not grow with the cohort",
+        choices=("logits", "sum"),
+    )
+    exchange_dtype: str | None = flag(
+        None,
+        "bf16 rounds the logits that teach, and halves their volume (default: as computed)",
+        choices=("bf16",),
+    )
+    max_nonfinite: int = flag(
+        10,
+        "a peer whose loss is not finite skips that step; after so many in a row the run stops",
+    )
     timeout: float = flag(10.0, "minutes to wait for another process before giving up")
     cpu: bool = flag(False, "stay on the CPU even where there is an accelerator")
     float64: bool = flag(False, "double precision throughout, files included: to check numerics")
@@ -148,7 +171,14 @@ class Config:
         for name, value in finite.items():
             if isinstance(value, float):
                 _require(math.isfinite(value), name, value, "a finite number")
-        for name in ("image_size", "epochs", "batch_size", "lr_step", "grad_accum"):
+        for name in (
+            "image_size",
+            "epochs",
+            "batch_size",
+            "lr_step",
+            "grad_accum",
+            "max_nonfinite",
+        ):
             _require(finite[name] >= 1, name, finite[name], "at least 1")
         for name in ("lr", "weight_decay", "lr_gamma", "kl_weight", "seed"):
             _require(finite[name] >= 0, name, finite[name], "0 or more")
@@ -167,6 +197,10 @@ class Config:
             self.grad_accum,
             f"at most --batch-size ({self.batch_size})",
         )
+        if self.exchange == "sum" and self.exchange_dtype:
+            raise UsageError(
+                f"--exchange-dtype {self.exchange_dtype} rounds logits; --exchange sum sends none"
+            )
         _require(self.seed < 2**63, "seed", self.seed, "below 2**63")
         for f in dataclasses.fields(self):
             choices, value = f.metadata["argparse"].get("choices"), getattr(self, f.name)

@@ -6,13 +6,14 @@ decides when to wait.
 Shape letters: K peers, B rows of a batch, C classes.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dml_accel.cohort import Peer, learning_rate
 from dml_accel.config import Config
@@ -25,6 +26,10 @@ from dml_accel.placement import Placement
 _EVALUATION_ROWS = 256
 
 
+class NotFiniteError(RuntimeError):
+    """A peer's loss stays not finite; the text names the peer and the step."""
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """One optimizer step that was taken.
@@ -34,7 +39,8 @@ class StepRecord:
         epoch: the epoch it belongs to, from 0.
         lr: the learning rate it used.
         evaluates: whether an evaluation follows before the next step.
-        losses_KP: mean over the batch of every peer's parts, in ``PARTS`` order, on the device.
+        losses_KP: mean over the batch of every peer's parts, in name order and ``PARTS`` order,
+            on the device. A peer whose loss is not finite has skipped the step.
     """
 
     step: int
@@ -75,6 +81,7 @@ def fit(
         placement: where to do it.
     """
     peers = sorted(peers, key=lambda peer: peer.name)
+    streaks = torch.zeros(len(placement.names), dtype=torch.int64, device=placement.device)
     per_epoch = len(data.train) // config.batch_size
     steps = steps_to_take(config, len(data.train))
     every, evaluated_at = config.eval_interval, time.monotonic()
@@ -86,6 +93,10 @@ def fit(
         )
         evaluates = step + 1 == steps or minutes_up or every.due(step + 1, per_epoch)
         yield StepRecord(step + 1, step // per_epoch, lr, evaluates, losses)
+        streaks = torch.where(losses[:, 0].isfinite(), 0, streaks + 1)
+        # Looking makes an accelerator wait, so that it is looked at less often there.
+        if placement.device.type == "cpu" or (step + 1) % config.max_nonfinite == 0:
+            _stop_if_lost(streaks.tolist(), placement.names, step + 1, config.max_nonfinite)
         if evaluates:
             yield EvaluationRecord(
                 step + 1,
@@ -94,6 +105,15 @@ def fit(
                 evaluate(peers, data.val, len(data.classes), placement) if data.val else None,
             )
             evaluated_at = time.monotonic()
+
+
+def _stop_if_lost(streaks: list[int], names: list[str], step: int, most: int) -> None:
+    for name, streak in zip(names, streaks, strict=True):
+        if streak >= most:
+            raise NotFiniteError(
+                f"the loss of {name} has not been finite for {streak} steps in a row, up to step "
+                f"{step} (--max-nonfinite {most}); a smaller --lr or --clip-norm 1 may help"
+            )
 
 
 def train_step(
@@ -107,7 +127,7 @@ def train_step(
     """Take one optimizer step of the simultaneous schedule: forward all, backward all, step all.
 
     Args:
-        peers: in name order.
+        peers: those trained here, in name order.
         images: the training images.
         step: optimizer steps taken before.
         lr: learning rate of this step.
@@ -115,12 +135,14 @@ def train_step(
         placement: which rows are ours, and how gradients of several processes meet.
 
     Returns:
-        The mean over the whole batch of loss, cross-entropy and KL, shape [K, 3], detached.
+        The mean over the whole batch of loss, cross-entropy and KL of all peers, shape [K, 3],
+        detached. A peer whose loss is not finite stays as it is.
     """
     for peer in peers:
         peer.optimizer.zero_grad()
         for group in peer.optimizer.param_groups:
             group["lr"] = lr
+    mutual = config.kl_weight > 0 and len(placement.names) > 1
     sums = []
     micro_batches = bounds(config.batch_size, config.grad_accum)
     for micro, (start, stop) in enumerate(micro_batches):
@@ -128,30 +150,33 @@ def train_step(
         x, y = images.batch(step, config.batch_size, start + lo, start + hi)
         last = micro == len(micro_batches) - 1
         with placement.micro_batch([peer.net for peer in peers], last):
-            logits = [_forward(peer, x, config.seed, step, micro, placement.rank) for peer in peers]
+            logits = torch.stack(
+                [_forward(peer, x, config.seed, step, micro, placement.index) for peer in peers]
+            )
             losses = mutual_losses(
-                torch.stack(logits),
+                logits,
                 y,
+                placement.targets(logits, stop - start) if mutual else None,
                 kl_weight=config.kl_weight,
                 temperature=config.temperature,
                 kl_reduction=config.kl_reduction,
             )
             # A sum over our rows divided by the whole batch, so that slices may be uneven.
             mean = losses.total.sum(1) * (placement.gradient_scale / config.batch_size)
-            one = mean.new_ones(())
-            mean.backward(torch.stack([peer.scaler.scale(one) for peer in peers]))
+            # The scaler of half precision, too, must find nothing finite in what is skipped.
+            ones = torch.where(mean.detach().isfinite(), 1.0, math.nan)
+            scaled = [peer.scaler.scale(one) for peer, one in zip(peers, ones, strict=True)]
+            mean.backward(torch.stack(scaled))
         sums.append(torch.stack([part.detach().sum(1) for part in losses], 1))
+    means = placement.of_all_peers(torch.stack(sums).sum(0)) / config.batch_size
+    finite = means[:, 0].isfinite()
     for peer in peers:
-        if config.clip_norm is not None:
-            peer.scaler.unscale_(peer.optimizer)
-            nn.utils.clip_grad_norm_(peer.module.parameters(), config.clip_norm)
-        peer.scaler.step(peer.optimizer)
-        peer.scaler.update()
-    return placement.sum_over_rows(torch.stack(sums).sum(0)) / config.batch_size
+        peer.update(finite[placement.names.index(peer.name)], config.clip_norm)
+    return means
 
 
-def _forward(peer: Peer, x: Tensor, seed: int, step: int, micro: int, rank: int) -> Tensor:
-    torch.manual_seed(key("dropout", seed, step, micro, peer.name, rank))
+def _forward(peer: Peer, x: Tensor, seed: int, step: int, micro: int, index: int) -> Tensor:
+    torch.manual_seed(key("dropout", seed, step, micro, peer.name, index))
     return peer.net(x)
 
 
@@ -163,18 +188,29 @@ def evaluate(
 
     The networks are in training mode again afterwards.
 
+    Args:
+        peers: those trained here.
+        images: a split.
+        classes: how many there are.
+        placement: which rows are ours.
+
     Returns:
-        See ``metrics.finish``.
+        See ``metrics.finish``; the same in all processes.
     """
     peers = sorted(peers, key=lambda peer: peer.name)
     modules = [peer.module.eval() for peer in peers]
     placement.share_buffers(modules)
-    lo, hi = placement.rows(len(images))
-    sums = [no_sums(len(peers), placement.device)]  # ours may be no rows at all
-    for start in range(lo, hi, _EVALUATION_ROWS):
-        x, y = images.rows(start, min(start + _EVALUATION_ROWS, hi))
-        sums.append(batch_sums(torch.stack([module(x) for module in modules]), y))
+    sums = no_sums(len(placement.names), placement.device)
+    chunk = _EVALUATION_ROWS * placement.slices
+    for start in range(0, len(images), chunk):
+        count = min(chunk, len(images) - start)
+        lo, hi = placement.rows(count)
+        x, y = images.rows(start + lo, start + hi)
+        # Ours may be no rows at all, which not every network takes.
+        ours = [module(x) if hi > lo else x.new_zeros(0, classes) for module in modules]
+        everyone = placement.gather(torch.stack(ours), count)
+        if placement.counts_rows and hi > lo:
+            sums += batch_sums(everyone, y)
     for module in modules:
         module.train()
-    total = placement.sum_over_rows(torch.stack(sums).sum(0))
-    return finish(total, [peer.name for peer in peers], classes)
+    return finish(placement.sum_over_rows(sums), placement.names, classes)

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
 
-from dml_accel.cohort import Peer
+from dml_accel.cohort import Peer, parameter_count
 from dml_accel.data import Normalisation
 
 
@@ -114,7 +114,7 @@ def _card(
 
 # {peer.name}
 
-A `{peer.spec.arch}` with {peer.parameters:,} parameters, trained on `{dataset}`
+A `{peer.spec.arch}` with {parameter_count(peer.module):,} parameters, trained on `{dataset}`
 {how}.
 
 Top-1 accuracy on the test split after the last of {steps:,} steps: {100 * metrics["top1"]:.2f}%

@@ -1,14 +1,17 @@
-"""Where the work of a cohort is done: which peers and rows are ours, and how gradients meet.
+"""Where the work of a cohort is done: a map from each peer to the processes that train it.
 
-Placement ``replicate``: every process holds every peer and works on its own rows of each batch;
-gradients are averaged over all processes, so that the cohort takes the steps of one process. What
-a step needs of a placement is small: which rows are ours, how a network is wrapped, and how sums
-over rows become sums over all processes.
+The processes of a peer cut each batch into consecutive rows, one slice each; gradients are
+averaged among them, so that the peer takes the step of one process. ``replicate`` is the map of
+every peer to every process. Under ``split`` the peers are apart, and what they teach each other
+crosses between processes: the logits of the rows that both compute, or the sum of posteriors.
+Sums over peers run in name order.
+
+Shape letters: K peers of the cohort, k of them here, B our rows of a batch, C classes.
 """
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dml_accel.batchnorm import span_group
 from dml_accel.config import Config
 from dml_accel.keys import bounds
+from dml_accel.losses import Targets, at_least_single, posterior_sums, targets
 from dml_accel.processes import Processes
 
 # torch 2.15 gave the argument a new name.
@@ -28,47 +32,72 @@ _NO_BUFFERS: dict[str, Any] = {
 }
 
 
+def everywhere(peers: Sequence[str], world_size: int) -> dict[str, list[int]]:
+    """Return the map of every peer to all processes."""
+    return {name: list(range(world_size)) for name in peers}
+
+
 class Placement:
-    """Every peer in every process.
+    """The map, seen from one process.
+
+    Args:
+        config: the run's.
+        processes: those that share the work.
+        ranks: the processes of each peer, ascending and consecutive. Peers that share a process
+            share all of theirs.
 
     Attributes:
-        processes: those that share the work.
         device: where this process's networks and batches are.
-        rank: this process among ``world_size``.
-        kind: the resolved placement, as in results.json.
+        names: all peers, in name order.
+        mine: those trained here, in name order.
+        index: which slice of a batch is ours.
+        kind: ``replicate`` or ``split``, as in results.json.
     """
 
-    kind = "replicate"
-
-    def __init__(self, config: Config, processes: Processes) -> None:
-        self.processes = processes
-        self.device, self.rank = processes.device, processes.rank
-        self.world_size = processes.world_size
-        self._spans_batch_norm = config.batch_norm == "group" and self.world_size > 1
-
-    def ranks(self, peers: Sequence[str]) -> dict[str, list[int]]:
-        """Return the ranks that hold each peer."""
-        return {name: list(range(self.world_size)) for name in peers}
+    def __init__(
+        self, config: Config, processes: Processes, ranks: Mapping[str, Sequence[int]]
+    ) -> None:
+        self.processes, self.device = processes, processes.device
+        self.ranks = {name: list(held) for name, held in ranks.items()}
+        self.names = sorted(self.ranks)
+        self.mine = [name for name in self.names if processes.rank in self.ranks[name]]
+        self._members = self.ranks[self.mine[0]]
+        self.index = self._members.index(processes.rank)
+        whole = list(range(processes.world_size))
+        replicated = all(held == whole for held in self.ranks.values())
+        self.kind = "replicate" if replicated else "split"
+        self._group: Any = None
+        # Every process makes every group, in the same order.
+        for members in sorted({tuple(held) for held in self.ranks.values()}):
+            if 1 < len(members) < processes.world_size:
+                group = dist.new_group(list(members))
+                if list(members) == self._members:
+                    self._group = group
+        self._widest = max(len(held) for held in self.ranks.values())
+        self._spans_batch_norm = config.batch_norm == "group" and len(self._members) > 1
+        self._exchange, self._temperature = config.exchange, config.temperature
+        self._exchange_dtype = torch.bfloat16 if config.exchange_dtype == "bf16" else None
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """Move a network to the device, in place, and wrap it for training.
+        """Move one of our networks to the device, in place, and wrap it for training.
 
         Args:
-            module: the bare network; its batch norms span the processes afterwards, unless the
-                configuration says ``local``.
+            module: the bare network; its batch norms span the peer's processes afterwards,
+                unless the configuration says ``local``.
 
         Returns:
             What to call in training.
         """
         if self._spans_batch_norm:
-            span_group(module, None)
+            span_group(module, self._group)
         module = self.processes.accelerator.prepare_model(module, evaluation_mode=True)
-        if self.world_size == 1:
+        if len(self._members) == 1:
             return module
         # Buffers need no broadcast before each step: training never reads running statistics.
         return DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
+            process_group=self._group,
             **_NO_BUFFERS,
         )
 
@@ -80,12 +109,26 @@ class Placement:
 
     def rows(self, count: int) -> tuple[int, int]:
         """Return the first and one past the last of the ``count`` rows that are ours."""
-        return bounds(count, self.world_size)[self.rank]
+        return bounds(count, len(self._members))[self.index]
+
+    def leads(self, name: str) -> bool:
+        """Whether this process writes what is kept of a peer."""
+        return self.ranks[name][0] == self.processes.rank
+
+    @property
+    def slices(self) -> int:
+        """Into how many slices, at most, a batch is cut."""
+        return self._widest
 
     @property
     def gradient_scale(self) -> int:
         """What a sum over our rows is multiplied by, as gradients are divided by the processes."""
-        return self.world_size
+        return len(self._members)
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether metrics of all peers over our rows are ours to count: once among all slices."""
+        return self.mine[0] == self.names[0]
 
     @contextlib.contextmanager
     def micro_batch(self, nets: Sequence[nn.Module], last: bool) -> Iterator[None]:
@@ -96,15 +139,83 @@ class Placement:
                     stack.enter_context(net.no_sync())
             yield
 
+    def targets(self, logits: Tensor, count: int) -> Targets:
+        """Return what our peers are taught by all others.
+
+        Args:
+            logits: of our peers for our rows, [k, B, C].
+            count: rows of the whole part of the batch.
+        """
+        logits = at_least_single(logits.detach())
+        if self._exchange_dtype is not None:  # everywhere, as results depend on no placement
+            logits = logits.to(self._exchange_dtype).to(logits.dtype)
+        if len(self.mine) == len(self.names):
+            sums = posterior_sums(logits, self._temperature)
+        elif self._exchange == "sum":
+            lo, hi = self.rows(count)
+            everyone = logits.new_zeros(count, logits.shape[-1] + 2)
+            everyone[lo:hi] = posterior_sums(logits, self._temperature)
+            dist.all_reduce(everyone)
+            sums = everyone[lo:hi]
+        else:
+            everyone = self.gather(logits, count, self._exchange_dtype)
+            sums = posterior_sums(everyone, self._temperature)
+        return targets(sums, logits, self._temperature)
+
+    def gather(self, logits: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the logits of all peers for our rows, [K, B, C], in name order.
+
+        Args:
+            logits: of our peers for our rows, [k, B, C].
+            count: rows of the whole part of the batch, over all slices.
+            dtype: what is sent (default: the logits' own).
+        """
+        if len(self.mine) == len(self.names):
+            return logits
+        held = {rank: [n for n in self.names if rank in self.ranks[n]] for rank in self._all_ranks}
+        longest = -(-count // min(len(ranks) for ranks in self.ranks.values()))
+        shape = (max(map(len, held.values())), longest, logits.shape[-1])
+        sent = torch.zeros(shape, dtype=dtype or logits.dtype, device=self.device)
+        sent[: logits.shape[0], : logits.shape[1]] = logits
+        received = [torch.empty_like(sent) for _ in self._all_ranks]
+        dist.all_gather(received, sent)
+        lo, hi = self.rows(count)
+        peers = []
+        for name in self.names:
+            pieces = []
+            cuts = bounds(count, len(self.ranks[name]))
+            for rank, (start, stop) in zip(self.ranks[name], cuts, strict=True):
+                first, end = max(lo, start), min(hi, stop)
+                if first < end:
+                    block = received[rank][held[rank].index(name)]
+                    pieces.append(block[first - start : end - start])
+            peers.append(torch.cat(pieces) if pieces else sent[0, :0])
+        return torch.stack(peers).to(logits.dtype)
+
+    @property
+    def _all_ranks(self) -> range:
+        return range(self.processes.world_size)
+
     def sum_over_rows(self, sums: Tensor) -> Tensor:
         """Add a tensor of sums over our rows to those of all other processes."""
-        if self.world_size > 1:
+        if self.processes.world_size > 1:
             dist.all_reduce(sums)
         return sums
 
+    def of_all_peers(self, ours: Tensor) -> Tensor:
+        """Return sums over all rows of every peer, [K, ...], from those of ours, [k, ...]."""
+        if len(self.mine) < len(self.names):
+            everyone = ours.new_zeros(len(self.names), *ours.shape[1:])
+            everyone[[self.names.index(name) for name in self.mine]] = ours
+            ours = everyone
+        return self.sum_over_rows(ours)
+
     def share_buffers(self, modules: Sequence[nn.Module]) -> None:
-        """Give every process rank 0's running statistics: those that are evaluated and saved."""
-        if self.world_size > 1 and not self._spans_batch_norm:
+        """Give all processes of a peer its leader's running statistics.
+
+        Those are evaluated and saved; batch norms that span the processes agree anyway.
+        """
+        if len(self._members) > 1 and not self._spans_batch_norm:
             for module in modules:
                 for buffer in module.buffers():
-                    dist.broadcast(buffer, src=0)
+                    dist.broadcast(buffer, src=self._members[0], group=self._group)

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import nn
 
-from dml_accel.batchnorm import check_spanning
 from dml_accel.config import Config, UsageError
 
 _SECONDS_BETWEEN_BEATS = 0.5
@@ -135,17 +133,6 @@ def _check_gpus() -> None:
         )
 
 
-def check_networks(config: Config, networks: Mapping[str, nn.Module]) -> None:
-    """Refuse networks, by peer, that several processes cannot train as one would.
-
-    Raises:
-        UsageError: a batch norm cannot span processes.
-    """
-    if launched_processes() > 1 and config.batch_norm == "group":
-        for name, net in networks.items():
-            check_spanning(net, name)
-
-
 def _stays_on_cpu(config: Config) -> bool:
     asked = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     return asked or not torch.accelerator.is_available()
@@ -203,6 +190,23 @@ class Processes:
         word = torch.tensor([decision], dtype=torch.uint8, device=self.device)
         dist.broadcast(word, src=0)
         return bool(word.item())
+
+    def text_of_first(self, text: str) -> str:
+        """Return rank 0's text in every process."""
+        if self.world_size == 1:
+            return text
+        content = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        size = self.largest(len(content) if self.rank == 0 else 0)
+        word = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            word.copy_(content)
+        dist.broadcast(word, src=0)
+        return bytes(word.tolist()).decode().strip()
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.world_size > 1:
+            dist.barrier()
 
     def largest(self, value: int) -> int:
         """Return the largest of all processes' values."""

@@ -18,12 +18,21 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive steps summed up: mean losses {peer: {part: value}} and the time they took."""
+    """Consecutive steps summed up.
+
+    Attributes:
+        last: the last of them.
+        steps: how many.
+        seconds: what they took.
+        losses: {peer: {part: mean over the steps that the peer took, None if none}}.
+        skipped: {peer: steps that it skipped because its loss was not finite}, those with any.
+    """
 
     last: StepRecord
     steps: int
     seconds: float
     losses: dict[str, dict[str, float | None]]
+    skipped: dict[str, int]
 
     @property
     def step_seconds(self) -> float:
@@ -63,8 +72,11 @@ class Windows:
         return self._close() if early or ends or record.evaluates else None
 
     def _close(self) -> Window:
-        means = torch.stack([record.losses_KP for record in self._pending]).mean(0).tolist()
+        losses = torch.stack([record.losses_KP for record in self._pending]).double().cpu()
         now = time.perf_counter()  # after the read above, which waits for the device
+        taken = losses[:, :, :1].isfinite()
+        means = (torch.where(taken, losses, 0.0).sum(0) / taken.sum(0)).tolist()
+        skipped = (~taken).sum(0)[:, 0].tolist()
         window = Window(
             self._pending[-1],
             len(self._pending),
@@ -73,6 +85,7 @@ class Windows:
                 peer: {part: finite(value) for part, value in zip(PARTS, row, strict=True)}
                 for peer, row in zip(self._peers, means, strict=True)
             },
+            {name: count for name, count in zip(self._peers, skipped, strict=True) if count},
         )
         self._measured.append(window)
         self._pending, self._started = [], now
@@ -158,6 +171,11 @@ class Display:
             for peer, part in window.losses.items()
         )
         rate = self._batch_size / window.step_seconds
+        for peer, count in window.skipped.items():
+            self._say(
+                f"{self._at(window.last)} the loss of {peer} was not finite in {count} of the last "
+                f"{window.steps} steps, which it skipped"
+            )
         if self._terminal:
             epoch = f"epoch {window.last.epoch + 1}/{self._epochs}"
             self._bar.set_description(f"{self._label} {epoch}".strip(), False)

@@ -12,16 +12,18 @@ from typing import Any
 from torch import nn
 
 from dml_accel import cohort, data, sources
-from dml_accel.cohort import Peer, PeerSpec
+from dml_accel.allocation import allocate
+from dml_accel.batchnorm import check_spanning
+from dml_accel.cohort import Peer, PeerSpec, multiply_accumulates, parameter_count
 from dml_accel.config import Config
 from dml_accel.data import Data
 from dml_accel.engine import EvaluationRecord, fit, steps_to_take
-from dml_accel.export import write_peer
-from dml_accel.placement import Placement
+from dml_accel.export import write_peer, write_text
+from dml_accel.placement import Placement, everywhere
 from dml_accel.processes import (
     Processes,
     check_launch,
-    check_networks,
+    launched_processes,
     launched_rank,
     stopping_on_sigterm,
 )
@@ -40,12 +42,15 @@ class Checked:
     Attributes:
         specs: the peers, in the order of the command line.
         source: the images.
-        modules: an untrained network for each peer.
+        modules: an untrained network for each peer; a run takes out what it needs and drops the
+            rest.
+        ranks: the processes that train each peer.
     """
 
     specs: list[PeerSpec]
     source: Source
     modules: dict[str, nn.Module]
+    ranks: dict[str, list[int]]
 
 
 def check(config: Config, source: Source) -> Checked:
@@ -57,8 +62,20 @@ def check(config: Config, source: Source) -> Checked:
     data.check_sizes(source, config)
     specs = cohort.parse(config.cohort)
     modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
-    check_networks(config, modules)
-    return Checked(specs, source, modules)
+    ranks = _ranks(config, modules)
+    for name, module in modules.items():
+        if config.batch_norm == "group" and len(ranks[name]) > 1:
+            check_spanning(module, name)
+    return Checked(specs, source, modules, ranks)
+
+
+def _ranks(config: Config, modules: dict[str, nn.Module]) -> dict[str, list[int]]:
+    world_size = launched_processes()
+    if config.placement != "split" or world_size == 1:
+        return everywhere(list(modules), world_size)
+    size = config.image_size
+    costs = {name: multiply_accumulates(net, size) for name, net in modules.items()}
+    return allocate(costs, world_size)
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
@@ -117,18 +134,32 @@ def run(
     Returns:
         The content of results.json in the first process.
     """
-    placement = Placement(config, processes)
+    placement = Placement(config, processes, checked.ranks)
     images = data.prepare(checked.source, config, placement.device)
-    peers = [_peer(spec, checked.modules[spec.name], config, placement) for spec in checked.specs]
-    results = None
+    parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
+    mine = [spec for spec in checked.specs if spec.name in placement.mine]
+    peers = [_peer(spec, checked.modules[spec.name], config, placement) for spec in mine]
+    checked.modules.clear()
+    windows = Windows(placement.names, len(images.train) // config.batch_size)
     if folder is None:
-        _follow(peers, images, config, placement)
+        last = _train(peers, images, config, placement)
     else:
+        folder.write("config.json", _description(config, checked, placement, images, command))
+        folder.status("running")
         work = workload(config, checked.source, image_cost)
         display.begin(label, work, config.epochs, config.batch_size)
-        results = _write(peers, images, config, placement, folder, command, display)
+        last = _train_and_record(peers, images, config, placement, folder, windows, display)
         display.end()
+    path = processes.text_of_first(str(folder.path.resolve()) if folder else "")
+    _write_peers(Path(path), peers, last, images, config, placement)
+    memory = processes.largest(device_memory(placement.device))
+    processes.wait()  # for the files of all peers
     processes.release_networks()
+    if folder is None:
+        return None
+    results = _results(checked.specs, parameters, last, windows, config, placement, memory)
+    folder.write("results.json", results)
+    write_text(folder.path / "results.md", results_markdown(results, config.as_dict(), command))
     return results
 
 
@@ -150,51 +181,49 @@ def _peer(spec: PeerSpec, module: nn.Module, config: Config, placement: Placemen
     return Peer(spec, module, net, cohort.optimizer(module, config), placement.scaler())
 
 
-def _follow(peers: list[Peer], images: Data, config: Config, placement: Placement) -> None:
-    """Train beside the process that writes, exchange for exchange."""
-    for _ in fit(peers, images, config, placement):
-        pass
-    placement.processes.largest(device_memory(placement.device))
+def _train(
+    peers: list[Peer], images: Data, config: Config, placement: Placement
+) -> EvaluationRecord:
+    """Train beside the process that writes, exchange for exchange; return the last evaluation."""
+    for record in fit(peers, images, config, placement):
+        last = record
+    assert isinstance(last, EvaluationRecord), "fit ends with an evaluation"
+    return last
 
 
-def _write(
+def _write_peers(
+    path: Path,
     peers: list[Peer],
+    last: EvaluationRecord,
     images: Data,
     config: Config,
     placement: Placement,
-    folder: RunFolder,
-    command: str,
-    display: Display,
-) -> dict[str, Any]:
-    """Train, and write all that a run leaves; return the content of results.json."""
-    folder.write("config.json", _description(config, peers, images, command))
-    folder.status("running")
-    last, windows = _train_and_record(peers, images, config, placement, folder, display)
-    results = _results(peers, last, windows, config, placement)
-    folder.write("results.json", results)
-    names = [peer.name for peer in peers]
+) -> None:
+    """Write the folders of the peers that this process leads."""
     for peer in peers:
-        write_peer(
-            folder.path / "peers" / peer.name,
-            peer,
-            last.test["peers"][peer.name],
-            classes=images.classes,
-            normalisation=images.normalisation,
-            image_size=config.image_size,
-            dataset=config.dataset,
-            steps=last.step,
-            taught_by=[name for name in names if name != peer.name and config.kl_weight > 0],
-        )
-    markdown = results_markdown(results, config.as_dict(), command)
-    (folder.path / "results.md").write_text(markdown)
-    return results
+        if placement.leads(peer.name):
+            others = [name for name in placement.names if name != peer.name]
+            write_peer(
+                path / "peers" / peer.name,
+                peer,
+                last.test["peers"][peer.name],
+                classes=images.classes,
+                normalisation=images.normalisation,
+                image_size=config.image_size,
+                dataset=config.dataset,
+                steps=last.step,
+                taught_by=others if config.kl_weight > 0 else [],
+            )
 
 
-def _description(config: Config, peers: list[Peer], images: Data, command: str) -> dict[str, Any]:
+def _description(
+    config: Config, checked: Checked, placement: Placement, images: Data, command: str
+) -> dict[str, Any]:
     return {
         "format": 1,
         "config": config.as_dict(),
-        "peers": [{"name": peer.name, "arch": peer.spec.arch} for peer in peers],
+        "peers": [{"name": spec.name, "arch": spec.arch} for spec in checked.specs],
+        "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "classes": len(images.classes),
         "images": {"train": len(images.train), "test": len(images.test)},
         "versions": versions(),
@@ -209,10 +238,9 @@ def _train_and_record(
     config: Config,
     placement: Placement,
     folder: RunFolder,
+    windows: Windows,
     display: Display,
-) -> tuple[EvaluationRecord, Windows]:
-    per_epoch = len(images.train) // config.batch_size
-    windows = Windows(sorted(peer.name for peer in peers), per_epoch)
+) -> EvaluationRecord:
     folder.event("start", 0, 0)
     last = None
     for record in fit(peers, images, config, placement):
@@ -233,20 +261,22 @@ def _train_and_record(
                 steps=window.steps,
                 seconds=round(window.seconds, 6),
                 peers=window.losses,
+                **({"skipped": window.skipped} if window.skipped else {}),
             )
     assert last is not None, "fit ends with an evaluation"
     folder.event("end", last.step, last.epoch)
-    return last, windows
+    return last
 
 
 def _results(
-    peers: list[Peer],
+    specs: list[PeerSpec],
+    parameters: dict[str, int],
     last: EvaluationRecord,
     windows: Windows,
     config: Config,
     placement: Placement,
+    memory: int,
 ) -> dict[str, Any]:
-    names = [peer.name for peer in peers]
     return {
         "format": 1,
         "seed": config.seed,
@@ -254,22 +284,22 @@ def _results(
         "steps": last.step,
         "device": str(placement.device),
         "mixed_precision": placement.processes.mixed_precision,
-        "world_size": placement.world_size,
-        "placement": {"kind": placement.kind, "ranks": placement.ranks(names)},
+        "world_size": placement.processes.world_size,
+        "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "peers": [
             {
-                "name": peer.name,
-                "arch": peer.spec.arch,
-                "params": peer.parameters,
-                "test": last.test["peers"][peer.name],
-                "val": last.val["peers"][peer.name] if last.val else None,
+                "name": spec.name,
+                "arch": spec.arch,
+                "params": parameters[spec.name],
+                "test": last.test["peers"][spec.name],
+                "val": last.val["peers"][spec.name] if last.val else None,
             }
-            for peer in peers
+            for spec in specs
         ],
         "ensemble": last.test["ensemble"],
         "agreement": last.test["agreement"],
         "throughput": windows.throughput(config.batch_size),
-        "peak_memory_bytes": placement.processes.largest(device_memory(placement.device)),
+        "peak_memory_bytes": memory,
         "versions": versions(),
     }
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from dml_accel import cohort, data, sources
+from dml_accel.allocation import allocate
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import Data
-from dml_accel.placement import Placement
+from dml_accel.placement import Placement, everywhere
 from dml_accel.processes import Processes
 
 
@@ -63,14 +64,22 @@ def digits() -> sources.Source:
     return sources.read(tiny_config())
 
 
+COSTS = {"resnet8": 1.0, "wrn_16_2": 2.0, "resnet20": 3.0}
+
+
 class Training:
     """The parts of one run, built as a run builds them, for tests that look inside."""
 
     def __init__(self, config: Config, source: sources.Source) -> None:
         self.config = config
-        self.placement = Placement(config, Processes(config))
+        processes, specs = Processes(config), cohort.parse(config.cohort)
+        ranks = everywhere([spec.name for spec in specs], processes.world_size)
+        if config.placement == "split":
+            costs = {spec.name: COSTS[spec.name.rpartition("-")[0]] for spec in specs}
+            ranks = allocate(costs, processes.world_size)
+        self.placement = Placement(config, processes, ranks)
         self.data: Data = data.prepare(source, config, self.placement.device)
-        self.peers = [self._peer(spec) for spec in cohort.parse(config.cohort)]
+        self.peers = [self._peer(spec) for spec in specs if spec.name in self.placement.mine]
 
     def _peer(self, spec: cohort.PeerSpec) -> Peer:
         module = cohort.build(spec, self.config, len(self.data.classes))

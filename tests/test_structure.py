@@ -19,6 +19,7 @@ ORDER = [
     "metrics",
     "cohort",
     "batchnorm",
+    "allocation",
     "processes",
     "placement",
     "engine",

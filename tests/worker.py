@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dml_accel import engine, losses, sources
+from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import ImageSet
 from dml_accel.placement import Placement
@@ -30,20 +31,22 @@ from dml_accel.processes import check_launch
 from tests.conftest import Training
 
 
-def undetached(log_p: torch.Tensor) -> torch.Tensor:
-    """KL whose targets carry gradients: the commonest bug."""
+def undetached(_: Placement, logits: torch.Tensor, __: int) -> losses.Targets:
+    """Targets that carry gradients: the commonest bug."""
+    log_p = logits.log_softmax(-1)
     p, others = log_p.exp(), len(log_p) - 1
     target = (p.sum(0) - p) / others
     negative = (p * log_p).sum(-1)
-    return (negative.sum(0) - negative) / others - (target * log_p).sum(-1)
+    return losses.Targets(target, (negative.sum(0) - negative) / others, None)
 
 
 def break_it(what: str | None, patch: dict) -> None:
     """Break the code on purpose, remembering in ``patch`` how to mend it."""
     targets = {
-        "detach": (losses, "kl_from_peers", undetached),
+        "detach": (Placement, "targets", undetached),
         "gradient mean": (Placement, "gradient_scale", property(lambda self: 1)),
         "reversed batch": (ImageSet, "batch", reversed_batch),
+        "spoiled": (engine, "_forward", spoiled),
     }
     if what is not None:
         owner, name, broken = targets[what]
@@ -58,6 +61,21 @@ def reversed_batch(self: ImageSet, *words: int) -> tuple[torch.Tensor, torch.Ten
     """The same batch in the opposite order: the same sums, added up differently."""
     x, y = whole_batch(self, *words)
     return x.flip(0), y.flip(0)
+
+
+whole_forward = engine._forward
+
+
+def spoiled(peer: Peer, x: torch.Tensor, seed: int, step: int, *where: int) -> torch.Tensor:
+    """The logits, but those of resnet8-0 are NaN in the second step."""
+    logits = whole_forward(peer, x, seed, step, *where)
+    return logits * torch.nan if step == 1 and peer.name == "resnet8-0" else logits
+
+
+def weights(peer: Peer) -> torch.Tensor:
+    """All that a step may move, momentum included."""
+    momentum = [state["momentum_buffer"] for state in peer.optimizer.state.values()]
+    return torch.cat([t.detach().flatten() for t in [*peer.module.parameters(), *momentum]])
 
 
 def keep_first(tensors: dict, name: str, _: object, __: object, logits: torch.Tensor) -> None:
@@ -78,6 +96,8 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
         reductions[0] += 1
         return allreduce_hook(group, bucket)
 
+    skipped, unmoved = [], []
+    previous = {peer.name: weights(peer) for peer in peers}
     for peer in peers:
         peer.module.register_forward_hook(partial(keep_first, tensors, peer.name))
         if isinstance(peer.net, DistributedDataParallel):
@@ -88,6 +108,13 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
             metrics = record.test
             continue
         rates.append(record.lr)
+        finite = record.losses_KP[:, 0].isfinite().tolist()
+        names = training.placement.names
+        skipped.append([name for name, fine in zip(names, finite, strict=True) if not fine])
+        for peer in peers:
+            if torch.equal(now := weights(peer), previous[peer.name]):
+                unmoved.append([peer.name, record.step])
+            previous[peer.name] = now
         if record.step == 1:
             tensors["losses"] = record.losses_KP
             for peer in peers:
@@ -102,19 +129,25 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     report = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "rank": placement.rank,
-        "world_size": placement.world_size,
+        "rank": placement.processes.rank,
+        "world_size": placement.processes.world_size,
         "kind": placement.kind,
-        "ranks": placement.ranks([peer.name for peer in peers]),
+        "ranks": placement.ranks,
         "rows": placement.rows(training.config.batch_size),
         "rates": rates,
         "steps": len(rates),
         "reductions": reductions[0],
+        "skipped": skipped,
+        "unmoved": unmoved,
+        "held": [peer.name for peer in peers],
         "metrics": metrics,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{placement.rank}.tensors")
-    (folder / f"{placement.rank}.json").write_text(json.dumps(report))
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        folder / f"{placement.processes.rank}.tensors",
+    )
+    (folder / f"{placement.processes.rank}.json").write_text(json.dumps(report))
 
 
 def main(cases: str, folder: str) -> None:
