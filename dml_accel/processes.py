@@ -175,8 +175,9 @@ class Processes:
                 "add --cpu to the flags of train.py"
             )
         self._closing = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
         if self.world_size > 1:
-            threading.Thread(target=self._beat, daemon=True).start()
+            self._beating.start()
 
     @property
     def mixed_precision(self) -> str:
@@ -269,8 +270,14 @@ class Processes:
 
     def close(self) -> None:
         """Leave the process group in order."""
-        self._closing.set()
+        self.stop_beating()
         self.accelerator.end_training()
+
+    def stop_beating(self) -> None:
+        """End the thread that gives signs of life; a process must not end while it speaks."""
+        self._closing.set()
+        if self._beating.is_alive():
+            self._beating.join()
 
 
 def _first_line(error: BaseException) -> str:

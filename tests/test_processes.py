@@ -114,9 +114,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
     folder = tmp_path_factory.mktemp("parity")
     (folder / "cases.json").write_text(json.dumps(cases()))
     done: dict[int, Found] = {}
+    tried: set[int] = set()
 
     def run(processes: int) -> Found:
         if processes not in done:
+            assert processes not in tried, "failed before"
+            tried.add(processes)
             output = folder / str(processes)
             ended = subprocess.run(
                 [*LAUNCH[processes], "tests/worker.py", folder / "cases.json", output],

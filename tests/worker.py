@@ -91,7 +91,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     tensors, rates, reductions = {}, [], [0]
 
     def count(
-        group: object, bucket: torch.distributed.GradBucket
+        group: torch.distributed.ProcessGroup, bucket: torch.distributed.GradBucket
     ) -> torch.futures.Future[torch.Tensor]:
         reductions[0] += 1
         return allreduce_hook(group, bucket)
@@ -101,7 +101,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     for peer in peers:
         peer.module.register_forward_hook(partial(keep_first, tensors, peer.name))
         if isinstance(peer.net, DistributedDataParallel):
-            peer.net.register_comm_hook(None, count)
+            peer.net.register_comm_hook(peer.net.process_group, count)
     records = engine.fit(training.peers, training.data, training.config, training.placement)
     for record in records:
         if isinstance(record, engine.EvaluationRecord):
@@ -126,6 +126,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
             if value.is_floating_point() and key in before[name] and "running" not in key:
                 tensors[f"moved/{name}/{key}"] = (value - before[name][key]).abs().max()
     placement = training.placement
+    placement.processes.stop_beating()  # the next case has processes of its own
     report = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
