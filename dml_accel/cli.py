@@ -17,9 +17,10 @@ from typing import NoReturn
 from dml_accel.compare import METHODS, PRESETS, compare
 from dml_accel.config import Config, UsageError
 from dml_accel.engine import NotFiniteError
+from dml_accel.planning import this_machine
 from dml_accel.processes import ProcessLostError, StoppedError, launched_processes, launched_rank
 from dml_accel.report import comparison_table, comparison_title, results_table
-from dml_accel.training import command_line, train
+from dml_accel.training import command_line, plan, train
 
 _SECONDS_FOR_RANK_0 = 20.0
 
@@ -39,6 +40,15 @@ _COMPARE_EXAMPLES = """examples:
   %(prog)s --cohort 'resnet32*2' --seeds 5 --output-dir runs/pair
   %(prog)s --preset laptop --output-dir runs/laptop
   %(prog)s --preset paper-table2 --seeds 1 --max-steps 3 --dataset path/to/folder   # a look
+"""
+
+_PLAN = """Print, for every peer in every process and for each peer in processes of its own: who
+trains what, the predicted time of a step, the share of it that each process waits, the bytes that
+it sends and the memory that it needs. Nothing is trained; --measure times the networks here."""
+
+_PLAN_EXAMPLES = """examples:
+  %(prog)s --cohort 'resnet32*2' wrn_28_10 --world 8
+  %(prog)s --cohort mobilenet resnet32 --world 2 --measure --bandwidth 0.125 --latency 200
 """
 
 
@@ -148,7 +158,29 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         help=f"cohorts and configuration by name; flags that are given win. {presets}",
     )
     _add_flags(comparing)
-    return parser, {"train": training, "compare": comparing}
+    planning = add(
+        "plan", "predict what a placement costs, without training", _PLAN, _PLAN_EXAMPLES
+    )
+    planning.add_argument(
+        "--world", type=int, default=2, metavar="N", help="processes (default: 2)"
+    )
+    planning.add_argument(
+        "--classes", type=int, default=100, metavar="N", help="of the images (default: 100)"
+    )
+    planning.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="X",
+        help="gigabytes per second out of one process (default: 1; with GPUs 10)",
+    )
+    planning.add_argument(
+        "--latency",
+        type=float,
+        metavar="X",
+        help="microseconds of one message (default: 100; with GPUs 20)",
+    )
+    _add_flags(planning)
+    return parser, {"train": training, "compare": comparing, "plan": planning}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         values = _parse(sys.argv[1:] if arguments is None else arguments)
-        return {"train": _train, "compare": _compare}[values.pop("subcommand")](values)
+        return {"train": _train, "compare": _compare, "plan": _plan}[values.pop("subcommand")](
+            values
+        )
     except (NotFiniteError, ProcessLostError, StoppedError) as error:
         if getattr(error, "speaks", launched_rank() == 0):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -196,6 +230,31 @@ def _compare(values: dict[str, typing.Any]) -> int:
         folder, record = finished
         print(f"{comparison_title(record)}\n\n{comparison_table(record)}")
         print(f"\ntables and plot: {folder}/results.md\nruns:            {folder}/*/seed-<n>/")
+    return 0
+
+
+def _plan(values: dict[str, typing.Any]) -> int:
+    names = ("world", "classes", "bandwidth", "latency")
+    world, classes, bandwidth, latency = (values.pop(name) for name in names)
+    config = Config.from_dict(values)
+    for name, value in (("world", world), ("classes", classes)):
+        if value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1")
+    for name, value in (("bandwidth", bandwidth), ("latency", latency)):
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name} is {value}; it must be above 0")
+    if world > config.batch_size // config.grad_accum:
+        raise UsageError(
+            f"--world {world} is more than the {config.batch_size // config.grad_accum} images of "
+            "a part of the batch (--batch-size, --grad-accum)"
+        )
+    machine = this_machine()
+    machine = dataclasses.replace(
+        machine,
+        bandwidth=machine.bandwidth if bandwidth is None else 1e9 * bandwidth,
+        latency=machine.latency if latency is None else 1e-6 * latency,
+    )
+    print(plan(config, world, classes, machine))
     return 0
 
 

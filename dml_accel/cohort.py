@@ -16,7 +16,6 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dml_accel import networks
 from dml_accel.config import Config, UsageError
@@ -111,16 +110,6 @@ def label(peers: Sequence[str]) -> str:
     """Return a cohort's short name for folders: ``resnet32x2-wrn_28_10`` for its peers' names."""
     nets = Counter(name.rpartition("-")[0] for name in peers)
     return "-".join(net if n == 1 else f"{net}x{n}" for net, n in nets.items())[:80]
-
-
-def multiply_accumulates(module: nn.Module, image_size: int) -> int:
-    """Return the multiply-accumulates of one image's forward pass; the net is left as it was."""
-    weight = next(module.parameters())
-    image = torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module.eval()(image)
-    module.train()
-    return counter.get_total_flops() // 2
 
 
 def _require_known(arch: str, net: str, from_timm: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from dml_accel import cohort, comparison, plots, sources
 from dml_accel.comparison import SubRun
 from dml_accel.config import Config, UsageError
+from dml_accel.costs import count
 from dml_accel.export import write_text
 from dml_accel.processes import (
     Processes,
@@ -169,7 +170,7 @@ def _costs(plan: Sequence[SubRun], source: Source) -> dict[str, float]:
             checked[sub.cohort] = check(sub.config, source)
     size = plan[0].config.image_size
     return {
-        name: float(sum(cohort.multiply_accumulates(net, size) for net in found.modules.values()))
+        name: float(sum(count(net, size).macs for net in found.modules.values()))
         for name, found in checked.items()
     }
 

@@ -13,7 +13,16 @@ from typing import Any, Literal
 
 IntervalUnit = Literal["step", "ep", "min"]
 _LEAVES_THE_RESULT_ALONE = frozenset(
-    {"output_dir", "timeout", "cpu", "eval_every", "placement", "exchange", "max_nonfinite"}
+    {
+        "output_dir",
+        "timeout",
+        "cpu",
+        "eval_every",
+        "placement",
+        "measure",
+        "exchange",
+        "max_nonfinite",
+    }
 )
 
 
@@ -136,6 +145,9 @@ class Config:
         "with several processes: every peer in each of them (replicate), or each peer in one or "
         "more of its own, exchanging logits (split); auto predicts which is faster",
         choices=("auto", "replicate", "split"),
+    )
+    measure: bool = flag(
+        False, "time the networks to choose a placement, instead of counting their arithmetic"
     )
     exchange: str = flag(
         "logits",

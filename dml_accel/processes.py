@@ -254,15 +254,22 @@ class Processes:
 
     def _missing(self) -> list[int]:
         """Return the ranks whose sign of life in the launcher's store does not change."""
-        try:
-            store: Any = dist.distributed_c10d._get_default_store()
-            names = [f"alive/{rank}" for rank in range(self.world_size)]
-            before = [store.get(name) if store.check([name]) else b"" for name in names]
-            time.sleep(6 * _SECONDS_BETWEEN_BEATS)
-            after = [store.get(name) if store.check([name]) else b"" for name in names]
-        except dist.DistError:
-            return [0]  # the store lives on rank 0's machine
-        return [rank for rank in range(self.world_size) if before[rank] == after[rank]]
+        found: list[int] = [0]  # where the store does not answer: it lives on rank 0's machine
+
+        def look() -> None:
+            with contextlib.suppress(dist.DistError):
+                store: Any = dist.distributed_c10d._get_default_store()
+                names = [f"alive/{rank}" for rank in range(self.world_size)]
+                before = [store.get(name) if store.check([name]) else b"" for name in names]
+                time.sleep(6 * _SECONDS_BETWEEN_BEATS)
+                after = [store.get(name) if store.check([name]) else b"" for name in names]
+                found[:] = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
+
+        # In a thread, because asking a store behind a broken link never returns.
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        looking.join(20 * _SECONDS_BETWEEN_BEATS)
+        return found
 
     def release_networks(self) -> None:
         """Let go of the networks of a finished run, which Accelerate keeps a list of."""

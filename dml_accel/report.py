@@ -6,6 +6,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from dml_accel.config import Config
+from dml_accel.planning import Machine, Prediction
+
 _HEADERS = ("network", "parameters", "top-1 %", "top-5 %", "NLL (nats)", "ECE %")
 
 
@@ -42,6 +45,11 @@ def results_markdown(results: dict[str, Any], config: dict[str, Any], command: s
         )
     seed = f"seed {results['seed']}. The ensemble is the mean posterior.{agreement}"
     rate = results["throughput"]["images_per_second"]
+    sent = ", ".join(f"{size / 1e3:.1f}" for size in results["sent_bytes_per_step"])
+    placed = "; ".join(
+        f"{name} on {', '.join(map(str, ranks))}"
+        for name, ranks in results["placement"]["ranks"].items()
+    )
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
     return f"""# {" + ".join(peer["name"] for peer in results["peers"])} on {config["dataset"]}
 
@@ -53,8 +61,58 @@ Test split, {results["ensemble"]["n"]:,} images, after the last of {results["ste
 - Command: `{command}`
 - {results["world_size"]} process(es) on {results["device"]}, precision
   {results["mixed_precision"]}, {"-" if rate is None else f"{rate:.0f}"} images per second
+- Placement {results["placement"]["kind"]}: {placed}; kB that each process sends a step: {sent}
 - {versions}
 """
+
+
+# ---------------------------------------------------------------- plans
+
+
+def plan_text(
+    predictions: tuple[Prediction, Prediction], why: str, config: Config, machine: Machine
+) -> str:
+    """Return both placements process by process, and which one is chosen.
+
+    Args:
+        predictions: of ``replicate`` and of ``split``.
+        why: the choice in one line.
+        config: of the run.
+        machine: what was assumed.
+    """
+    parts = []
+    headers = ("process", "peers", "busy ms", "idle %", "sends kB a step", "memory MB")
+    for kind, found in zip(("replicate", "split"), predictions, strict=True):
+        rows = []
+        for rank, busy in enumerate(found.busy):
+            rows.append(
+                [
+                    rank,
+                    " ".join(name for name, held in found.ranks.items() if rank in held),
+                    f"{1e3 * busy:.1f}",
+                    f"{100 * found.idle[rank]:.0f}",
+                    f"{found.sent[rank] / 1e3:.1f}",
+                    f"{found.memory[rank] / 1e6:.0f}",
+                ]
+            )
+        parts.append(
+            f"{kind}: {1e3 * found.step_seconds:.1f} ms a step\n\n"
+            + _table(rows, headers, "simple", left=2)
+        )
+    assumed = (
+        "networks timed here"
+        if config.measure
+        else (
+            f"{machine.macs_per_second / 1e9:.0f} billion multiply-accumulates a second a process"
+        )
+    )
+    parts.append(
+        f"{config.batch_size} images a step; assumed: {assumed}, "
+        f"{machine.bandwidth / 1e9:g} GB/s, {1e6 * machine.latency:.0f} us a message.\n"
+        "Memory is parameters, gradients, momentum and activations, without images and libraries."
+    )
+    parts.append(f"--placement {config.placement}: {why}")
+    return "\n\n".join(parts)
 
 
 # ---------------------------------------------------------------- comparisons

@@ -1,6 +1,8 @@
 """One run from its configuration to its folder: everything is checked, then trained, then kept."""
 
 import contextlib
+import dataclasses
+import json
 import platform
 import subprocess
 import sys
@@ -12,14 +14,15 @@ from typing import Any
 from torch import nn
 
 from dml_accel import cohort, data, sources
-from dml_accel.allocation import allocate
 from dml_accel.batchnorm import check_spanning
-from dml_accel.cohort import Peer, PeerSpec, multiply_accumulates, parameter_count
+from dml_accel.cohort import Peer, PeerSpec, parameter_count
 from dml_accel.config import Config
+from dml_accel.costs import Cost, count, timed
 from dml_accel.data import Data
 from dml_accel.engine import EvaluationRecord, fit, steps_to_take
 from dml_accel.export import write_peer, write_text
 from dml_accel.placement import Placement, everywhere
+from dml_accel.planning import Machine, both, choose, predict, this_machine
 from dml_accel.processes import (
     Processes,
     check_launch,
@@ -28,7 +31,7 @@ from dml_accel.processes import (
     stopping_on_sigterm,
 )
 from dml_accel.progress import Display, Windows, Workload, device_memory
-from dml_accel.report import results_markdown
+from dml_accel.report import plan_text, results_markdown
 from dml_accel.runfolder import RunFolder
 from dml_accel.sources import Source
 
@@ -44,13 +47,13 @@ class Checked:
         source: the images.
         modules: an untrained network for each peer; a run takes out what it needs and drops the
             rest.
-        ranks: the processes that train each peer.
+        costs: of each peer, where there are several processes to share them.
     """
 
     specs: list[PeerSpec]
     source: Source
     modules: dict[str, nn.Module]
-    ranks: dict[str, list[int]]
+    costs: dict[str, Cost]
 
 
 def check(config: Config, source: Source) -> Checked:
@@ -62,20 +65,39 @@ def check(config: Config, source: Source) -> Checked:
     data.check_sizes(source, config)
     specs = cohort.parse(config.cohort)
     modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
-    ranks = _ranks(config, modules)
+    world_size, costs = launched_processes(), {}
+    if world_size > 1:
+        costs = {name: count(module, config.image_size) for name, module in modules.items()}
+        ranks, _ = choose(costs, world_size, config, len(source.classes), this_machine())
+        _check_batch_norm(config, modules, ranks)
+    return Checked(specs, source, modules, costs)
+
+
+def _check_batch_norm(
+    config: Config, modules: dict[str, nn.Module], ranks: dict[str, list[int]]
+) -> None:
     for name, module in modules.items():
         if config.batch_norm == "group" and len(ranks[name]) > 1:
             check_spanning(module, name)
-    return Checked(specs, source, modules, ranks)
 
 
-def _ranks(config: Config, modules: dict[str, nn.Module]) -> dict[str, list[int]]:
-    world_size = launched_processes()
-    if config.placement != "split" or world_size == 1:
-        return everywhere(list(modules), world_size)
-    size = config.image_size
-    costs = {name: multiply_accumulates(net, size) for name, net in modules.items()}
-    return allocate(costs, world_size)
+def _agreed_ranks(config: Config, checked: Checked, processes: Processes) -> dict[str, list[int]]:
+    """Return the first process's choice of who trains which peer."""
+    if processes.world_size == 1:
+        return everywhere(list(checked.modules), 1)
+    text = ""
+    if processes.rank == 0:
+        costs = checked.costs
+        if config.measure:
+            seconds = timed(checked.specs, checked.modules, config)
+            costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
+        classes = len(checked.source.classes)
+        ranks, why = choose(costs, processes.world_size, config, classes, this_machine())
+        print(f"placement: {why}", file=sys.stderr, flush=True)
+        text = json.dumps(ranks)
+    ranks = json.loads(processes.text_of_first(text))
+    _check_batch_norm(config, checked.modules, ranks)
+    return ranks
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
@@ -134,7 +156,7 @@ def run(
     Returns:
         The content of results.json in the first process.
     """
-    placement = Placement(config, processes, checked.ranks)
+    placement = Placement(config, processes, _agreed_ranks(config, checked, processes))
     images = data.prepare(checked.source, config, placement.device)
     parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
     mine = [spec for spec in checked.specs if spec.name in placement.mine]
@@ -158,9 +180,29 @@ def run(
     if folder is None:
         return None
     results = _results(checked.specs, parameters, last, windows, config, placement, memory)
+    results["sent_bytes_per_step"] = _sent(config, checked, placement, len(images.classes))
     folder.write("results.json", results)
     write_text(folder.path / "results.md", results_markdown(results, config.as_dict(), command))
     return results
+
+
+def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str:
+    """Return tables of what both placements cost on ``world_size`` processes, without training.
+
+    Args:
+        config: cohort, batch, precision and exchange.
+        world_size: processes.
+        classes: of the images.
+        machine: what is assumed of it.
+    """
+    specs = cohort.parse(config.cohort)
+    modules = {spec.name: cohort.build(spec, config, classes) for spec in specs}
+    costs = {name: count(module, config.image_size) for name, module in modules.items()}
+    if config.measure:
+        seconds = timed(specs, modules, config)
+        costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
+    _, why = choose(costs, world_size, config, classes, machine)
+    return plan_text(both(costs, world_size, config, classes, machine), why, config, machine)
 
 
 def workload(config: Config, source: Source, image_cost: float = 1.0) -> Workload:
@@ -189,6 +231,13 @@ def _train(
         last = record
     assert isinstance(last, EvaluationRecord), "fit ends with an evaluation"
     return last
+
+
+def _sent(config: Config, checked: Checked, placement: Placement, classes: int) -> list[float]:
+    """Return the payload bytes that each process sends in a step."""
+    if placement.processes.world_size == 1:
+        return [0.0]
+    return predict(placement.ranks, checked.costs, config, classes, this_machine()).sent
 
 
 def _write_peers(

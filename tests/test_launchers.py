@@ -20,6 +20,7 @@ from tests.test_launch import ACCELERATE, WORKERS
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 TINY = "--dataset digits --image-size 16 --batch-size 9 --lr 0.001 --cohort resnet8*2".split()
+TINY += ["--placement", "replicate"]
 
 
 def environment() -> dict[str, str]:

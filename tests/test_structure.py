@@ -24,6 +24,8 @@ ORDER = [
     "placement",
     "engine",
     "export",
+    "costs",
+    "planning",
     "runfolder",
     "progress",
     "report",

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Start one training on two hosts with addresses of their own: network namespaces joined by a veth.
 #   sudo bash tests/two_hosts.sh ACCELERATE [flags of train.py]
-# ACCELERATE is the accelerate program to use. Needs root and iproute2; leaves nothing behind.
+# ACCELERATE is the accelerate program to use. With CUT_WHEN=metrics.jsonl the link goes down when that
+# file reports step 4. Needs root and iproute2; leaves nothing behind.
 set -euo pipefail
 accelerate=$1
 shift
@@ -39,11 +40,20 @@ launch() { # host, then the flags of train.py
     --num_processes 2 --main_process_ip 10.77.0.1 --mixed_precision no train.py "$@"
 }
 
+if [ -n "${CUT_WHEN:-}" ]; then
+  (
+    until grep -qs '"step": 4' "$CUT_WHEN"; do sleep 0.1; done
+    ip -n "${hosts[1]}" link set "${links[1]}" down
+  ) &
+fi
 launch 1 "$@" &
 other=$!
-launch 0 "$@"
-wait "$other"
+first=0 second=0
+launch 0 "$@" || first=$?
+wait "$other" || second=$?
 for host in 0 1; do
   echo "host $host: $(ip -n "${hosts[$host]}" -br -4 addr show dev "${links[$host]}" | tr -s ' ')" \
     "sent $(ip netns exec "${hosts[$host]}" cat "/sys/class/net/${links[$host]}/statistics/tx_bytes") bytes"
 done
+echo "exit codes: $first $second"
+exit $((first || second))

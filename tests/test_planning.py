@@ -1,0 +1,212 @@
+"""Who trains what: allocation against brute force, predicted costs by hand, refusals."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from dml_accel import cli, cohort
+from dml_accel.allocation import allocate
+from dml_accel.costs import Cost, count, timed
+from dml_accel.planning import Machine, both, choose, predict
+from tests.conftest import tiny_config
+
+SMALL = Cost(macs=1_000_000, parameters=1000, activation_bytes=50, norms=2, channels=10)
+LARGE = Cost(macs=3_000_000, parameters=500_000, activation_bytes=70, norms=4, channels=20)
+MACHINE = Machine(bandwidth=1e6, latency=1e-3, macs_per_second=1e9)
+
+
+# ---------------------------------------------------------------- allocation
+
+
+def test_the_slowest_peer_is_as_fast_as_it_can_be() -> None:
+    chance = random.Random(0)
+    for _ in range(200):
+        costs = [0.1 + 10 * chance.random() for _ in range(chance.randint(1, 4))]
+        world = chance.randint(len(costs), 9)
+        ranks = allocate({f"peer-{i}": cost for i, cost in enumerate(costs)}, world)
+        assert sorted(itertools.chain(*ranks.values())) == list(range(world))
+        found = max(cost / len(ranks[f"peer-{i}"]) for i, cost in enumerate(costs))
+        best = min(
+            max(cost / n for cost, n in zip(costs, sizes, strict=True))
+            for sizes in itertools.product(range(1, world + 1), repeat=len(costs))
+            if sum(sizes) == world
+        )
+        assert found == pytest.approx(best, rel=1e-12)
+
+
+def test_the_costliest_peer_gets_the_processes() -> None:
+    ranks = allocate({"resnet32-0": 69, "mobilenet-0": 176, "wrn_28_10-0": 5243}, 8)
+    assert ranks == {
+        "mobilenet-0": [0],
+        "resnet32-0": [1],
+        "wrn_28_10-0": [2, 3, 4, 5, 6, 7],
+    }
+
+
+def test_with_few_processes_peers_share_them_evenly() -> None:
+    chance = random.Random(1)
+    for _ in range(200):
+        peers = {f"peer-{i}": 0.1 + chance.random() for i in range(chance.randint(3, 7))}
+        world = chance.randint(1, len(peers) - 1)
+        ranks = allocate(peers, world)
+        load = [sum(c for n, c in peers.items() if ranks[n] == [r]) for r in range(world)]
+        assert all(len(held) == 1 for held in ranks.values()) and min(load) > 0
+        # Longest first is at most 4/3 - 1/(3 m) of the best (Graham 1969), which is at least this.
+        least = max(sum(peers.values()) / world, max(peers.values()))
+        best = (
+            min(
+                max(
+                    sum(c for c, r in zip(peers.values(), where, strict=True) if r == rank)
+                    for rank in range(world)
+                )
+                for where in itertools.product(range(world), repeat=len(peers))
+            )
+            if world ** len(peers) < 3000
+            else None
+        )
+        assert max(load) >= least - 1e-12
+        if best is not None:
+            assert max(load) <= (4 / 3 - 1 / (3 * world)) * best + 1e-12
+
+
+def test_the_order_of_the_cohort_does_not_matter() -> None:
+    costs = {"b-0": 1.0, "a-0": 1.0, "c-0": 2.0}
+    for world in (1, 2, 3, 5):
+        permuted = allocate(dict(reversed(costs.items())), world)
+        assert allocate(costs, world) == permuted
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def test_apart_only_logits_cross() -> None:
+    config = tiny_config(batch_size=8, float64=False)
+    found = predict({"a-0": [0], "b-0": [1]}, {"a-0": SMALL, "b-0": LARGE}, config, 10, MACHINE)
+    # 8 rows of 10 logits of 4 bytes; 2 x 3 loss sums, of which two processes send half twice.
+    assert found.sent == [8 * 10 * 4 + 2 * 3 * 4] * 2
+    # Three forward passes' worth of arithmetic for 8 images.
+    assert found.busy == pytest.approx([8 * 3 * 1e6 / 1e9, 8 * 3 * 3e6 / 1e9])
+    # Two messages for the losses, one for the logits.
+    assert found.step_seconds == pytest.approx(0.072 + 344 / 1e6 + 3e-3)
+    assert found.idle[0] == pytest.approx(1 - 0.024 / found.step_seconds)
+    assert found.memory == [3 * 4 * 1000 + 8 * 50, 3 * 4 * 500_000 + 8 * 70]
+
+
+def test_together_gradients_and_batch_norm_cross() -> None:
+    config = tiny_config(batch_size=8, float64=False)
+    found = predict(
+        {"a-0": [0, 1], "b-0": [0, 1]}, {"a-0": SMALL, "b-0": LARGE}, config, 10, MACHINE
+    )
+    gradients = 4 * (1000 + 500_000)
+    # Forward a table of both processes' count, means and variances; backward two sums a channel.
+    norms = 4 * (2 * (2 * 10 + 2) + 2 * 10) + 4 * (2 * (2 * 20 + 4) + 2 * 20)
+    assert found.sent == pytest.approx([gradients + norms + 24] * 2)
+    local = tiny_config(batch_size=8, float64=False, batch_norm="local")
+    found = predict(
+        {"a-0": [0, 1], "b-0": [0, 1]}, {"a-0": SMALL, "b-0": LARGE}, local, 10, MACHINE
+    )
+    assert found.sent == pytest.approx([gradients + 24] * 2)
+
+
+@pytest.mark.parametrize("peers", [2, 4, 8])
+def test_the_volume_of_summed_posteriors_does_not_grow_with_the_cohort(peers: int) -> None:
+    config = tiny_config(batch_size=8, float64=False, exchange="sum")
+    ranks = {f"a-{i}": [i] for i in range(peers)}
+    found = predict(ranks, dict.fromkeys(ranks, SMALL), config, 10, MACHINE)
+    ring = 2 * (peers - 1) / peers
+    assert found.sent[0] == pytest.approx(ring * (8 * 12 * 4 + 3 * 4 * peers))
+
+
+def test_rounding_halves_the_logits() -> None:
+    ranks, costs = {"a-0": [0], "b-0": [1]}, {"a-0": SMALL, "b-0": LARGE}
+    config = tiny_config(batch_size=8, float64=False, exchange_dtype="bf16")
+    assert predict(ranks, costs, config, 10, MACHINE).sent[0] == 8 * 10 * 2 + 24
+
+
+def test_nothing_crosses_between_peers_that_do_not_teach() -> None:
+    ranks, costs = {"a-0": [0], "b-0": [1]}, {"a-0": SMALL, "b-0": LARGE}
+    config = tiny_config(float64=False, kl_weight=0.0)
+    assert predict(ranks, costs, config, 10, MACHINE).sent[0] == 24
+
+
+def test_auto_takes_what_is_predicted_to_be_faster() -> None:
+    config = tiny_config(batch_size=8, float64=False)
+    equal = {"a-0": SMALL, "a-1": SMALL}
+    ranks, why = choose(equal, 2, config, 10, MACHINE)
+    assert ranks == {"a-0": [0], "a-1": [1]} and why.startswith("split, a-0 on 0, a-1 on 1: ")
+    # One dear peer: apart, the other process would wait for it nearly all the time.
+    unequal = {"a-0": SMALL, "b-0": Cost(3_000_000, 1000, 70, 0, 0)}
+    fast = Machine(bandwidth=1e12, latency=1e-9, macs_per_second=1e9)
+    ranks, why = choose(unequal, 2, config, 10, fast)
+    assert ranks == {"a-0": [0, 1], "b-0": [0, 1]}
+    replicate, split = both(unequal, 2, config, 10, fast)
+    assert replicate.step_seconds < split.step_seconds
+    assert f"{1e3 * split.step_seconds:.0f} ms for split" in why
+    assert choose(unequal, 2, tiny_config(placement="split"), 10, fast)[0]["a-0"] == [0]
+    assert choose(equal, 2, tiny_config(placement="replicate"), 10, MACHINE)[0]["a-0"] == [0, 1]
+
+
+# ---------------------------------------------------------------- costs
+
+
+def test_a_network_is_counted_by_hand() -> None:
+    # 3 x 8 x 8 images; convolution 3 x 3 to 4 channels, batch norm, mean, 5 classes.
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, 5),
+    )
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = count(net, 8)
+    assert found.macs == 8 * 8 * 4 * 3 * 9 + 4 * 5
+    assert found.parameters == 4 * 3 * 9 + 8 + 4 * 5 + 5
+    assert (found.norms, found.channels) == (1, 4)
+    # The image, the outputs of convolution and ReLU, the pooled four: what backward needs.
+    least = 4 * (3 * 64 + 2 * 4 * 64 + 4)
+    assert least <= found.activation_bytes <= least + 4 * 5 * 4
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_times_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("DML_CACHE", str(tmp_path))
+    config = tiny_config(cohort=("resnet8",))
+    (spec,) = cohort.parse(config.cohort)
+    modules = {spec.name: cohort.build(spec, config, 10)}
+    before = next(modules[spec.name].parameters()).clone()
+    first = timed([spec], modules, config)
+    assert first["resnet8-0"] > 0
+    assert timed([spec], modules, config) == first
+    assert torch.equal(next(modules[spec.name].parameters()), before)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_plan_prints_both_placements_and_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--cohort", "resnet8*2", "--world", "3", "--bandwidth", "0.5", "--latency", "50"]
+    assert cli.main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert "replicate: " in said and "split: " in said and "--placement auto: " in said
+    assert "0.5 GB/s, 50 us a message" in said
+    assert sum(line.startswith("2 ") for line in said.splitlines()) == 2  # a row per process
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--world", "0"], "--world is 0; it must be at least 1"),
+        (["--bandwidth", "-1"], "--bandwidth is -1.0; it must be above 0"),
+        (["--world", "65"], "--world 65 is more than the 64 images"),
+        (["--cohort", "resnet33"], "there is no net 'resnet33'"),
+        (["--exchange", "sum", "--exchange-dtype", "bf16"], "--exchange sum sends none"),
+    ],
+)
+def test_plan_refuses(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert cli.main(["plan", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""Peers apart, as users start them: what is written, what crosses the wire, a cut link."""
+
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.test_launchers import BIN, config_of, results, run
+
+SMALL = "--dataset digits --image-size 16 --batch-size 9 --lr 0.001".split()
+
+
+@pytest.fixture
+def hosts() -> None:
+    """Skip where no second host can be made."""
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2 for network namespaces")
+    if run("ip", "netns", "add", "dml-probe").returncode:
+        pytest.skip("network namespaces cannot be made here")
+    run("ip", "netns", "del", "dml-probe")
+
+
+def test_a_split_run_leaves_what_one_process_leaves(tmp_path: Path) -> None:
+    words = [*SMALL, "--cohort", "wrn_16_2", "resnet8*2", "--float64", "--max-steps", "4"]
+    words += ["--placement", "split", "--val-fraction", "0.1"]
+    alone = run(sys.executable, "train.py", *words, "--output-dir", tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    launch = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "train.py"]
+    done = run(*launch, *words, "--output-dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert one["placement"]["kind"] == "replicate"
+    ranks = {"wrn_16_2-0": [0], "resnet8-0": [1], "resnet8-1": [1]}
+    assert two["placement"] == {"kind": "split", "ranks": ranks}
+    assert config_of(tmp_path / "two")["placement"] == "split"
+    files = {
+        folder: {
+            str(path.relative_to(tmp_path / folder)) for path in (tmp_path / folder).rglob("*")
+        }
+        for folder in ("one", "two")
+    }
+    assert files["one"] == files["two"]
+    for peer, other in zip(one["peers"], two["peers"], strict=True):
+        for part in ("test", "val"):
+            assert peer[part]["top1"] == other[part]["top1"]
+            assert peer[part]["nll"] == pytest.approx(other[part]["nll"], rel=1e-9)
+        assert (peer["name"], peer["params"]) == (other["name"], other["params"])
+        weights, others = (
+            load_file(tmp_path / folder / "peers" / peer["name"] / "model.safetensors")
+            for folder in ("one", "two")
+        )
+        for key, value in weights.items():
+            assert (value.double() - others[key].double()).abs().max() < 1e-9, key
+    assert one["ensemble"]["nll"] == pytest.approx(two["ensemble"]["nll"], rel=1e-9)
+
+
+def test_auto_says_what_it_chose_and_why(tmp_path: Path) -> None:
+    launch = [BIN / "torchrun", "--nproc_per_node", "2", "train.py"]
+    words = [*SMALL, "--cohort", "resnet8*2", "--max-steps", "1"]
+    done = run(*launch, *words, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("placement: ")]
+    assert len(said) == 1 and "a step predicted" in said[0]
+    found = results(tmp_path / "run")["placement"]
+    assert said[0].startswith(f"placement: {found['kind']}, ")
+    assert f"Placement {found['kind']}: " in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_a_peer_that_stays_not_finite_ends_every_process_with_its_name(tmp_path: Path) -> None:
+    launch = [BIN / "torchrun", "--nproc_per_node", "2", "train.py"]
+    words = [*SMALL, "--cohort", "resnet8", "wrn_16_2", "--placement", "split", "--lr", "1e30"]
+    words += ["--max-nonfinite", "3", "--output-dir", tmp_path / "run"]
+    done = run(*launch, *words)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert re.match(r"error: the loss of (resnet8|wrn_16_2)-0 has not been finite for 3", said[0])
+    assert "--max-nonfinite 3" in said[0]
+    assert '"skipped"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+# ---------------------------------------------------------------- the wire
+
+
+def sent_per_step(folder: Path, *words: str) -> list[float]:
+    """Bytes a step that each of two hosts sends, from the difference of two lengths of a run."""
+    sent = []
+    for steps in (10, 40):
+        flags = [*words, "--max-steps", str(steps), "--output-dir", str(folder / str(steps))]
+        done = run("bash", "tests/two_hosts.sh", BIN / "accelerate", *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        sent.append([int(n) for n in re.findall(r"sent (\d+) bytes", done.stdout)])
+    return [(long - short) / 30 for short, long in zip(*sent, strict=True)]
+
+
+@pytest.mark.parametrize("placement", ["split", "replicate"])
+def test_what_crosses_the_wire_is_what_is_said(hosts: None, tmp_path: Path, placement: str) -> None:
+    # 6,400 logits a step of each of two peers, whatever the number of classes.
+    data = os.environ.get("DML_TEST_DATA", "digits")
+    batch, size = ("640", "8") if data == "digits" else ("64", "16")
+    words = ["--dataset", data, "--image-size", size, "--batch-size", batch, "--lr", "0.001"]
+    words += ["--cohort", "resnet8*2", "--placement", placement, "--epochs", "40"]
+    found = sent_per_step(tmp_path, *words)
+    said = results(tmp_path / "40")["sent_bytes_per_step"]
+    least = {"split": 64 * 100 * 4, "replicate": 2 * 4 * 75_000}[placement]
+    for measured, payload in zip(found, said, strict=True):
+        assert payload >= least
+        assert payload <= measured <= 1.1 * payload
+
+
+def test_a_cut_link_ends_both_hosts_with_an_error(hosts: None, tmp_path: Path) -> None:
+    words = [*SMALL, "--cohort", "resnet8*2", "--placement", "split", "--timeout", "0.2"]
+    started = time.monotonic()
+    done = run(
+        "env",
+        f"CUT_WHEN={tmp_path}/run/metrics.jsonl",
+        "bash",
+        "tests/two_hosts.sh",
+        BIN / "accelerate",
+        *words,
+        "--output-dir",
+        tmp_path / "run",
+    )
+    # 12 seconds of waiting for the other, 10 at most of asking who is left; and the start.
+    assert time.monotonic() - started < 90
+    assert "exit codes: 1 1" in done.stdout
+    for gone in (0, 1):
+        assert done.stderr.count(f"error: rank {gone} no longer answers, so the run ends") == 1
+    assert '"failed"' in (tmp_path / "run" / "status.json").read_text()
