@@ -30,16 +30,21 @@ BIN = Path(sys.executable).parent
 # glibc returns large blocks to the system at once and faults them in again at the next step;
 # with these thresholds it keeps them.
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
-BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+TOGETHER = ["--placement", "replicate"]
 # name: processes, threads of each, environment, flags
 VARIANTS: dict[str, tuple[int, int, dict[str, str], list[str]]] = {
     "1 process, 2 threads": (1, 2, {}, []),
-    "2 processes, 1 thread each": (2, 1, {}, []),
+    "2 processes, every network in both": (2, 1, {}, TOGETHER),
+    "2 processes, a network in each": (2, 1, {}, ["--placement", "split"]),
     "1 process, 1 thread": (1, 1, {}, []),
-    "2 processes, each its own batch statistics": (2, 1, {}, ["--batch-norm", "local"]),
-    "1 process, 2 threads, bound to cores": (1, 2, BOUND, []),
+    "2 processes, every network in both, batch statistics apart": (
+        2,
+        1,
+        {},
+        [*TOGETHER, "--batch-norm", "local"],
+    ),
     "1 process, 2 threads, memory kept": (1, 2, KEEP, []),
-    "2 processes, 1 thread each, memory kept": (2, 1, KEEP, []),
+    "2 processes, a network in each, memory kept": (2, 1, KEEP, ["--placement", "split"]),
 }
 BASE = next(iter(VARIANTS))
 FLAGS = "--cohort resnet32*2 --dataset digits --batch-size 64 --max-steps 16 --cpu".split()
