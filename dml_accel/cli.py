@@ -177,7 +177,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         "--latency",
         type=float,
         metavar="X",
-        help="microseconds of one message (default: 100; with GPUs 20)",
+        help="microseconds of one message (default: 1000; with GPUs 20)",
     )
     _add_flags(planning)
     return parser, {"train": training, "compare": comparing, "plan": planning}
