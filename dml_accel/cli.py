@@ -197,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NotFiniteError, ProcessLostError, StoppedError) as error:
         if getattr(error, "speaks", launched_rank() == 0):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, NotFiniteError) and launched_rank():
+            time.sleep(_SECONDS_FOR_RANK_0)  # all processes meet it; the first one says why
         if launched_processes() > 1:
             os._exit(1)  # a broken process group cannot be left in order: it would wait
         return 1
@@ -230,6 +232,9 @@ def _compare(values: dict[str, typing.Any]) -> int:
         folder, record = finished
         print(f"{comparison_title(record)}\n\n{comparison_table(record)}")
         print(f"\ntables and plot: {folder}/results.md\nruns:            {folder}/*/seed-<n>/")
+        for name, reason in record["failed"].items():
+            print(f"error: {name} failed: {reason}", file=sys.stderr)
+        return 1 if record["failed"] else 0
     return 0
 
 

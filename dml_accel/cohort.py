@@ -50,11 +50,22 @@ class Peer:
     net: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    _buffers: list[tuple[list[Tensor], Tensor]] = field(default_factory=list, init=False)
 
     @property
     def name(self) -> str:
         """The peer's name, ``<net>-<index>``."""
         return self.spec.name
+
+    def begin(self, lr: float) -> None:
+        """Prepare a step: no gradients, its learning rate, and a copy of the buffers."""
+        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.module.buffers():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self._buffers = [(same, _flat(same)) for same in by_dtype.values()]
 
     def update(self, finite: Tensor, clip_norm: float | None) -> None:
         """Take the optimizer's step, or leave everything as it is where ``finite`` is false.
@@ -70,6 +81,15 @@ class Peer:
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        for buffers, before in self._buffers:  # running statistics have moved in the forward pass
+            kept = torch.where(finite, _flat(buffers), before)
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            shaped = [p.view_as(b) for p, b in zip(parts, buffers, strict=True)]
+            torch._foreach_copy_(buffers, shaped)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def parse(cohort: Sequence[str]) -> list[PeerSpec]:

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from dml_accel import cohort, comparison, plots, sources
 from dml_accel.comparison import SubRun
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import count
+from dml_accel.engine import NotFiniteError
 from dml_accel.export import write_text
 from dml_accel.processes import (
     Processes,
     check_launch,
+    launched_precision,
+    launched_processes,
     launched_rank,
     stopping_on_sigterm,
 )
@@ -34,6 +38,7 @@ from dml_accel.training import Checked, check, run, workload
 # What each method changes in the configuration that the methods share.
 METHODS: dict[str, dict[str, Any]] = {"independent": {"kl_weight": 0.0}, "mutual": {}}
 _PLOT = "differences.png"
+_TABLES = ("results.json", "results.csv", "results.md", _PLOT)
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,35 @@ PRESETS = {
 
 
 class _ComparisonFolder(LockedFolder):
+    def __init__(self, path: str | None, label: str, plan: Sequence[SubRun]) -> None:
+        self._plan = plan
+        super().__init__(path, label)
+
     def _refuse_content(self) -> None:
+        """Refuse a single run, other people's tables, and a comparison with more than the plan."""
         for trace in ("config.json", "metrics.jsonl"):
             if (self.path / trace).exists():
                 raise UsageError(
                     f"--output-dir {self.path} holds a single run ({trace}); name another folder"
                 )
+        tables = [name for name in _TABLES if (self.path / name).exists()]
+        if not tables:
+            return
+        try:
+            known = json.loads((self.path / "results.json").read_text())["runs"]
+            found = {run["folder"] for run in known}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"--output-dir {self.path} holds {', '.join(tables)} of something else; name "
+                "another folder"
+            ) from error
+        more = sorted(found - {sub.folder for sub in self._plan})
+        if more:
+            raise UsageError(
+                f"--output-dir {self.path} holds a comparison with {', '.join(more[:3])}"
+                f"{' and more' if len(more) > 3 else ''}, which these flags leave out; repeat its "
+                "--cohort, --methods and --seeds, or name another folder"
+            )
 
 
 def compare(
@@ -95,31 +123,37 @@ def compare(
     plan = _plan(config, cohorts, methods, seeds)
     label = "-".join(["compare", *dict.fromkeys(sub.cohort for sub in plan)])[:80]
     speaks = launched_rank() == 0
-    root = _ComparisonFolder(config.output_dir, label) if speaks else None
+    root = _ComparisonFolder(config.output_dir, label, plan) if speaks else None
     if root:
         for sub in plan:
             _refuse_another_configuration(root.path, sub)
     source = sources.read(config, quiet=not speaks)
     costs = _costs(plan, source)
-    unfinished = [sub for sub in plan if not (root and is_done(root.path / sub.folder))]
-    work = sum(workload(sub.config, source, costs[sub.cohort]).total for sub in unfinished)
-    display = Display(max(work, 1.0), quiet=not speaks, many=True)
-    with stopping_on_sigterm(), root or contextlib.nullcontext(), contextlib.closing(display):
+    failed: dict[str, str] = {}
+    with stopping_on_sigterm(), root or contextlib.nullcontext():
+        unfinished = [sub for sub in plan if not (root and is_done(root.path / sub.folder))]
+        work = sum(workload(sub.config, source, costs[sub.cohort]).total for sub in unfinished)
+        display = Display(max(work, 1.0), quiet=not speaks, many=True)
         processes = Processes(config)
-        with processes.watching():
+        with contextlib.closing(display), processes.watching():
             for place, sub in enumerate(plan):
                 if processes.agreed(sub not in unfinished):
                     continue
                 folder = RunFolder(root.path / sub.folder, "", starts_over=True) if root else None
                 title = f"run {place + 1}/{len(plan)}, {sub.folder}"
-                with folder or contextlib.nullcontext():
-                    checked = check(sub.config, source)
-                    cost = costs[sub.cohort]
-                    run(sub.config, checked, processes, folder, command, display, title, cost)
+                try:
+                    with folder or contextlib.nullcontext():
+                        checked = check(sub.config, source)
+                        cost = costs[sub.cohort]
+                        run(sub.config, checked, processes, folder, command, display, title, cost)
+                except NotFiniteError as error:  # in all processes alike; the others go on
+                    failed[sub.folder] = str(error)
+                    display.end()
+                processes.release_networks()
                 if root:
-                    _write(root, config, plan, source, command)
+                    _write(root, config, plan, source, command, failed)
             processes.close()
-        return (root.path, _write(root, config, plan, source, command)) if root else None
+        return (root.path, _write(root, config, plan, source, command, failed)) if root else None
 
 
 def _plan(
@@ -150,10 +184,20 @@ def _plan(
 
 
 def _refuse_another_configuration(root: Path, sub: SubRun) -> None:
-    if not is_done(root / sub.folder):
+    folder = root / sub.folder
+    if not (folder / "config.json").exists():
         return
-    found = saved_config(root / sub.folder)
-    wrong = sub.config.differences(found)
+    wrong = sub.config.differences(saved_config(folder))
+    # Where no precision is given it is the launcher's; apart, batch statistics are the processes'.
+    wrong.pop("mixed_precision", None)
+    if is_done(folder):
+        results = json.loads((folder / "results.json").read_text())
+        asked: dict[str, Any] = {"mixed_precision": launched_precision(sub.config)}
+        if sub.config.batch_norm == "local":
+            asked["world_size"] = launched_processes()
+        wrong |= {
+            name: (value, results[name]) for name, value in asked.items() if results[name] != value
+        }
     if wrong:
         texts = [f"{name} {theirs} and not {ours}" for name, (ours, theirs) in wrong.items()]
         raise UsageError(
@@ -176,11 +220,16 @@ def _costs(plan: Sequence[SubRun], source: Source) -> dict[str, float]:
 
 
 def _write(
-    root: LockedFolder, config: Config, plan: Sequence[SubRun], source: Source, command: str
+    root: LockedFolder,
+    config: Config,
+    plan: Sequence[SubRun],
+    source: Source,
+    command: str,
+    failed: dict[str, str],
 ) -> dict[str, Any]:
     """Write the tables of what is finished; return the content of results.json."""
     runs = [comparison.read(root.path, sub) for sub in plan if is_done(root.path / sub.folder)]
-    record = comparison.record(config, plan, runs, source.classes, command)
+    record = comparison.record(config, plan, runs, source.classes, command, failed)
     root.write("results.json", record)
     several = len({sub.cohort for sub in plan}) > 1
     columns = ("cohort", *comparison.COLUMNS) if several else comparison.COLUMNS

@@ -76,6 +76,7 @@ def record(
     runs: Sequence[Finished],
     classes: Sequence[str],
     command: str,
+    failed: dict[str, str],
 ) -> dict[str, Any]:
     """Return the content of a comparison's results.json.
 
@@ -85,6 +86,7 @@ def record(
         runs: those that are finished.
         classes: names of the classes of the images.
         command: the command line.
+        failed: why, for the sub-runs that ended without results.
     """
     done = {run.sub.folder for run in runs}
     methods = list(dict.fromkeys(sub.method for sub in plan))
@@ -100,7 +102,8 @@ def record(
             for name, (value, _) in config.differences(Config()).items()
             if name not in _NO_RECIPE
         },
-        "missing": [sub.folder for sub in plan if sub.folder not in done],
+        "missing": [sub.folder for sub in plan if sub.folder not in done | failed.keys()],
+        "failed": failed,
         "cohorts": [
             _cohort(cohort, methods, [run for run in runs if run.sub.cohort == cohort], theirs)
             for cohort in dict.fromkeys(run.sub.cohort for run in runs)

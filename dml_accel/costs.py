@@ -72,7 +72,10 @@ def count(module: nn.Module, image_size: int) -> Cost:
 
 
 def timed(
-    specs: Sequence[PeerSpec], modules: Mapping[str, nn.Module], config: Config
+    specs: Sequence[PeerSpec],
+    modules: Mapping[str, nn.Module],
+    config: Config,
+    device: torch.device,
 ) -> dict[str, float]:
     """Return the seconds of one image's share of a step of each peer, measured on this machine.
 
@@ -82,6 +85,7 @@ def timed(
         specs: the peers.
         modules: their networks, left as they are.
         config: image size and precision.
+        device: where they will be trained.
     """
     path = cache_dir() / "costs.json"
     try:
@@ -91,25 +95,31 @@ def timed(
     threads = torch.get_num_threads()
     found = {}
     for spec in specs:
-        where = (spec.arch, spec.arguments, config.image_size, config.float64, threads)
-        key = repr((*where, torch.__version__))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        where = (name, threads, config.image_size, config.float64, config.mixed_precision)
+        key = repr((spec.arch, spec.arguments, *where, torch.__version__))
         if key not in known:
-            known[key] = _seconds(modules[spec.name], config)
+            known[key] = _seconds(modules[spec.name], config, device)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
         found[spec.name] = float(known[key])
     return found
 
 
-def _seconds(module: nn.Module, config: Config) -> float:
-    module = copy.deepcopy(module)
+def _seconds(module: nn.Module, config: Config, device: torch.device) -> float:
+    module = copy.deepcopy(module).to(device)
     weight, size = next(module.parameters()), config.image_size
-    images = torch.randn(_TIMED_ROWS, 3, size, size, dtype=weight.dtype)
+    images = torch.randn(_TIMED_ROWS, 3, size, size, dtype=weight.dtype, device=device)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision or "")
     sgd, seconds = optimizer(module, config), []
     for _ in range(_TIMED_STEPS + 1):  # the first one warms up
         started = time.perf_counter()
         sgd.zero_grad()
-        module(images).logsumexp(1).mean().backward()
+        with torch.autocast(device.type, dtype=half, enabled=half is not None):
+            loss = module(images).float().logsumexp(1).mean()
+        loss.backward()
         sgd.step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - started)
     return median(seconds[1:]) / _TIMED_ROWS

@@ -82,6 +82,7 @@ def fit(
     """
     peers = sorted(peers, key=lambda peer: peer.name)
     streaks = torch.zeros(len(placement.names), dtype=torch.int64, device=placement.device)
+    longest = streaks
     per_epoch = len(data.train) // config.batch_size
     steps = steps_to_take(config, len(data.train))
     every, evaluated_at = config.eval_interval, time.monotonic()
@@ -94,9 +95,11 @@ def fit(
         evaluates = step + 1 == steps or minutes_up or every.due(step + 1, per_epoch)
         yield StepRecord(step + 1, step // per_epoch, lr, evaluates, losses)
         streaks = torch.where(losses[:, 0].isfinite(), 0, streaks + 1)
+        longest = torch.maximum(longest, streaks)
         # Looking makes an accelerator wait, so that it is looked at less often there.
-        if placement.device.type == "cpu" or (step + 1) % config.max_nonfinite == 0:
-            _stop_if_lost(streaks.tolist(), placement.names, step + 1, config.max_nonfinite)
+        often = placement.device.type == "cpu" or (step + 1) % config.max_nonfinite == 0
+        if often or evaluates:
+            _stop_if_lost(longest.tolist(), placement.names, step + 1, config.max_nonfinite)
         if evaluates:
             yield EvaluationRecord(
                 step + 1,
@@ -111,7 +114,7 @@ def _stop_if_lost(streaks: list[int], names: list[str], step: int, most: int) ->
     for name, streak in zip(names, streaks, strict=True):
         if streak >= most:
             raise NotFiniteError(
-                f"the loss of {name} has not been finite for {streak} steps in a row, up to step "
+                f"the loss of {name} was not finite for {streak} steps in a row by step "
                 f"{step} (--max-nonfinite {most}); a smaller --lr or --clip-norm 1 may help"
             )
 
@@ -139,9 +142,7 @@ def train_step(
         detached. A peer whose loss is not finite stays as it is.
     """
     for peer in peers:
-        peer.optimizer.zero_grad()
-        for group in peer.optimizer.param_groups:
-            group["lr"] = lr
+        peer.begin(lr)
     mutual = config.kl_weight > 0 and len(placement.names) > 1
     sums = []
     micro_batches = bounds(config.batch_size, config.grad_accum)

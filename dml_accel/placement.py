@@ -66,13 +66,10 @@ class Placement:
         whole = list(range(processes.world_size))
         replicated = all(held == whole for held in self.ranks.values())
         self.kind = "replicate" if replicated else "split"
-        self._group: Any = None
         # Every process makes every group, in the same order.
-        for members in sorted({tuple(held) for held in self.ranks.values()}):
-            if 1 < len(members) < processes.world_size:
-                group = dist.new_group(list(members))
-                if list(members) == self._members:
-                    self._group = group
+        everyone = sorted({tuple(held) for held in self.ranks.values()})
+        groups = {members: processes.group(members) for members in everyone}
+        self._group = groups[tuple(self._members)]
         self._widest = max(len(held) for held in self.ranks.values())
         self._spans_batch_norm = config.batch_norm == "group" and len(self._members) > 1
         self._exchange, self._temperature = config.exchange, config.temperature

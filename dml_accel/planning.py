@@ -4,6 +4,7 @@ The model knows no waiting for a busy machine and no overlap of exchange and ari
 there to compare placements, not to promise seconds.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,9 @@ def choose(
     costs: Mapping[str, Cost], world_size: int, config: Config, classes: int, machine: Machine
 ) -> tuple[dict[str, list[int]], str]:
     """Return the processes of each peer as ``--placement`` asks, and why in one line."""
-    replicate, split = both(costs, world_size, config, classes, machine)
+    # Independent training is compared with mutual: both are to be placed alike.
+    mutual = dataclasses.replace(config, kl_weight=config.kl_weight or 1.0)
+    replicate, split = both(costs, world_size, mutual, classes, machine)
     if world_size == 1 or config.placement == "replicate":
         return replicate.ranks, "every peer in every process"
     if config.placement == "split":

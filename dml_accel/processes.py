@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -72,6 +72,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launched_precision(config: Config) -> str:
+    """The precision that the configuration asks for, else the launcher."""
+    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def check_launch(config: Config) -> None:
     """Refuse what cannot work, before any process group.
 
@@ -81,7 +86,7 @@ def check_launch(config: Config) -> None:
     """
     environment, world = os.environ, launched_processes()
     on_cpu = _stays_on_cpu(config)
-    precision = config.mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = launched_precision(config)
     # The launcher sets an address for several processes, and then starts one without a rank.
     started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
     if started_by_accelerate and "MASTER_ADDR" in environment and "RANK" not in environment:
@@ -153,12 +158,14 @@ class Processes:
 
     def __init__(self, config: Config) -> None:
         launched = launched_processes()
+        self._timeout = timedelta(minutes=config.timeout)
+        self._groups: dict[tuple[int, ...], Any] = {}
         # Several processes without an accelerator need to be told, or each believes to be alone.
         try:
             self.accelerator = Accelerator(
                 cpu=config.cpu or (launched > 1 and _stays_on_cpu(config)),
                 mixed_precision=config.mixed_precision,
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
             )
         except dist.DistError as error:
             raise ProcessLostError(
@@ -270,6 +277,18 @@ class Processes:
         looking.start()
         looking.join(20 * _SECONDS_BETWEEN_BEATS)
         return found
+
+    def group(self, ranks: Sequence[int]) -> Any:
+        """Return the process group of some ranks: None for all, or for one alone.
+
+        All processes ask for the same groups in the same order.
+        """
+        if not 1 < len(ranks) < self.world_size:
+            return None
+        members = tuple(ranks)
+        if members not in self._groups:
+            self._groups[members] = dist.new_group(list(members), timeout=self._timeout)
+        return self._groups[members]
 
     def release_networks(self) -> None:
         """Let go of the networks of a finished run, which Accelerate keeps a list of."""

@@ -1,9 +1,11 @@
 """From step records to numbers: windows of steps, throughput, and what a person sees meanwhile."""
 
+import contextlib
 import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -72,7 +74,7 @@ class Windows:
         return self._close() if early or ends or record.evaluates else None
 
     def _close(self) -> Window:
-        losses = torch.stack([record.losses_KP for record in self._pending]).double().cpu()
+        losses = torch.stack([record.losses_KP for record in self._pending]).cpu().double()
         now = time.perf_counter()  # after the read above, which waits for the device
         taken = losses[:, :, :1].isfinite()
         means = (torch.where(taken, losses, 0.0).sum(0) / taken.sum(0)).tolist()
@@ -239,7 +241,19 @@ def device_memory(device: torch.device) -> int:
     """Peak memory of this process in bytes: the accelerator's where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let ``device_memory`` start anew: several runs may share a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):  # the system may not offer it: the process's peak then
+        Path("/proc/self/clear_refs").write_text("5")

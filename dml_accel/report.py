@@ -176,7 +176,8 @@ def comparison_table(record: dict[str, Any], style: str = "simple") -> str:
         found = {(s["method"], s["of"], s["name"]): s for s in cohort["summaries"]}
         nets = _nets(cohort)
         row = nets + [""] * (widest - len(nets))
-        row.append(str(max(s["top1"]["n"] for s in cohort["summaries"])))
+        counts = {s["method"]: str(s["top1"]["n"]) for s in cohort["summaries"]}
+        row.append(" / ".join(dict.fromkeys(counts.values())))
         for method in record["methods"]:
             keys = [(method, "peer", peer["name"]) for peer in cohort["peers"]]
             row.append(" / ".join(_mean(found.get(key), "top1", 100) for key in keys))
@@ -306,19 +307,24 @@ def _quoted(value: float, unchecked: Sequence[float]) -> str:
 def _origin(record: dict[str, Any]) -> str:
     recipe = ", ".join(f"{name} {value}" for name, value in record["recipe"].items())
     commits = {run["commit"] for run in record["runs"]}
-    where = {(run["device"], run["world_size"], *run["versions"].items()) for run in record["runs"]}
+    where = {
+        (run["device"], run["world_size"], run["mixed_precision"], *run["versions"].items())
+        for run in record["runs"]
+    }
     lines = [
         f"- Command: `{record['command']}`",
         f"- Seeds {', '.join(map(str, record['seeds']))}; recipe of the paper"
         + (f", but {recipe}" if recipe else ""),
         *(
-            f"- {world} process(es) on {device}; " + ", ".join(f"{k} {v}" for k, v in versions)
-            for device, world, *versions in sorted(where)
+            f"- {world} process(es) on {device}, precision {precision}; "
+            + ", ".join(f"{k} {v}" for k, v in versions)
+            for device, world, precision, *versions in sorted(where)
         ),
         f"- Commits: {', '.join(sorted(str(commit) for commit in commits))}",
     ]
     if record["missing"]:
         lines.append(f"- Not finished yet: {', '.join(record['missing'])}")
+    lines += [f"- Failed: {folder}: {reason}" for folder, reason in record["failed"].items()]
     rows = [
         [f"`{run['folder']}`", _percent(run["ensemble"]["top1"]), f"{run['seconds']:.0f}"]
         for run in record["runs"]

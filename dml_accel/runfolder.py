@@ -105,7 +105,7 @@ class RunFolder(LockedFolder):
     Args:
         path: the folder, or None for a new one.
         label: see ``LockedFolder``.
-        starts_over: a run in it that never ended is cleared away instead of refused.
+        starts_over: a run in it that left no results is cleared away instead of refused.
 
     Raises:
         UsageError: also where the folder holds a run already.
@@ -165,11 +165,17 @@ class RunFolder(LockedFolder):
 
 
 def is_done(path: Path) -> bool:
-    """Whether the folder holds a run that ended well."""
+    """Whether the folder holds a finished run: results.json comes last, after the peers.
+
+    Raises:
+        UsageError: that cannot be told.
+    """
     try:
-        return bool(json.loads((path / "status.json").read_text())["status"] == "done")
-    except (OSError, ValueError, KeyError, TypeError):
+        return (path / "results.json").stat().st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError as error:
+        raise UsageError(f"{path / 'results.json'} cannot be read: {error.strerror}") from error
 
 
 def saved_config(path: Path) -> Config:

@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dml_accel import cohort, data, sources
 from dml_accel.batchnorm import check_spanning
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
-from dml_accel.config import Config
+from dml_accel.config import Config, UsageError
 from dml_accel.costs import Cost, count, timed
 from dml_accel.data import Data
 from dml_accel.engine import EvaluationRecord, fit, steps_to_take
@@ -30,7 +31,7 @@ from dml_accel.processes import (
     launched_rank,
     stopping_on_sigterm,
 )
-from dml_accel.progress import Display, Windows, Workload, device_memory
+from dml_accel.progress import Display, Windows, Workload, device_memory, forget_peak_memory
 from dml_accel.report import plan_text, results_markdown
 from dml_accel.runfolder import RunFolder
 from dml_accel.sources import Source
@@ -81,15 +82,31 @@ def _check_batch_norm(
             check_spanning(module, name)
 
 
-def _agreed_ranks(config: Config, checked: Checked, processes: Processes) -> dict[str, list[int]]:
-    """Return the first process's choice of who trains which peer."""
+def _agreed_ranks(
+    config: Config, checked: Checked, processes: Processes, path: Path
+) -> dict[str, list[int]]:
+    """Return the first process's choice of who trains which peer.
+
+    Raises:
+        UsageError: a process does not see the run folder at ``path``, where it is to write.
+    """
     if processes.world_size == 1:
         return everywhere(list(checked.modules), 1)
+    blind = processes.largest(0 if (path / "run.lock").exists() else 1 + processes.rank) - 1
+    if blind >= 0:
+        if config.placement == "split":
+            raise UsageError(
+                f"rank {blind} does not see {path}, where --placement split lets it write its "
+                "peers; name an --output-dir that all machines share, or --placement replicate"
+            )
+        if processes.rank == 0 and config.placement == "auto":
+            print(f"placement: replicate, as rank {blind} does not see {path}", file=sys.stderr)
+        config = dataclasses.replace(config, placement="replicate")
     text = ""
     if processes.rank == 0:
         costs = checked.costs
         if config.measure:
-            seconds = timed(checked.specs, checked.modules, config)
+            seconds = timed(checked.specs, checked.modules, config, processes.device)
             costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
         classes = len(checked.source.classes)
         ranks, why = choose(costs, processes.world_size, config, classes, this_machine())
@@ -156,7 +173,9 @@ def run(
     Returns:
         The content of results.json in the first process.
     """
-    placement = Placement(config, processes, _agreed_ranks(config, checked, processes))
+    forget_peak_memory(processes.device)
+    path = Path(processes.text_of_first(str(folder.path.resolve()) if folder else ""))
+    placement = Placement(config, processes, _agreed_ranks(config, checked, processes, path))
     images = data.prepare(checked.source, config, placement.device)
     parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
     mine = [spec for spec in checked.specs if spec.name in placement.mine]
@@ -172,15 +191,33 @@ def run(
         display.begin(label, work, config.epochs, config.batch_size)
         last = _train_and_record(peers, images, config, placement, folder, windows, display)
         display.end()
-    path = processes.text_of_first(str(folder.path.resolve()) if folder else "")
-    _write_peers(Path(path), peers, last, images, config, placement)
+    error = _write_peers(path, peers, last, images, config, placement)
+    # Also the wait for the files of all peers.
+    unwritten = processes.largest(0 if error is None else 1 + processes.rank)
     memory = processes.largest(device_memory(placement.device))
-    processes.wait()  # for the files of all peers
-    processes.release_networks()
-    if folder is None:
-        return None
+    results = None
+    if folder is not None:
+        results = _write_results(
+            folder, checked, parameters, last, windows, config, placement, memory, command
+        )
+    if unwritten:
+        raise error or OSError(f"rank {unwritten - 1} could not write its peers below {path}")
+    return results
+
+
+def _write_results(
+    folder: RunFolder,
+    checked: Checked,
+    parameters: dict[str, int],
+    last: EvaluationRecord,
+    windows: Windows,
+    config: Config,
+    placement: Placement,
+    memory: int,
+    command: str,
+) -> dict[str, Any]:
     results = _results(checked.specs, parameters, last, windows, config, placement, memory)
-    results["sent_bytes_per_step"] = _sent(config, checked, placement, len(images.classes))
+    results["sent_bytes_per_step"] = _sent(config, checked, placement, len(checked.source.classes))
     folder.write("results.json", results)
     write_text(folder.path / "results.md", results_markdown(results, config.as_dict(), command))
     return results
@@ -199,7 +236,10 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
     modules = {spec.name: cohort.build(spec, config, classes) for spec in specs}
     costs = {name: count(module, config.image_size) for name, module in modules.items()}
     if config.measure:
-        seconds = timed(specs, modules, config)
+        device = torch.device("cpu")
+        if not config.cpu and torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator() or device
+        seconds = timed(specs, modules, config, device)
         costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
     _, why = choose(costs, world_size, config, classes, machine)
     return plan_text(both(costs, world_size, config, classes, machine), why, config, machine)
@@ -247,11 +287,13 @@ def _write_peers(
     images: Data,
     config: Config,
     placement: Placement,
-) -> None:
-    """Write the folders of the peers that this process leads."""
+) -> OSError | None:
+    """Write the folders of the peers that this process leads; return what prevented it."""
     for peer in peers:
-        if placement.leads(peer.name):
-            others = [name for name in placement.names if name != peer.name]
+        if not placement.leads(peer.name):
+            continue
+        others = [name for name in placement.names if name != peer.name]
+        try:
             write_peer(
                 path / "peers" / peer.name,
                 peer,
@@ -263,6 +305,9 @@ def _write_peers(
                 steps=last.step,
                 taught_by=others if config.kl_weight > 0 else [],
             )
+        except OSError as error:
+            return error
+    return None
 
 
 def _description(

@@ -363,6 +363,65 @@ def test_the_folder_of_a_single_run_is_not_taken(
     assert "holds a single run (config.json); name another folder" in capsys.readouterr().err
 
 
+def test_a_comparison_is_not_overwritten_by_a_smaller_one(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "kept"
+    shutil.copytree(finished, folder)
+    assert compared(folder, *COHORT, "--seeds", "2", "--seed", "3") == 2
+    assert "holds a comparison with independent/seed-5, mutual/seed-5, which these flags leave" in (
+        capsys.readouterr().err
+    )
+    (folder / "results.json").write_text('{"mine": 1}')
+    assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3") == 2
+    assert "results.json, results.csv, results.md, differences.png of something else" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_run_with_results_is_kept_whatever_its_status_says(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(finished, folder)
+    (folder / "mutual" / "seed-3" / "status.json").unlink()
+    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("trained again"))
+    assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3") == 0
+
+
+def test_an_unfinished_run_of_another_configuration_is_not_cleared_away(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(finished, folder)
+    (folder / "mutual" / "seed-3" / "results.json").unlink()
+    assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3", "--batch-size", "9") == 2
+    assert "batch_size 8 and not 9" in capsys.readouterr().err
+    assert (folder / "mutual" / "seed-3" / "peers" / "resnet8-0").exists()
+
+
+def test_runs_of_another_precision_are_not_mixed_in(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*COHORT, "--seeds", "3", "--seed", "3", "--mixed-precision", "bf16"]
+    assert compared(finished, *words) == 2
+    assert "was made with mixed_precision no and not bf16" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_does_not_hold_up_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--cohort", "resnet8*2", "--seeds", "1", "--lr", "1e30", "--max-nonfinite", "2"]
+    assert compared(tmp_path / "wild", *words) == 1
+    assert "independent/seed-0 failed: the loss of resnet8-" in capsys.readouterr().err
+    found = record(tmp_path / "wild")
+    assert sorted(found["failed"]) == ["independent/seed-0", "mutual/seed-0"]
+    assert (
+        found["missing"] == []
+        and "- Failed: mutual/seed-0" in (tmp_path / "wild" / "results.md").read_text()
+    )
+
+
 def test_a_missing_run_is_named() -> None:
     record = {"methods": ["mutual"], "cohorts": [], "dataset": "digits", "scaled_down": []}
     assert report.comparison_title(record) == "Mutual: nothing finished on digits"

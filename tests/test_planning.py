@@ -179,9 +179,9 @@ def test_times_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: obje
     (spec,) = cohort.parse(config.cohort)
     modules = {spec.name: cohort.build(spec, config, 10)}
     before = next(modules[spec.name].parameters()).clone()
-    first = timed([spec], modules, config)
+    first = timed([spec], modules, config, torch.device("cpu"))
     assert first["resnet8-0"] > 0
-    assert timed([spec], modules, config) == first
+    assert timed([spec], modules, config, torch.device("cpu")) == first
     assert torch.equal(next(modules[spec.name].parameters()), before)
 
 

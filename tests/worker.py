@@ -67,15 +67,17 @@ whole_forward = engine._forward
 
 
 def spoiled(peer: Peer, x: torch.Tensor, seed: int, step: int, *where: int) -> torch.Tensor:
-    """The logits, but those of resnet8-0 are NaN in the second step."""
-    logits = whole_forward(peer, x, seed, step, *where)
-    return logits * torch.nan if step == 1 and peer.name == "resnet8-0" else logits
+    """The logits, but resnet8-0 sees NaN in the second step."""
+    spoils = step == 1 and peer.name == "resnet8-0"
+    return whole_forward(peer, x * torch.nan if spoils else x, seed, step, *where)
 
 
 def weights(peer: Peer) -> torch.Tensor:
-    """All that a step may move, momentum included."""
+    """All that a step may move, running statistics and momentum included."""
     momentum = [state["momentum_buffer"] for state in peer.optimizer.state.values()]
-    return torch.cat([t.detach().flatten() for t in [*peer.module.parameters(), *momentum]])
+    return torch.cat(
+        [t.flatten().double() for t in [*peer.module.state_dict().values(), *momentum]]
+    )
 
 
 def keep_first(tensors: dict, name: str, _: object, __: object, logits: torch.Tensor) -> None:
