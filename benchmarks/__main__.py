@@ -37,7 +37,7 @@ from dml_accel.data import ImageSet, Normalisation
 from dml_accel.engine import train_step
 from dml_accel.placement import Placement, everywhere
 from dml_accel.processes import Processes
-from dml_accel.training import commit, versions
+from dml_accel.provenance import commit, versions
 
 HERE = Path(__file__).parent
 IMAGES = 50_000  # CIFAR-100's training split

@@ -26,10 +26,11 @@ from dml_accel import cohort
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.engine import train_step
+from dml_accel.launching import check_launch
 from dml_accel.losses import Targets
 from dml_accel.placement import Placement
-from dml_accel.processes import Processes, check_launch
-from dml_accel.training import commit, versions
+from dml_accel.processes import Processes
+from dml_accel.provenance import commit, versions
 
 _WARM_UP = 5
 

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.__main__ import HERE, processor
-from dml_accel.training import commit, versions
+from dml_accel.provenance import commit, versions
 
 BIN = Path(sys.executable).parent
 # glibc returns large blocks to the system at once and faults them in again at the next step;

@@ -14,13 +14,17 @@ import typing
 from collections.abc import Sequence
 from typing import NoReturn
 
+from dml_accel.checking import plan
 from dml_accel.compare import METHODS, PRESETS, compare
+from dml_accel.comparison_report import comparison_table, comparison_title
 from dml_accel.config import Config, UsageError
 from dml_accel.engine import NotFiniteError
+from dml_accel.launching import StoppedError, launched_processes, launched_rank
 from dml_accel.planning import this_machine
-from dml_accel.processes import ProcessLostError, StoppedError, launched_processes, launched_rank
-from dml_accel.report import comparison_table, comparison_title, results_table
-from dml_accel.training import command_line, plan, train
+from dml_accel.processes import ProcessLostError
+from dml_accel.provenance import command_line
+from dml_accel.report import results_table
+from dml_accel.training import train
 
 _SECONDS_FOR_RANK_0 = 20.0
 

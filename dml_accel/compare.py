@@ -15,25 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel import cohort, comparison, plots, sources
+from dml_accel.checking import Checked, check
 from dml_accel.comparison import SubRun
+from dml_accel.comparison_report import comparison_markdown, comparison_title
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import count
 from dml_accel.engine import NotFiniteError
 from dml_accel.export import write_text
-from dml_accel.processes import (
-    Processes,
+from dml_accel.launching import (
     check_launch,
     launched_precision,
     launched_processes,
     launched_rank,
     stopping_on_sigterm,
 )
+from dml_accel.processes import Processes
 from dml_accel.progress import Display
 from dml_accel.published import TABLE_2
-from dml_accel.report import comparison_markdown, comparison_title
 from dml_accel.runfolder import LockedFolder, RunFolder, is_done, saved_config
 from dml_accel.sources import Source
-from dml_accel.training import Checked, check, run, workload
+from dml_accel.training import run, workload
 
 # What each method changes in the configuration that the methods share.
 METHODS: dict[str, dict[str, Any]] = {"independent": {"kl_weight": 0.0}, "mutual": {}}

@@ -1,10 +1,9 @@
-"""How this process was started, the group that it belongs to, and who of it is alive.
+"""The group that this process belongs to, and who of it is alive.
 
-Here and in placement.py alone is known what devices, processes and ranks are.
+Here, in launching.py and in placement.py alone is known what devices, processes and ranks are.
 """
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -18,18 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from dml_accel.config import Config, UsageError
+from dml_accel.launching import StoppedError, launched_processes, launched_rank, stays_on_cpu
 
 _SECONDS_BETWEEN_BEATS = 0.5
-_PLUGINS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
-
-
-class StoppedError(RuntimeError):
-    """The system or a person asked this process to stop."""
 
 
 class ProcessLostError(RuntimeError):
@@ -42,105 +32,6 @@ class ProcessLostError(RuntimeError):
     def __init__(self, message: str, speaks: bool) -> None:
         super().__init__(message)
         self.speaks = speaks
-
-
-@contextlib.contextmanager
-def stopping_on_sigterm() -> Iterator[None]:
-    """Turn the first SIGTERM into ``StoppedError``, so that the run's status is written."""
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise StoppedError("stopped by SIGTERM")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def launched_rank() -> int:
-    """The rank that the launcher gave this process; 0 where there is no launcher."""
-    return int(os.environ.get("RANK", 0)) if launched_processes() > 1 else 0
-
-
-def launched_processes() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def launched_precision(config: Config) -> str:
-    """The precision that the configuration asks for, else the launcher."""
-    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-
-
-def check_launch(config: Config) -> None:
-    """Refuse what cannot work, before any process group.
-
-    Raises:
-        UsageError: the way of starting, a plugin, the precision or the number of processes; the
-            text names the fix.
-    """
-    environment, world = os.environ, launched_processes()
-    on_cpu = _stays_on_cpu(config)
-    precision = launched_precision(config)
-    # The launcher sets an address for several processes, and then starts one without a rank.
-    started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
-    if started_by_accelerate and "MASTER_ADDR" in environment and "RANK" not in environment:
-        raise UsageError(
-            "accelerate launch started one process whatever --num_processes and --num_machines "
-            "say, as it does with --cpu, MULTI_CPU and without --multi_gpu; write accelerate "
-            "launch --multi_gpu --num_processes N, which is N processes on the CPU where there "
-            "is no GPU"
-        )
-    if world > 1 and not on_cpu:
-        _check_gpus()
-    for variable, plugin in _PLUGINS.items():
-        if environment.get(variable, "").lower() == "true":
-            raise UsageError(f"{plugin} does not fit a cohort of networks; launch without it")
-    if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise UsageError("compilation is not supported; launch without --dynamo_backend")
-    if int(environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)) > 1:
-        raise UsageError(
-            "gradient accumulation is a flag of training: --grad-accum, and not of the launcher"
-        )
-    if precision not in ("no", "bf16", "fp16"):
-        raise UsageError(f"mixed precision {precision} is not supported; use no, bf16 or fp16")
-    if precision == "fp16" and on_cpu:
-        raise UsageError("fp16 needs a GPU (a CPU would compute in fp32); use bf16 or no")
-    if config.float64 and precision != "no":
-        raise UsageError(f"--float64 and mixed precision {precision} exclude each other")
-    if config.float64 and not on_cpu and not torch.cuda.is_available():
-        raise UsageError("--float64: Apple GPUs have no double precision; add --cpu")
-    least = config.batch_size // config.grad_accum
-    if world > least:
-        raise UsageError(
-            f"{world} processes, but only {least} images in a part of the batch (--batch-size "
-            f"{config.batch_size}, --grad-accum {config.grad_accum}); each needs at least one"
-        )
-
-
-def _check_gpus() -> None:
-    if not torch.cuda.is_available():
-        raise UsageError("several processes need CUDA GPUs or the CPU; add --cpu to train.py")
-    if "LOCAL_RANK" not in os.environ:
-        raise UsageError(
-            "WORLD_SIZE is set but LOCAL_RANK is not; start with accelerate launch or torchrun"
-        )
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if here > gpus:
-        raise UsageError(
-            f"{here} processes on this machine but {gpus} GPUs; start at most {gpus} "
-            "(--num_processes), or add --cpu to train.py"
-        )
-
-
-def _stays_on_cpu(config: Config) -> bool:
-    asked = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    return asked or not torch.accelerator.is_available()
 
 
 class Processes:
@@ -163,7 +54,7 @@ class Processes:
         # Several processes without an accelerator need to be told, or each believes to be alone.
         try:
             self.accelerator = Accelerator(
-                cpu=config.cpu or (launched > 1 and _stays_on_cpu(config)),
+                cpu=config.cpu or (launched > 1 and stays_on_cpu(config)),
                 mixed_precision=config.mixed_precision,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
             )

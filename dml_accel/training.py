@@ -1,120 +1,27 @@
 """One run from its configuration to its folder: everything is checked, then trained, then kept."""
 
 import contextlib
-import dataclasses
-import json
-import platform
-import subprocess
-import sys
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dml_accel import cohort, data, sources
-from dml_accel.batchnorm import check_spanning
+from dml_accel.checking import Checked, agreed_ranks, check
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
-from dml_accel.config import Config, UsageError
-from dml_accel.costs import Cost, count, timed
+from dml_accel.config import Config
 from dml_accel.data import Data
 from dml_accel.engine import EvaluationRecord, fit, steps_to_take
 from dml_accel.export import write_peer, write_text
-from dml_accel.placement import Placement, everywhere
-from dml_accel.planning import Machine, both, choose, predict, this_machine
-from dml_accel.processes import (
-    Processes,
-    check_launch,
-    launched_processes,
-    launched_rank,
-    stopping_on_sigterm,
-)
+from dml_accel.launching import check_launch, launched_rank, stopping_on_sigterm
+from dml_accel.placement import Placement
+from dml_accel.planning import predict, this_machine
+from dml_accel.processes import Processes
 from dml_accel.progress import Display, Windows, Workload, device_memory, forget_peak_memory
-from dml_accel.report import plan_text, results_markdown
+from dml_accel.provenance import commit, versions
+from dml_accel.report import results_markdown
 from dml_accel.runfolder import RunFolder
 from dml_accel.sources import Source
-
-_PACKAGES = ("dml-accel", "torch", "torchvision", "accelerate", "datasets", "timm", "safetensors")
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A cohort and images of which everything that can be refused has been.
-
-    Attributes:
-        specs: the peers, in the order of the command line.
-        source: the images.
-        modules: an untrained network for each peer; a run takes out what it needs and drops the
-            rest.
-        costs: of each peer, where there are several processes to share them.
-    """
-
-    specs: list[PeerSpec]
-    source: Source
-    modules: dict[str, nn.Module]
-    costs: dict[str, Cost]
-
-
-def check(config: Config, source: Source) -> Checked:
-    """Build the networks; refuse a configuration that does not fit them or the images.
-
-    Raises:
-        UsageError: see the text.
-    """
-    data.check_sizes(source, config)
-    specs = cohort.parse(config.cohort)
-    modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
-    world_size, costs = launched_processes(), {}
-    if world_size > 1:
-        costs = {name: count(module, config.image_size) for name, module in modules.items()}
-        ranks, _ = choose(costs, world_size, config, len(source.classes), this_machine())
-        _check_batch_norm(config, modules, ranks)
-    return Checked(specs, source, modules, costs)
-
-
-def _check_batch_norm(
-    config: Config, modules: dict[str, nn.Module], ranks: dict[str, list[int]]
-) -> None:
-    for name, module in modules.items():
-        if config.batch_norm == "group" and len(ranks[name]) > 1:
-            check_spanning(module, name)
-
-
-def _agreed_ranks(
-    config: Config, checked: Checked, processes: Processes, path: Path
-) -> dict[str, list[int]]:
-    """Return the first process's choice of who trains which peer.
-
-    Raises:
-        UsageError: a process does not see the run folder at ``path``, where it is to write.
-    """
-    if processes.world_size == 1:
-        return everywhere(list(checked.modules), 1)
-    blind = processes.largest(0 if (path / "run.lock").exists() else 1 + processes.rank) - 1
-    if blind >= 0:
-        if config.placement == "split":
-            raise UsageError(
-                f"rank {blind} does not see {path}, where --placement split lets it write its "
-                "peers; name an --output-dir that all machines share, or --placement replicate"
-            )
-        if processes.rank == 0 and config.placement == "auto":
-            print(f"placement: replicate, as rank {blind} does not see {path}", file=sys.stderr)
-        config = dataclasses.replace(config, placement="replicate")
-    text = ""
-    if processes.rank == 0:
-        costs = checked.costs
-        if config.measure:
-            seconds = timed(checked.specs, checked.modules, config, processes.device)
-            costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
-        classes = len(checked.source.classes)
-        ranks, why = choose(costs, processes.world_size, config, classes, this_machine())
-        print(f"placement: {why}", file=sys.stderr, flush=True)
-        text = json.dumps(ranks)
-    ranks = json.loads(processes.text_of_first(text))
-    _check_batch_norm(config, checked.modules, ranks)
-    return ranks
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
@@ -175,7 +82,7 @@ def run(
     """
     forget_peak_memory(processes.device)
     path = Path(processes.text_of_first(str(folder.path.resolve()) if folder else ""))
-    placement = Placement(config, processes, _agreed_ranks(config, checked, processes, path))
+    placement = Placement(config, processes, agreed_ranks(config, checked, processes, path))
     images = data.prepare(checked.source, config, placement.device)
     parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
     mine = [spec for spec in checked.specs if spec.name in placement.mine]
@@ -221,28 +128,6 @@ def _write_results(
     folder.write("results.json", results)
     write_text(folder.path / "results.md", results_markdown(results, config.as_dict(), command))
     return results
-
-
-def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str:
-    """Return tables of what both placements cost on ``world_size`` processes, without training.
-
-    Args:
-        config: cohort, batch, precision and exchange.
-        world_size: processes.
-        classes: of the images.
-        machine: what is assumed of it.
-    """
-    specs = cohort.parse(config.cohort)
-    modules = {spec.name: cohort.build(spec, config, classes) for spec in specs}
-    costs = {name: count(module, config.image_size) for name, module in modules.items()}
-    if config.measure:
-        device = torch.device("cpu")
-        if not config.cpu and torch.accelerator.is_available():
-            device = torch.accelerator.current_accelerator() or device
-        seconds = timed(specs, modules, config, device)
-        costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
-    _, why = choose(costs, world_size, config, classes, machine)
-    return plan_text(both(costs, world_size, config, classes, machine), why, config, machine)
 
 
 def workload(config: Config, source: Source, image_cost: float = 1.0) -> Workload:
@@ -396,36 +281,3 @@ def _results(
         "peak_memory_bytes": memory,
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
-
-
-def commit() -> str | None:
-    """Return the commit of this source tree, ``-dirty`` behind it where files differ from it.
-
-    None where the package is not part of a checkout of its own.
-    """
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def command_line() -> str:
-    """Return the command that started this process, quoted for a shell."""
-    import shlex
-
-    script = Path(sys.argv[0]).name
-    names = {"__main__.py": ["python", "-m", "dml_accel"], "dml-accel": ["dml-accel"]}
-    return shlex.join([*names.get(script, ["python", script]), *sys.argv[1:]])

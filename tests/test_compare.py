@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
-from dml_accel import cli, compare, plots, report, sources
+from dml_accel import cli, compare, comparison_report, plots, sources
 from dml_accel.compare import PRESETS, Preset
 from dml_accel.config import Config
 from dml_accel.published import published
@@ -424,4 +424,4 @@ def test_a_run_that_diverges_does_not_hold_up_the_others(
 
 def test_a_missing_run_is_named() -> None:
     record = {"methods": ["mutual"], "cohorts": [], "dataset": "digits", "scaled_down": []}
-    assert report.comparison_title(record) == "Mutual: nothing finished on digits"
+    assert comparison_report.comparison_title(record) == "Mutual: nothing finished on digits"

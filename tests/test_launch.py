@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dml_accel.config import UsageError
-from dml_accel.processes import check_launch
+from dml_accel.launching import check_launch
 from tests.conftest import tiny_config
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}

@@ -26,8 +26,8 @@ from dml_accel import engine, losses, sources
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import ImageSet
+from dml_accel.launching import check_launch
 from dml_accel.placement import Placement
-from dml_accel.processes import check_launch
 from tests.conftest import Training
 
 

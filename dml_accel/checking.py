@@ -1,0 +1,122 @@
+"""Before anything is trained: what can be refused is refused, and who trains what is agreed."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dml_accel import cohort, data
+from dml_accel.batchnorm import check_spanning
+from dml_accel.cohort import PeerSpec
+from dml_accel.config import Config, UsageError
+from dml_accel.costs import Cost, count, timed
+from dml_accel.launching import launched_processes
+from dml_accel.placement import everywhere
+from dml_accel.planning import Machine, both, choose, this_machine
+from dml_accel.processes import Processes
+from dml_accel.report import plan_text
+from dml_accel.sources import Source
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A cohort and images of which everything that can be refused has been.
+
+    Attributes:
+        specs: the peers, in the order of the command line.
+        source: the images.
+        modules: an untrained network for each peer; a run takes out what it needs and drops the
+            rest.
+        costs: of each peer, where there are several processes to share them.
+    """
+
+    specs: list[PeerSpec]
+    source: Source
+    modules: dict[str, nn.Module]
+    costs: dict[str, Cost]
+
+
+def check(config: Config, source: Source) -> Checked:
+    """Build the networks; refuse a configuration that does not fit them or the images.
+
+    Raises:
+        UsageError: see the text.
+    """
+    data.check_sizes(source, config)
+    specs = cohort.parse(config.cohort)
+    modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
+    world_size, costs = launched_processes(), {}
+    if world_size > 1:
+        costs = {name: count(module, config.image_size) for name, module in modules.items()}
+        ranks, _ = choose(costs, world_size, config, len(source.classes), this_machine())
+        _check_batch_norm(config, modules, ranks)
+    return Checked(specs, source, modules, costs)
+
+
+def _check_batch_norm(
+    config: Config, modules: dict[str, nn.Module], ranks: dict[str, list[int]]
+) -> None:
+    for name, module in modules.items():
+        if config.batch_norm == "group" and len(ranks[name]) > 1:
+            check_spanning(module, name)
+
+
+def agreed_ranks(
+    config: Config, checked: Checked, processes: Processes, path: Path
+) -> dict[str, list[int]]:
+    """Return the first process's choice of who trains which peer.
+
+    Raises:
+        UsageError: a process does not see the run folder at ``path``, where it is to write.
+    """
+    if processes.world_size == 1:
+        return everywhere(list(checked.modules), 1)
+    blind = processes.largest(0 if (path / "run.lock").exists() else 1 + processes.rank) - 1
+    if blind >= 0:
+        if config.placement == "split":
+            raise UsageError(
+                f"rank {blind} does not see {path}, where --placement split lets it write its "
+                "peers; name an --output-dir that all machines share, or --placement replicate"
+            )
+        if processes.rank == 0 and config.placement == "auto":
+            print(f"placement: replicate, as rank {blind} does not see {path}", file=sys.stderr)
+        config = dataclasses.replace(config, placement="replicate")
+    text = ""
+    if processes.rank == 0:
+        costs = checked.costs
+        if config.measure:
+            seconds = timed(checked.specs, checked.modules, config, processes.device)
+            costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
+        classes = len(checked.source.classes)
+        ranks, why = choose(costs, processes.world_size, config, classes, this_machine())
+        print(f"placement: {why}", file=sys.stderr, flush=True)
+        text = json.dumps(ranks)
+    ranks = json.loads(processes.text_of_first(text))
+    _check_batch_norm(config, checked.modules, ranks)
+    return ranks
+
+
+def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str:
+    """Return tables of what both placements cost on ``world_size`` processes, without training.
+
+    Args:
+        config: cohort, batch, precision and exchange.
+        world_size: processes.
+        classes: of the images.
+        machine: what is assumed of it.
+    """
+    specs = cohort.parse(config.cohort)
+    modules = {spec.name: cohort.build(spec, config, classes) for spec in specs}
+    costs = {name: count(module, config.image_size) for name, module in modules.items()}
+    if config.measure:
+        device = torch.device("cpu")
+        if not config.cpu and torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator() or device
+        seconds = timed(specs, modules, config, device)
+        costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
+    _, why = choose(costs, world_size, config, classes, machine)
+    return plan_text(both(costs, world_size, config, classes, machine), why, config, machine)
