@@ -18,6 +18,7 @@ ORDER = [
     "reference",
     "metrics",
     "cohort",
+    "checkpoint",
     "batchnorm",
     "allocation",
     "launching",

@@ -1,0 +1,248 @@
+"""Checkpoints: everything that a run carries, as safetensors and JSON, complete or absent.
+
+    step-00001000/
+      state.json              step, what the run adds, the sha256 of every file and of itself
+      <peer>.safetensors      parameters, buffers, the optimizer's tensors
+      <peer>.json             the optimizer's numbers, the loss scaler
+
+A folder gets its name when every file in it is on the disk. Reading checks everything, shapes
+included, before any network is touched; names of files come from the peers' names, never from a
+file. A sha256 finds damage; that nothing read can execute is up to the two formats.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dml_accel.cohort import Peer
+
+_FORMAT = 1
+_LARGEST_JSON = 16 * 2**20  # bytes; a forged file is not read into memory
+_LARGEST_HEADER = 16 * 2**20
+_STATE = "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read; the text names the file."""
+
+
+# ---------------------------------------------------------------- writing
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make the unnamed folder of a new checkpoint below ``root``; clear what others left behind."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".*-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = root / f".new-step-{step:08d}"
+    folder.mkdir()
+    return folder
+
+
+def write_peer(folder: Path, peer: Peer) -> None:
+    """Write one peer's two files; on the disk when this returns."""
+    tensors, rest = _pack(peer)
+    content = save(tensors, metadata={"format": "pt"})
+    _write(folder / f"{peer.name}.safetensors", content)
+    rest["sha256"] = _sha256(content)
+    _write(folder / f"{peer.name}.json", _dump(rest))
+
+
+def finish(folder: Path, peers: Iterable[str], step: int, state: dict[str, Any], keep: int) -> Path:
+    """Give a checkpoint whose peers are all written its name; then forget the oldest.
+
+    Args:
+        folder: what ``begin`` returned.
+        peers: names of all peers.
+        step: optimizer steps taken.
+        state: what else the run needs, as JSON.
+        keep: how many checkpoints to keep, this one included.
+    """
+    files = {f"{name}.json": _sha256((folder / f"{name}.json").read_bytes()) for name in peers}
+    content = {"format": _FORMAT, "step": step, "files": files} | state
+    _write(folder / _STATE, _dump(content | {"sha256": _sha256(_dump(content))}))
+    _sync(folder)
+    final = folder.with_name(f"step-{step:08d}")
+    if final.exists():  # damaged, or it would have been resumed from
+        final.rename(folder.with_name(f".old-step-{step:08d}"))
+    folder.rename(final)
+    _sync(final.parent)
+    for old in named(final.parent)[keep:]:
+        # Renamed first: what is half removed must not look like a checkpoint.
+        shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")), ignore_errors=True)
+    return final
+
+
+def named(root: Path) -> list[Path]:
+    """Return the checkpoints below ``root``, the newest first."""
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _pack(peer: Peer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a peer's tensors by name, and the rest as JSON."""
+    tensors = {f"model.{n}": t for n, t in peer.module.state_dict().items()}
+    optimizer, numbers = peer.optimizer.state_dict(), {}
+    for index, state in optimizer["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                numbers[f"{index}.{name}"] = value
+    rest = {
+        "optimizer": numbers,
+        "groups": optimizer["param_groups"],
+        "scaler": peer.scaler.state_dict(),
+    }
+    # Cloned, because the format refuses tensors that share memory (tied weights).
+    return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, rest
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the content of state.json.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another format.
+    """
+    path = folder / _STATE
+    content = _bytes(path, _LARGEST_JSON)
+    state = _parse(path, content)
+    as_written = _dump(state) == content
+    given = state.pop("sha256", None)
+    if not as_written or given != _sha256(_dump(state)):
+        raise CheckpointError(f"{path} is damaged: its content does not match its sha256")
+    if state.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} has format {state.get('format')}, not {_FORMAT}")
+    return state
+
+
+def load_peers(folder: Path, peers: Sequence[Peer]) -> dict[str, Any]:
+    """Set the peers back to what they were; return the content of state.json.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or does not fit a peer. No peer has been
+            touched then.
+    """
+    state = read_state(folder)
+    read = [_read_peer(folder, state, peer) for peer in peers]
+    for peer, (tensors, rest) in zip(peers, read, strict=True):
+        _unpack(peer, tensors, rest)
+    return state
+
+
+def _read_peer(
+    folder: Path, state: dict[str, Any], peer: Peer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    described, path = folder / f"{peer.name}.json", folder / f"{peer.name}.safetensors"
+    content = _bytes(described, _LARGEST_JSON)
+    if _sha256(content) != state["files"].get(described.name):
+        raise CheckpointError(f"{described} is damaged: its content does not match its sha256")
+    rest = _parse(described, content)
+    expected, _ = _pack(peer)
+    weights = sum(t.numel() * t.element_size() for t in expected.values())
+    # An optimizer that has not stepped yet has less state than one that has: allow for it.
+    content = _bytes(path, 8 * weights + _LARGEST_HEADER)
+    if _sha256(content) != rest.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its content does not match its sha256")
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    _require_fit(path, peer, tensors, expected)
+    return tensors, rest
+
+
+def _require_fit(
+    path: Path, peer: Peer, tensors: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
+    model = {name for name in expected if name.startswith("model.")}
+    if {name for name in tensors if name.startswith("model.")} != model:
+        raise CheckpointError(f"{path} holds other weights than {peer.name} has")
+    sizes = [w.shape for group in peer.optimizer.param_groups for w in group["params"]]
+    for name, value in tensors.items():
+        like, index = expected.get(name), name.split(".")[1]
+        if like is not None:
+            fits = (value.shape, value.dtype) == (like.shape, like.dtype)
+        else:  # a tensor of an optimizer that has not stepped here: a weight's shape, or a number
+            known = name.startswith("optimizer.") and index.isdigit() and int(index) < len(sizes)
+            fits = known and value.shape in (sizes[int(index)], torch.Size([]))
+        if not fits:
+            raise CheckpointError(
+                f"{path}: {name} {tuple(value.shape)} {value.dtype} does not fit {peer.name}"
+            )
+
+
+def _unpack(peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    weights = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("model.")}
+    peer.module.load_state_dict(weights)
+    values = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("optimizer.")}
+    state: dict[int, dict[str, Any]] = {}
+    for place, value in (values | rest["optimizer"]).items():
+        index, _, name = place.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    peer.optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    if rest["scaler"]:
+        peer.scaler.load_state_dict(rest["scaler"])
+
+
+# ---------------------------------------------------------------- files
+
+
+def _dump(content: Any) -> bytes:
+    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False).encode()
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: it is no JSON") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it is no JSON object")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _bytes(path: Path, most: int) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise CheckpointError(f"{path} has {size:,} bytes, more than the {most:,} that it may")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
