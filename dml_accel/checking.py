@@ -119,4 +119,6 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
         seconds = timed(specs, modules, config, device)
         costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
     _, why = choose(costs, world_size, config, classes, machine)
-    return plan_text(both(costs, world_size, config, classes, machine), why, config, machine)
+    return plan_text(
+        both(costs, world_size, config, classes, machine), why, config, classes, machine
+    )

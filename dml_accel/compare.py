@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,13 @@ def compare(
     failed: dict[str, str] = {}
     with stopping_on_sigterm(), root or contextlib.nullcontext():
         unfinished = [sub for sub in plan if not (root and is_done(root.path / sub.folder))]
+        if root:
+            kept = len(plan) - len(unfinished)
+            print(
+                f"comparison: {root.path}, {kept} of {len(plan)} runs are finished; if this is "
+                "interrupted, the same command with this --output-dir goes on",
+                file=sys.stderr,
+            )
         work = sum(workload(sub.config, source, costs[sub.cohort]).total for sub in unfinished)
         display = Display(max(work, 1.0), quiet=not speaks, many=True)
         processes = Processes(config)

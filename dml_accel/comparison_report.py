@@ -118,7 +118,7 @@ def _p(value: float) -> str:
 
 
 def _statistics_table(record: dict[str, Any], metric: str, scale: float) -> str:
-    headers = ("cohort", "what", "method", "n", "mean", "sd", "95% interval", "less independent")
+    headers = ("cohort", "what", "method", "n", "mean", "sd", "95% interval", "minus independent")
     rows = []
     for cohort in record["cohorts"]:
         nets = _nets(cohort)

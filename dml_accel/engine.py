@@ -101,13 +101,16 @@ def fit(
         if often or evaluates:
             _stop_if_lost(longest.tolist(), placement.names, step + 1, config.max_nonfinite)
         if evaluates:
-            yield EvaluationRecord(
-                step + 1,
-                step // per_epoch,
-                evaluate(peers, data.test, len(data.classes), placement),
-                evaluate(peers, data.val, len(data.classes), placement) if data.val else None,
-            )
+            test = evaluate(peers, data.test, len(data.classes), placement)
+            val = evaluate(peers, data.val, len(data.classes), placement) if data.val else None
+            yield EvaluationRecord(step + 1, step // per_epoch, test, val)
             evaluated_at = time.monotonic()
+    for name, metrics in test["peers"].items():
+        if metrics["nll"] is None:
+            raise NotFiniteError(
+                f"the predictions of {name} are not finite after the last step; a smaller --lr or "
+                "--clip-norm 1 may help"
+            )
 
 
 def _stop_if_lost(streaks: list[int], names: list[str], step: int, most: int) -> None:

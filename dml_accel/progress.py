@@ -173,10 +173,11 @@ class Display:
             for peer, part in window.losses.items()
         )
         rate = self._batch_size / window.step_seconds
-        for peer, count in window.skipped.items():
+        if window.skipped:
+            skipped = ", ".join(f"{peer} {count}" for peer, count in window.skipped.items())
             self._say(
-                f"{self._at(window.last)} the loss of {peer} was not finite in {count} of the last "
-                f"{window.steps} steps, which it skipped"
+                f"{self._at(window.last)} steps skipped of the last {window.steps}, because the "
+                f"loss was not finite: {skipped}"
             )
         if self._terminal:
             epoch = f"epoch {window.last.epoch + 1}/{self._epochs}"

@@ -70,7 +70,11 @@ Test split, {results["ensemble"]["n"]:,} images, after the last of {results["ste
 
 
 def plan_text(
-    predictions: tuple[Prediction, Prediction], why: str, config: Config, machine: Machine
+    predictions: tuple[Prediction, Prediction],
+    why: str,
+    config: Config,
+    classes: int,
+    machine: Machine,
 ) -> str:
     """Return both placements process by process, and which one is chosen.
 
@@ -78,6 +82,7 @@ def plan_text(
         predictions: of ``replicate`` and of ``split``.
         why: the choice in one line.
         config: of the run.
+        classes: of the images.
         machine: what was assumed.
     """
     parts = []
@@ -107,8 +112,9 @@ def plan_text(
         )
     )
     parts.append(
-        f"{config.batch_size} images a step; assumed: {assumed}, "
-        f"{machine.bandwidth / 1e9:g} GB/s, {1e6 * machine.latency:.0f} us a message.\n"
+        f"{config.batch_size} images of {config.image_size} pixels a step, {classes} classes; "
+        f"assumed: {assumed}, {machine.bandwidth / 1e9:g} GB/s, "
+        f"{1e6 * machine.latency:.0f} us a message.\n"
         "Memory is parameters, gradients, momentum and activations, without images and libraries."
     )
     parts.append(f"--placement {config.placement}: {why}")

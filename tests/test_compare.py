@@ -408,12 +408,13 @@ def test_runs_of_another_precision_are_not_mixed_in(
     assert "was made with mixed_precision no and not bf16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("patience", ["2", "99"])  # noticed on the way, or at the end
 def test_a_run_that_diverges_does_not_hold_up_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], patience: str
 ) -> None:
-    words = ["--cohort", "resnet8*2", "--seeds", "1", "--lr", "1e30", "--max-nonfinite", "2"]
+    words = ["--cohort", "resnet8*2", "--seeds", "1", "--lr", "1e30", "--max-nonfinite", patience]
     assert compared(tmp_path / "wild", *words) == 1
-    assert "independent/seed-0 failed: the loss of resnet8-" in capsys.readouterr().err
+    assert "independent/seed-0 failed: the " in capsys.readouterr().err
     found = record(tmp_path / "wild")
     assert sorted(found["failed"]) == ["independent/seed-0", "mutual/seed-0"]
     assert (

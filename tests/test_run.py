@@ -181,13 +181,18 @@ def test_a_timm_network_with_arguments_comes_back_with_them(tmp_path: Path) -> N
     assert len(loaded.blocks) == 1
 
 
-def test_a_cohort_that_diverges_still_writes_json(tmp_path: Path) -> None:
+def test_a_cohort_that_diverges_fails_and_still_writes_json(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ("--lr", "1e30", "--max-steps", "4", "--output-dir", str(folder))
-    assert train("--cohort", "resnet8*2", *words) == 0
-    assert load(folder / "results.json")["peers"][0]["test"]["nll"] is None
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert train("--cohort", "resnet8*2", *words) == 1
+    status = load(folder / "status.json")
+    assert status["status"] == "failed"
+    assert "predictions of resnet8-0 are not finite" in status["reason"]
+    assert not (folder / "results.json").exists()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert events[-1]["test"]["peers"]["resnet8-0"]["nll"] is None
+    assert events[-2]["skipped"] == {"resnet8-0": 2, "resnet8-1": 2}
 
 
 # ---------------------------------------------------------------- bad input
