@@ -31,11 +31,12 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from dml_accel import cohort, decoding
+from dml_accel.allocation import everywhere
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import ImageSet, Normalisation
 from dml_accel.engine import train_step
-from dml_accel.placement import Placement, everywhere
+from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 from dml_accel.provenance import commit, versions
 

@@ -1,6 +1,11 @@
 """Which processes train which peer, so that the slowest is as fast as it can be."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+
+def everywhere(peers: Iterable[str], world_size: int) -> dict[str, list[int]]:
+    """Return the map of every peer to all processes."""
+    return {name: list(range(world_size)) for name in peers}
 
 
 def allocate(costs: Mapping[str, float], world_size: int) -> dict[str, list[int]]:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from dml_accel import cohort, data
+from dml_accel.allocation import everywhere
 from dml_accel.batchnorm import check_spanning
 from dml_accel.cohort import PeerSpec
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import Cost, count, timed
 from dml_accel.launching import launched_processes
-from dml_accel.placement import everywhere
 from dml_accel.planning import Machine, both, choose, this_machine
 from dml_accel.processes import Processes
 from dml_accel.report import plan_text
@@ -74,7 +74,7 @@ def agreed_ranks(
         UsageError: a process does not see the run folder at ``path``, where it is to write.
     """
     if processes.world_size == 1:
-        return everywhere(list(checked.modules), 1)
+        return everywhere(checked.modules, 1)
     blind = processes.largest(0 if (path / "run.lock").exists() else 1 + processes.rank) - 1
     if blind >= 0:
         if config.placement == "split":
@@ -89,8 +89,7 @@ def agreed_ranks(
     if processes.rank == 0:
         costs = checked.costs
         if config.measure:
-            seconds = timed(checked.specs, checked.modules, config, processes.device)
-            costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
+            costs = _with_times(costs, checked.specs, checked.modules, config, processes.device)
         classes = len(checked.source.classes)
         ranks, why = choose(costs, processes.world_size, config, classes, this_machine())
         print(f"placement: {why}", file=sys.stderr, flush=True)
@@ -98,6 +97,17 @@ def agreed_ranks(
     ranks = json.loads(processes.text_of_first(text))
     _check_batch_norm(config, checked.modules, ranks)
     return ranks
+
+
+def _with_times(
+    costs: dict[str, Cost],
+    specs: list[PeerSpec],
+    modules: dict[str, nn.Module],
+    config: Config,
+    device: torch.device,
+) -> dict[str, Cost]:
+    seconds = timed(specs, modules, config, device)
+    return {name: dataclasses.replace(cost, seconds=seconds[name]) for name, cost in costs.items()}
 
 
 def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str:
@@ -116,8 +126,7 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
         device = torch.device("cpu")
         if not config.cpu and torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator() or device
-        seconds = timed(specs, modules, config, device)
-        costs = {n: dataclasses.replace(c, seconds=seconds[n]) for n, c in costs.items()}
+        costs = _with_times(costs, specs, modules, config, device)
     _, why = choose(costs, world_size, config, classes, machine)
     return plan_text(
         both(costs, world_size, config, classes, machine), why, config, classes, machine

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel import cohort, comparison, plots, sources
-from dml_accel.checking import Checked, check
+from dml_accel.checking import check
 from dml_accel.comparison import SubRun
 from dml_accel.comparison_report import comparison_markdown, comparison_title
 from dml_accel.config import Config, UsageError
@@ -217,15 +217,12 @@ def _refuse_another_configuration(root: Path, sub: SubRun) -> None:
 
 def _costs(plan: Sequence[SubRun], source: Source) -> dict[str, float]:
     """Check one run of each cohort; return the cost of its forward pass of one image."""
-    checked: dict[str, Checked] = {}
+    costs: dict[str, float] = {}
     for sub in plan:
-        if sub.cohort not in checked:
-            checked[sub.cohort] = check(sub.config, source)
-    size = plan[0].config.image_size
-    return {
-        name: float(sum(count(net, size).macs for net in found.modules.values()))
-        for name, found in checked.items()
-    }
+        if sub.cohort not in costs:  # one cohort's networks in memory at a time
+            nets = check(sub.config, source).modules.values()
+            costs[sub.cohort] = float(sum(count(net, sub.config.image_size).macs for net in nets))
+    return costs
 
 
 def _write(

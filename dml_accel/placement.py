@@ -32,11 +32,6 @@ _NO_BUFFERS: dict[str, Any] = {
 }
 
 
-def everywhere(peers: Sequence[str], world_size: int) -> dict[str, list[int]]:
-    """Return the map of every peer to all processes."""
-    return {name: list(range(world_size)) for name in peers}
-
-
 class Placement:
     """The map, seen from one process.
 
@@ -60,17 +55,19 @@ class Placement:
         self.processes, self.device = processes, processes.device
         self.ranks = {name: list(held) for name, held in ranks.items()}
         self.names = sorted(self.ranks)
-        self.mine = [name for name in self.names if processes.rank in self.ranks[name]]
+        whole = list(range(processes.world_size))
+        self._held = [[name for name in self.names if rank in self.ranks[name]] for rank in whole]
+        self.mine = self._held[processes.rank]
         self._members = self.ranks[self.mine[0]]
         self.index = self._members.index(processes.rank)
-        whole = list(range(processes.world_size))
         replicated = all(held == whole for held in self.ranks.values())
         self.kind = "replicate" if replicated else "split"
         # Every process makes every group, in the same order.
         everyone = sorted({tuple(held) for held in self.ranks.values()})
         groups = {members: processes.group(members) for members in everyone}
         self._group = groups[tuple(self._members)]
-        self._widest = max(len(held) for held in self.ranks.values())
+        widths = [len(held) for held in self.ranks.values()]
+        self._narrowest, self._widest = min(widths), max(widths)
         self._spans_batch_norm = config.batch_norm == "group" and len(self._members) > 1
         self._exchange, self._temperature = config.exchange, config.temperature
         self._exchange_dtype = torch.bfloat16 if config.exchange_dtype == "bf16" else None
@@ -169,12 +166,10 @@ class Placement:
         """
         if len(self.mine) == len(self.names):
             return logits
-        held = {rank: [n for n in self.names if rank in self.ranks[n]] for rank in self._all_ranks}
-        longest = -(-count // min(len(ranks) for ranks in self.ranks.values()))
-        shape = (max(map(len, held.values())), longest, logits.shape[-1])
+        shape = (max(map(len, self._held)), -(-count // self._narrowest), logits.shape[-1])
         sent = torch.zeros(shape, dtype=dtype or logits.dtype, device=self.device)
         sent[: logits.shape[0], : logits.shape[1]] = logits
-        received = [torch.empty_like(sent) for _ in self._all_ranks]
+        received = [torch.empty_like(sent) for _ in self._held]
         dist.all_gather(received, sent)
         lo, hi = self.rows(count)
         peers = []
@@ -184,14 +179,10 @@ class Placement:
             for rank, (start, stop) in zip(self.ranks[name], cuts, strict=True):
                 first, end = max(lo, start), min(hi, stop)
                 if first < end:
-                    block = received[rank][held[rank].index(name)]
+                    block = received[rank][self._held[rank].index(name)]
                     pieces.append(block[first - start : end - start])
             peers.append(torch.cat(pieces) if pieces else sent[0, :0])
         return torch.stack(peers).to(logits.dtype)
-
-    @property
-    def _all_ranks(self) -> range:
-        return range(self.processes.world_size)
 
     def sum_over_rows(self, sums: Tensor) -> Tensor:
         """Add a tensor of sums over our rows to those of all other processes."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dml_accel.allocation import allocate
+from dml_accel.allocation import allocate, everywhere
 from dml_accel.config import Config
 from dml_accel.costs import Cost
 from dml_accel.keys import bounds
@@ -36,7 +36,7 @@ class Machine:
 
     bandwidth: float = 1e9
     latency: float = 1e-3
-    macs_per_second: float = 40e9
+    macs_per_second: float = _MACS_PER_SECOND_OF_A_THREAD
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,11 @@ def both(
     costs: Mapping[str, Cost], world_size: int, config: Config, classes: int, machine: Machine
 ) -> tuple[Prediction, Prediction]:
     """Return the predictions of ``replicate`` and of the best ``split``."""
-    everywhere = {name: list(range(world_size)) for name in costs}
+    replicate = everywhere(costs, world_size)
     work = {name: cost.seconds or float(cost.macs) for name, cost in costs.items()}
-    split = allocate(work, world_size) if world_size > 1 else everywhere
+    split = allocate(work, world_size) if world_size > 1 else replicate
     return (
-        predict(everywhere, costs, config, classes, machine),
+        predict(replicate, costs, config, classes, machine),
         predict(split, costs, config, classes, machine),
     )
 

@@ -104,29 +104,12 @@ def run(
     memory = processes.largest(device_memory(placement.device))
     results = None
     if folder is not None:
-        results = _write_results(
-            folder, checked, parameters, last, windows, config, placement, memory, command
-        )
+        results = _results(checked, parameters, last, windows, config, placement, memory)
+        folder.write("results.json", results)
+        text = results_markdown(results, config.as_dict(), command)
+        write_text(folder.path / "results.md", text)
     if unwritten:
         raise error or OSError(f"rank {unwritten - 1} could not write its peers below {path}")
-    return results
-
-
-def _write_results(
-    folder: RunFolder,
-    checked: Checked,
-    parameters: dict[str, int],
-    last: EvaluationRecord,
-    windows: Windows,
-    config: Config,
-    placement: Placement,
-    memory: int,
-    command: str,
-) -> dict[str, Any]:
-    results = _results(checked.specs, parameters, last, windows, config, placement, memory)
-    results["sent_bytes_per_step"] = _sent(config, checked, placement, len(checked.source.classes))
-    folder.write("results.json", results)
-    write_text(folder.path / "results.md", results_markdown(results, config.as_dict(), command))
     return results
 
 
@@ -158,10 +141,11 @@ def _train(
     return last
 
 
-def _sent(config: Config, checked: Checked, placement: Placement, classes: int) -> list[float]:
+def _sent(config: Config, checked: Checked, placement: Placement) -> list[float]:
     """Return the payload bytes that each process sends in a step."""
     if placement.processes.world_size == 1:
         return [0.0]
+    classes = len(checked.source.classes)
     return predict(placement.ranks, checked.costs, config, classes, this_machine()).sent
 
 
@@ -248,7 +232,7 @@ def _train_and_record(
 
 
 def _results(
-    specs: list[PeerSpec],
+    checked: Checked,
     parameters: dict[str, int],
     last: EvaluationRecord,
     windows: Windows,
@@ -273,11 +257,12 @@ def _results(
                 "test": last.test["peers"][spec.name],
                 "val": last.val["peers"][spec.name] if last.val else None,
             }
-            for spec in specs
+            for spec in checked.specs
         ],
         "ensemble": last.test["ensemble"],
         "agreement": last.test["agreement"],
         "throughput": windows.throughput(config.batch_size),
         "peak_memory_bytes": memory,
         "versions": versions(),
+        "sent_bytes_per_step": _sent(config, checked, placement),
     }

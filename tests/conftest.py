@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from dml_accel import cohort, data, sources
-from dml_accel.allocation import allocate
+from dml_accel.allocation import allocate, everywhere
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import Data
-from dml_accel.placement import Placement, everywhere
+from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 
 
