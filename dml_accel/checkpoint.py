@@ -30,6 +30,7 @@ _FORMAT = 1
 _LARGEST_JSON = 16 * 2**20  # bytes; a forged file is not read into memory
 _LARGEST_HEADER = 16 * 2**20
 _STATE = "state.json"
+_SCALER = set(torch.amp.GradScaler("cpu").state_dict())
 
 
 class CheckpointError(RuntimeError):
@@ -42,11 +43,21 @@ class CheckpointError(RuntimeError):
 def begin(root: Path, step: int) -> Path:
     """Make the unnamed folder of a new checkpoint below ``root``; clear what others left behind."""
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".*-step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder = root / f".new-step-{step:08d}"
+    abandon(root)
+    folder = unnamed(root, step)
     folder.mkdir()
     return folder
+
+
+def unnamed(root: Path, step: int) -> Path:
+    """Return the folder that a checkpoint is written into before it gets its name."""
+    return root / f".new-step-{step:08d}"
+
+
+def abandon(root: Path) -> None:
+    """Clear away what is not, or no longer, a checkpoint."""
+    for leftover in root.glob(".*-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_peer(folder: Path, peer: Peer) -> None:
@@ -54,7 +65,7 @@ def write_peer(folder: Path, peer: Peer) -> None:
     tensors, rest = _pack(peer)
     content = save(tensors, metadata={"format": "pt"})
     _write(folder / f"{peer.name}.safetensors", content)
-    rest["sha256"] = _sha256(content)
+    rest |= {"bytes": len(content), "sha256": _sha256(content)}
     _write(folder / f"{peer.name}.json", _dump(rest))
 
 
@@ -77,7 +88,9 @@ def finish(folder: Path, peers: Iterable[str], step: int, state: dict[str, Any],
         final.rename(folder.with_name(f".old-step-{step:08d}"))
     folder.rename(final)
     _sync(final.parent)
-    for old in named(final.parent)[keep:]:
+    # Later ones are damaged, or this run would have begun there: they do not count.
+    known = [path for path in named(final.parent) if step_of(path) <= step]
+    for old in known[keep:]:
         # Renamed first: what is half removed must not look like a checkpoint.
         shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")), ignore_errors=True)
     return final
@@ -85,8 +98,17 @@ def finish(folder: Path, peers: Iterable[str], step: int, state: dict[str, Any],
 
 def named(root: Path) -> list[Path]:
     """Return the checkpoints below ``root``, the newest first."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(filter(is_named, root.glob("step-*")), key=step_of, reverse=True)
+
+
+def is_named(folder: Path) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return re.fullmatch(r"step-\d{8,12}", folder.name) is not None
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(folder.name[5:])
 
 
 def _pack(peer: Peer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -126,6 +148,21 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: its content does not match its sha256")
     if state.get("format") != _FORMAT:
         raise CheckpointError(f"{path} has format {state.get('format')}, not {_FORMAT}")
+    if not isinstance(state.get("files"), dict) or not isinstance(state.get("step"), int):
+        raise CheckpointError(f"{path} does not say its step and files")
+    return state
+
+
+def verify(folder: Path, peers: Iterable[str]) -> dict[str, Any]:
+    """Check every file of a checkpoint against its sha256; return the content of state.json.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    state = read_state(folder)
+    for name in peers:
+        rest = _read_rest(folder, state, name)
+        _read_tensors(folder, name, rest, rest["bytes"])
     return state
 
 
@@ -146,23 +183,58 @@ def load_peers(folder: Path, peers: Sequence[Peer]) -> dict[str, Any]:
 def _read_peer(
     folder: Path, state: dict[str, Any], peer: Peer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    described, path = folder / f"{peer.name}.json", folder / f"{peer.name}.safetensors"
-    content = _bytes(described, _LARGEST_JSON)
-    if _sha256(content) != state["files"].get(described.name):
-        raise CheckpointError(f"{described} is damaged: its content does not match its sha256")
-    rest = _parse(described, content)
-    expected, _ = _pack(peer)
+    rest = _read_rest(folder, state, peer.name)
+    expected, like = _pack(peer)
+    _require_state_fits(folder / f"{peer.name}.json", peer, rest, like)
     weights = sum(t.numel() * t.element_size() for t in expected.values())
     # An optimizer that has not stepped yet has less state than one that has: allow for it.
-    content = _bytes(path, 8 * weights + _LARGEST_HEADER)
-    if _sha256(content) != rest.get("sha256"):
-        raise CheckpointError(f"{path} is damaged: its content does not match its sha256")
+    content = _read_tensors(folder, peer.name, rest, 8 * weights + _LARGEST_HEADER)
+    path = folder / f"{peer.name}.safetensors"
     try:
         tensors = load(content)
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     _require_fit(path, peer, tensors, expected)
     return tensors, rest
+
+
+def _read_rest(folder: Path, state: dict[str, Any], name: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    content = _bytes(path, _LARGEST_JSON)
+    if _sha256(content) != state["files"].get(path.name):
+        raise CheckpointError(f"{path} is damaged: its content does not match its sha256")
+    rest = _parse(path, content)
+    if not isinstance(rest.get("bytes"), int):
+        raise CheckpointError(f"{path} does not say how large {name}.safetensors is")
+    return rest
+
+
+def _read_tensors(folder: Path, name: str, rest: dict[str, Any], most: int) -> bytes:
+    path = folder / f"{name}.safetensors"
+    content = _bytes(path, min(most, rest["bytes"]))
+    if _sha256(content) != rest.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its content does not match its sha256")
+    return content
+
+
+def _require_state_fits(path: Path, peer: Peer, rest: dict[str, Any], like: dict[str, Any]) -> None:
+    """Refuse numbers that the optimizer or the scaler would choke on half way."""
+    numbers, groups, scaler = (rest.get(name) for name in ("optimizer", "groups", "scaler"))
+    weights = sum(len(group["params"]) for group in like["groups"])
+    fits = isinstance(numbers, dict) and all(
+        (place := re.fullmatch(r"(\d{1,9})\.\w+", name)) and int(place[1]) < weights
+        for name in numbers
+    )
+    fits &= isinstance(groups, list) and [_shape(g) for g in groups] == [
+        _shape(g) for g in like["groups"]
+    ]
+    fits &= isinstance(scaler, dict) and (not scaler or set(scaler) == _SCALER)
+    if not fits:
+        raise CheckpointError(f"{path} holds another optimizer or loss scaler than {peer.name} has")
+
+
+def _shape(group: Any) -> Any:
+    return (set(group), group.get("params")) if isinstance(group, dict) else None
 
 
 def _require_fit(

@@ -1,6 +1,6 @@
 """The command line: flags from the configuration's fields, one line per error, exit codes.
 
-0 done; 2 wrong usage or input; anything else failed.
+0 done; 2 wrong usage or input; 75 stopped on request with a checkpoint; anything else failed.
 """
 
 import argparse
@@ -18,21 +18,25 @@ from dml_accel.checking import plan
 from dml_accel.compare import METHODS, PRESETS, compare
 from dml_accel.comparison_report import comparison_table, comparison_title
 from dml_accel.config import Config, UsageError
-from dml_accel.engine import NotFiniteError
+from dml_accel.engine import DivergedError
 from dml_accel.launching import StoppedError, launched_processes, launched_rank
 from dml_accel.planning import this_machine
 from dml_accel.processes import ProcessLostError
 from dml_accel.provenance import command_line
 from dml_accel.report import results_table
+from dml_accel.resuming import NotKeptError
 from dml_accel.training import train
 
 _SECONDS_FOR_RANK_0 = 20.0
+_STOPPED = 75  # what schedulers know as "try again": sysexits.h's EX_TEMPFAIL
+_HOW_TO_GO_ON = "the same command with its --output-dir and --resume auto goes on"
 
 _EXAMPLES = """examples:
   %(prog)s --cohort 'resnet8*2' --dataset digits --epochs 8 --batch-size 16 --lr 0.05
   %(prog)s --cohort 'resnet32*2' wrn_28_10 'timm:efficientnet_b0'
   %(prog)s --cohort 4 --dataset path/to/folder --image-size 32 --output-dir runs/four
   %(prog)s --cohort 4 --kl-weight 0        # the same networks, each alone
+  %(prog)s --cohort 4 --output-dir runs/four --resume auto     # start, or go on where it stopped
 """
 
 _COMPARE = """Train every method on the same seeds, initial weights, data order and augmentation;
@@ -79,10 +83,12 @@ def _parse(arguments: Sequence[str]) -> dict[str, typing.Any]:
     return vars(parsed)
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
+def _add_flags(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """Add one flag per field of ``Config``: its type, default and help come from the field."""
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
+        if field.name in without:
+            continue
         options = dict(field.metadata["argparse"])
         kind = _plain_type(hints[field.name])
         text = field.metadata["help"]
@@ -161,7 +167,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         choices=tuple(PRESETS),
         help=f"cohorts and configuration by name; flags that are given win. {presets}",
     )
-    _add_flags(comparing)
+    _add_flags(comparing, without=("resume",))
     planning = add(
         "plan", "predict what a placement costs, without training", _PLAN, _PLAN_EXAMPLES
     )
@@ -183,7 +189,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         metavar="X",
         help="microseconds of one message (default: 1000; with GPUs 20)",
     )
-    _add_flags(planning)
+    _add_flags(planning, without=("resume",))
     return parser, {"train": training, "compare": comparing, "plan": planning}
 
 
@@ -198,23 +204,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"train": _train, "compare": _compare, "plan": _plan}[values.pop("subcommand")](
             values
         )
-    except (NotFiniteError, ProcessLostError, StoppedError) as error:
-        if getattr(error, "speaks", launched_rank() == 0):
+    except StoppedError as error:
+        if launched_rank() == 0:
+            print(f"{error}; {_HOW_TO_GO_ON}", file=sys.stderr, flush=True)
+        return _leave(_STOPPED)
+    except (DivergedError, NotKeptError, ProcessLostError, OSError) as error:
+        if getattr(error, "speaks", launched_rank() == 0 or isinstance(error, OSError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, NotFiniteError) and launched_rank():
+        if isinstance(error, DivergedError) and launched_rank():
             time.sleep(_SECONDS_FOR_RANK_0)  # all processes meet it; the first one says why
-        if launched_processes() > 1:
-            os._exit(1)  # a broken process group cannot be left in order: it would wait
-        return 1
+        return _leave(1)
     except UsageError as error:
         _say_for_all(str(error))
         return 2
     except KeyboardInterrupt:
         if launched_rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
-        if launched_processes() > 1:
-            os._exit(130)  # the others may be gone already: nothing to wait for
-        return 130
+        return _leave(130)
+
+
+def _leave(code: int) -> int:
+    """End this process where the others may be gone: leaving their group in order would wait."""
+    if launched_processes() > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _train(values: dict[str, typing.Any]) -> int:

@@ -1,7 +1,7 @@
 """Several methods over several seeds: one ordinary run for each, one table for all.
 
-A comparison that was interrupted goes on where it stopped: finished runs are kept, the others are
-started over.
+A comparison that was interrupted goes on where it stopped: finished runs are kept, the others go on
+from their newest good checkpoint.
 """
 
 import contextlib
@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel import cohort, comparison, plots, sources
-from dml_accel.checking import check
+from dml_accel.checking import Checked, check
 from dml_accel.comparison import SubRun
 from dml_accel.comparison_report import comparison_markdown, comparison_title
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import count
-from dml_accel.engine import NotFiniteError
+from dml_accel.engine import DivergedError
 from dml_accel.export import write_text
 from dml_accel.launching import (
+    Stop,
     check_launch,
     launched_precision,
     launched_processes,
     launched_rank,
-    stopping_on_sigterm,
 )
 from dml_accel.processes import Processes
 from dml_accel.progress import Display
 from dml_accel.published import TABLE_2
+from dml_accel.resuming import Origin, find
 from dml_accel.runfolder import LockedFolder, RunFolder, is_done, saved_config
 from dml_accel.sources import Source
 from dml_accel.training import run, workload
@@ -132,7 +133,7 @@ def compare(
     source = sources.read(config, quiet=not speaks)
     costs = _costs(plan, source)
     failed: dict[str, str] = {}
-    with stopping_on_sigterm(), root or contextlib.nullcontext():
+    with Stop() as stop, root or contextlib.nullcontext():
         unfinished = [sub for sub in plan if not (root and is_done(root.path / sub.folder))]
         if root:
             kept = len(plan) - len(unfinished)
@@ -148,14 +149,25 @@ def compare(
             for place, sub in enumerate(plan):
                 if processes.agreed(sub not in unfinished):
                     continue
-                folder = RunFolder(root.path / sub.folder, "", starts_over=True) if root else None
+                folder = RunFolder(root.path / sub.folder, "", goes_on=True) if root else None
                 title = f"run {place + 1}/{len(plan)}, {sub.folder}"
                 try:
                     with folder or contextlib.nullcontext():
                         checked = check(sub.config, source)
-                        cost = costs[sub.cohort]
-                        run(sub.config, checked, processes, folder, command, display, title, cost)
-                except NotFiniteError as error:  # in all processes alike; the others go on
+                        origin = _origin(sub, folder, checked)
+                        run(
+                            sub.config,
+                            checked,
+                            processes,
+                            folder,
+                            command,
+                            display,
+                            stop,
+                            origin,
+                            title,
+                            costs[sub.cohort],
+                        )
+                except DivergedError as error:  # in all processes alike; the others go on
                     failed[sub.folder] = str(error)
                     display.end()
                 processes.release_networks()
@@ -163,6 +175,13 @@ def compare(
                     _write(root, config, plan, source, command, failed)
             processes.close()
         return (root.path, _write(root, config, plan, source, command, failed)) if root else None
+
+
+def _origin(sub: SubRun, folder: RunFolder | None, checked: Checked) -> Origin:
+    if folder is None:
+        return Origin()
+    resumed = dataclasses.replace(sub.config, output_dir=str(folder.path), resume="auto")
+    return find(resumed, [spec.name for spec in checked.specs], checked.source)
 
 
 def _plan(

@@ -22,6 +22,9 @@ _LEAVES_THE_RESULT_ALONE = frozenset(
         "measure",
         "exchange",
         "max_nonfinite",
+        "resume",
+        "save_every",
+        "keep_checkpoints",
     }
 )
 
@@ -173,6 +176,17 @@ class Config:
     eval_every: str = flag(
         "1ep", "how often to evaluate: optimizer steps (500), epochs (2ep) or minutes (10min)"
     )
+    save_every: str = flag(
+        "1ep",
+        "how often to write a checkpoint: optimizer steps, epochs or minutes; one is written at "
+        "the end, and when the run is asked to stop, in any case",
+    )
+    keep_checkpoints: int = flag(2, "how many checkpoints to keep, the newest ones")
+    resume: str | None = flag(
+        None,
+        "auto: go on from the newest good checkpoint of --output-dir, or start where there is "
+        "none; or the path of a checkpoint or run to go on from, into a new folder",
+    )
 
     def __post_init__(self) -> None:
         finite = {
@@ -190,6 +204,7 @@ class Config:
             "lr_step",
             "grad_accum",
             "max_nonfinite",
+            "keep_checkpoints",
         ):
             _require(finite[name] >= 1, name, finite[name], "at least 1")
         for name in ("lr", "weight_decay", "lr_gamma", "kl_weight", "seed"):
@@ -219,12 +234,19 @@ class Config:
             if choices and value is not None:
                 _require(value in choices, f.name, value, "one of " + ", ".join(choices))
         _require(bool(self.cohort), "cohort", self.cohort, "at least one network")
-        self.eval_interval  # noqa: B018  (reading it checks it)
+        if self.resume == "auto" and self.output_dir is None:
+            raise UsageError("--resume auto needs --output-dir, the run folder to go on in")
+        _ = self.eval_interval, self.save_interval  # reading them checks them
 
     @property
     def eval_interval(self) -> Interval:
         """``eval_every``, parsed."""
         return Interval.parse(self.eval_every, "--eval-every")
+
+    @property
+    def save_interval(self) -> Interval:
+        """``save_every``, parsed."""
+        return Interval.parse(self.save_every, "--save-every")
 
     @property
     def augmentation(self) -> str:
@@ -239,6 +261,17 @@ class Config:
             for name, value in mine.items()
             if name not in _LEAVES_THE_RESULT_ALONE and theirs[name] != value
         }
+
+    def differences_from_start(self, saved: "Config") -> dict[str, tuple[Any, Any]]:
+        """Return what forbids going on with a run that was begun as ``saved``, as ``differences``.
+
+        A run may be made longer, and may stop at another step.
+        """
+        found = self.differences(saved)
+        found.pop("max_steps", None)
+        if self.epochs > saved.epochs:
+            found.pop("epochs", None)
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

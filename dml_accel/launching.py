@@ -1,15 +1,16 @@
 """How this process was started, and what cannot work is refused before any process group."""
 
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from typing import Any, Self
 
 import torch
 
 from dml_accel.config import Config, UsageError
 
+_SAME_SIGNAL_SECONDS = 0.5
 _PLUGINS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -19,25 +20,51 @@ _PLUGINS = {
 
 
 class StoppedError(RuntimeError):
-    """The system or a person asked this process to stop."""
+    """The run ends on request, and what it needs to go on is on the disk."""
 
 
-@contextlib.contextmanager
-def stopping_on_sigterm() -> Iterator[None]:
-    """Turn the first SIGTERM into ``StoppedError``, so that the run's status is written."""
+class Stop:
+    """The request of the system or of a person to stop: SIGTERM, SIGINT or SIGUSR1.
 
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise StoppedError("stopped by SIGTERM")
+    Within the context the first signal is noted, for the run to heed between two steps; a second
+    one ends the process at once.
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    Attributes:
+        signal: the name of the signal that came; empty while there is none.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal = ""
+        self._came = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self.signal)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # only it may handle signals
+            self._before = {one: signal.signal(one, self._note) for one in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if not self.signal:
+            self.signal, self._came = signal.Signals(number).name, time.monotonic()
+        # A launcher hands on what the system may have told its processes already.
+        elif launched_processes() == 1 or time.monotonic() - self._came > _SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+
+def started_again() -> bool:
+    """Whether the launcher has started this process anew, after one of a run ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def launched_rank() -> int:

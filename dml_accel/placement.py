@@ -190,13 +190,23 @@ class Placement:
             dist.all_reduce(sums)
         return sums
 
-    def of_all_peers(self, ours: Tensor) -> Tensor:
-        """Return sums over all rows of every peer, [K, ...], from those of ours, [k, ...]."""
-        if len(self.mine) < len(self.names):
-            everyone = ours.new_zeros(len(self.names), *ours.shape[1:])
-            everyone[[self.names.index(name) for name in self.mine]] = ours
-            ours = everyone
-        return self.sum_over_rows(ours)
+    def of_all_peers(self, ours: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up over all processes, in one exchange, what each step ends with.
+
+        Args:
+            ours: sums over our rows of our peers' losses, [k, P].
+            asked: 1 for what this process asks for, else 0, [A].
+
+        Returns:
+            Sums over all rows of all peers' losses, [K, P], and how many processes ask, [A].
+        """
+        if self.processes.world_size == 1:
+            return ours, asked
+        losses = ours.new_zeros(len(self.names), ours.shape[1])
+        losses[[self.names.index(name) for name in self.mine]] = ours
+        both = torch.cat([losses.flatten(), asked.to(losses, non_blocking=True)])
+        dist.all_reduce(both)
+        return both[: losses.numel()].view_as(losses), both[losses.numel() :]
 
     def share_buffers(self, modules: Sequence[nn.Module]) -> None:
         """Give all processes of a peer its leader's running statistics.

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from dml_accel.config import Config, UsageError
-from dml_accel.launching import StoppedError, launched_processes, launched_rank, stays_on_cpu
+from dml_accel.launching import launched_processes, launched_rank, stays_on_cpu
 
 _SECONDS_BETWEEN_BEATS = 0.5
 
@@ -126,7 +126,7 @@ class Processes:
             yield
         except RuntimeError as error:
             reason = _first_line(error)
-            lost = isinstance(error, dist.DistError | StoppedError) or "gloo" in reason
+            lost = isinstance(error, dist.DistError) or "gloo" in reason
             if self.world_size == 1 or not lost:
                 raise
             # The launcher tells those left to stop, now or soon: first say who is missing.

@@ -45,8 +45,8 @@ class Window:
 class Windows:
     """Collects step records; reads the device once per window, not once per step.
 
-    Windows end after steps 1, 2, 4, 8, ..., then with every twentieth of an epoch, and before an
-    evaluation, whose time is no step's.
+    Windows end after steps 1, 2, 4, 8, ..., then with every twentieth of an epoch, and before a
+    checkpoint or an evaluation, whose time is no step's.
 
     Args:
         peers: names, in the order of the records' rows.
@@ -55,8 +55,8 @@ class Windows:
 
     def __init__(self, peers: list[str], steps_per_epoch: int) -> None:
         self._peers = peers
-        self._per_epoch = steps_per_epoch
         self._every = -(-steps_per_epoch // 20)
+        self.steps_per_epoch = steps_per_epoch
         self._pending: list[StepRecord] = []
         self._measured: list[Window] = []
         self.restart_clock()
@@ -69,9 +69,9 @@ class Windows:
         """Take one record; return the window that it ends, if it ends one."""
         self._pending.append(record)
         early = record.step < self._every and record.step.bit_count() == 1
-        into_epoch = (record.step - 1) % self._per_epoch + 1
-        ends = into_epoch % self._every == 0 or into_epoch == self._per_epoch
-        return self._close() if early or ends or record.evaluates else None
+        into_epoch = (record.step - 1) % self.steps_per_epoch + 1
+        ends = into_epoch % self._every == 0 or into_epoch == self.steps_per_epoch
+        return self._close() if early or ends or record.pauses else None
 
     def _close(self) -> Window:
         losses = torch.stack([record.losses_KP for record in self._pending]).cpu().double()
@@ -119,11 +119,17 @@ class Workload:
     step: float
     evaluations: int
     evaluation: float
+    taken: int = 0  # steps that are behind it
 
     @property
     def total(self) -> float:
         """Cost of the whole run."""
         return self.steps * self.step + self.evaluations * self.evaluation
+
+    @property
+    def done(self) -> float:
+        """Cost of what is behind it."""
+        return (self.total - self.evaluation) * self.taken / self.steps
 
 
 class Display:
@@ -161,7 +167,8 @@ class Display:
         """
         self._label, self._workload = label, workload
         self._epochs, self._batch_size = epochs, batch_size
-        self._end = self._done + workload.total
+        self._work -= workload.done  # it takes no time here
+        self._end = self._done + workload.total - workload.done
 
     def step(self, window: Window | None) -> None:
         """Count a step; ``window`` holds the news where a window ended with it."""

@@ -4,6 +4,7 @@ One writer holds ``run.lock`` by flock, which the system releases when the holde
 appear whole or not at all, except metrics.jsonl, which grows by flushed lines.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,12 +13,20 @@ import socket
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from dml_accel.config import Config, UsageError
-from dml_accel.export import write_json
+from dml_accel.export import write_json, write_text
+from dml_accel.launching import StoppedError
 
-_TRACES_OF_A_RUN = ("config.json", "metrics.jsonl", "results.json", "status.json", "peers")
+_TRACES_OF_A_RUN = (
+    "config.json",
+    "metrics.jsonl",
+    "results.json",
+    "status.json",
+    "peers",
+    "checkpoints",
+)
 
 
 class LockedFolder:
@@ -105,39 +114,50 @@ class RunFolder(LockedFolder):
     Args:
         path: the folder, or None for a new one.
         label: see ``LockedFolder``.
-        starts_over: a run in it that left no results is cleared away instead of refused.
+        goes_on: a run in it is gone on with instead of refused.
 
     Raises:
         UsageError: also where the folder holds a run already.
     """
 
-    def __init__(self, path: str | Path | None, label: str, starts_over: bool = False) -> None:
-        self._starts_over = starts_over
+    def __init__(self, path: str | Path | None, label: str, goes_on: bool = False) -> None:
+        self._goes_on = goes_on
         self.step = 0
+        self._metrics: TextIO | None = None
         super().__init__(path, label)
 
     def _refuse_content(self) -> None:
-        if self._starts_over and not is_done(self.path):
-            return
-        for trace in _TRACES_OF_A_RUN:
+        for trace in () if self._goes_on else _TRACES_OF_A_RUN:
             if (self.path / trace).exists():
                 raise UsageError(
-                    f"--output-dir {self.path} already holds a run ({trace}); name a new folder"
+                    f"--output-dir {self.path} already holds a run ({trace}); name a new folder, "
+                    "or --resume auto to go on with it"
                 )
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        if self._starts_over:
-            self._clear()
-        self._metrics = open(self.path / "metrics.jsonl", "a")
-        return self
+    def begin(self, step: int | None, again: bool) -> None:
+        """Open the records of a run that has ``step`` steps behind it.
 
-    def _clear(self) -> None:
-        for trace in _TRACES_OF_A_RUN:
-            if (self.path / trace).is_dir():
-                shutil.rmtree(self.path / trace)
-            else:
-                (self.path / trace).unlink(missing_ok=True)
+        Those of later steps are cut off: they will be written again.
+
+        Args:
+            step: the checkpoint's; without one it is None, and what a run without any left behind
+                is cleared away.
+            again: whether the evaluation of that step comes again.
+        """
+        path = self.path / "metrics.jsonl"
+        if step is None:
+            for trace in _TRACES_OF_A_RUN:
+                if (self.path / trace).is_dir():
+                    shutil.rmtree(self.path / trace)
+                else:
+                    (self.path / trace).unlink(missing_ok=True)
+        elif path.exists():
+            lines = [line for line in path.read_text(errors="replace").split("\n") if line]
+            kept = [line for line in lines if _is_before(line, step, again)]
+            write_text(path, "".join(line + "\n" for line in kept))
+        self.step = step or 0
+        self._metrics = open(path, "a")  # noqa: SIM115
+        self.status("running")
 
     def __exit__(
         self,
@@ -145,23 +165,48 @@ class RunFolder(LockedFolder):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self.status("done")
-        else:
-            self.status("failed", f"{type(error).__name__}: {error}".rstrip(": "))
-        self._metrics.close()
+        # What was refused has begun nothing, and a full disk must not hide why the run ended.
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            if isinstance(error, StoppedError):
+                self.status("stopped", str(error))
+            elif error and (self._metrics or not isinstance(error, UsageError)):
+                self.status("failed", f"{type(error).__name__}: {error}".rstrip(": "))
+            elif not error:
+                self.status("done")
+        with contextlib.suppress(OSError):
+            if self._metrics:
+                self._metrics.close()
         super().__exit__(kind, error, trace)
 
     def status(self, state: str, reason: str | None = None) -> None:
-        """Write status.json: ``running``, ``done`` or ``failed``, why, and the steps taken."""
+        """Write status.json: running, stopped, done or failed, why, and the steps taken."""
         self.write("status.json", {"status": state, "reason": reason, "step": self.step})
 
     def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and flush it."""
         self.step = step
         line = {"event": event, "step": step, "epoch": epoch, "time": round(time.time(), 3)}
+        assert self._metrics, "begin comes first"
         self._metrics.write(json.dumps(line | values, allow_nan=False) + "\n")
         self._metrics.flush()
+
+
+def _is_before(line: str, step: int, again: bool) -> bool:
+    """Whether a record is older than what comes after ``step`` steps; a torn one is not."""
+    try:
+        record = json.loads(line)
+        event, at = record["event"], int(record["step"])
+    except (ValueError, KeyError, TypeError):
+        return False
+    return at < step or (at == step and event != "end" and not (again and event == "eval"))
+
+
+def saved_status(path: Path) -> str:
+    """Return the status of the run in a folder; empty where it has none."""
+    try:
+        return str(json.loads((path / "status.json").read_text())["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def is_done(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """One run from its configuration to its folder: everything is checked, then trained, then kept."""
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,40 @@ from dml_accel.checking import Checked, agreed_ranks, check
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
 from dml_accel.config import Config
 from dml_accel.data import Data
-from dml_accel.engine import EvaluationRecord, fit, steps_to_take
+from dml_accel.engine import (
+    CheckpointRecord,
+    EvaluationRecord,
+    Record,
+    StepRecord,
+    evaluation_follows,
+    fit,
+    steps_to_take,
+)
 from dml_accel.export import write_peer, write_text
-from dml_accel.launching import check_launch, launched_rank, stopping_on_sigterm
+from dml_accel.launching import Stop, StoppedError, check_launch, launched_rank
 from dml_accel.placement import Placement
 from dml_accel.planning import predict, this_machine
 from dml_accel.processes import Processes
-from dml_accel.progress import Display, Windows, Workload, device_memory, forget_peak_memory
+from dml_accel.progress import (
+    Display,
+    Window,
+    Windows,
+    Workload,
+    device_memory,
+    forget_peak_memory,
+)
 from dml_accel.provenance import commit, versions
 from dml_accel.report import results_markdown
+from dml_accel.resuming import (
+    CHECKPOINTS,
+    Origin,
+    continues_in_place,
+    description,
+    find,
+    keep,
+    load,
+    nothing_to_do,
+)
 from dml_accel.runfolder import RunFolder
 from dml_accel.sources import Source
 
@@ -38,20 +64,37 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         UsageError: the input does not allow the run; nothing has been written then.
         ProcessLostError: another process is gone.
+        StoppedError, DivergedError, NotKeptError: see ``run``.
     """
     check_launch(config)
-    label = cohort.label([spec.name for spec in cohort.parse(config.cohort)])
+    names = [spec.name for spec in cohort.parse(config.cohort)]
     speaks = launched_rank() == 0
-    folder = RunFolder(config.output_dir, label) if speaks else None
+    goes_on = continues_in_place(config)
+    folder = RunFolder(config.output_dir, cohort.label(names), goes_on) if speaks else None
     source = sources.read(config, quiet=not speaks)
     checked = check(config, source)
-    display = Display(workload(config, source).total, quiet=not speaks)
+    work = workload(config, source)
+    nothing = nothing_to_do(config, folder.path, work.steps) if folder else ""
+    origin = find(config, names, source) if folder and not (goes_on or nothing) else None
+    display = Display(work.total, quiet=not speaks)
     # From here on something is written, and processes wait for each other.
-    with stopping_on_sigterm(), folder or contextlib.nullcontext(), contextlib.closing(display):
+    with (
+        Stop() as stop,
+        contextlib.closing(display),
+        folder if folder and not nothing else contextlib.nullcontext(),
+    ):
+        if folder and not nothing and origin is None:
+            origin = find(config, names, source)
         processes = Processes(config)
         with processes.watching():
-            results = run(config, checked, processes, folder, command, display)
+            results = None
+            if not processes.agreed(bool(nothing)):
+                results = run(
+                    config, checked, processes, folder, command, display, stop, origin or Origin()
+                )
             processes.close()
+    if nothing:
+        print(nothing, file=sys.stderr)
     return (folder.path, results) if folder and results else None
 
 
@@ -62,6 +105,8 @@ def run(
     folder: RunFolder | None,
     command: str,
     display: Display,
+    stop: Stop,
+    origin: Origin,
     label: str = "",
     image_cost: float = 1.0,
 ) -> dict[str, Any] | None:
@@ -74,29 +119,60 @@ def run(
         folder: an entered run folder in the first process, None in the others.
         command: the command line, for the record.
         display: where progress is shown.
+        stop: what asks the run to stop.
+        origin: in the first process, what ``resuming.find`` returned.
         label: what the display calls the run.
         image_cost: see ``workload``.
 
     Returns:
         The content of results.json in the first process.
+
+    Raises:
+        StoppedError: a stop was asked for, and the run can go on from a checkpoint.
+        DivergedError: a peer is lost.
+        NotKeptError: a checkpoint could not be written.
     """
     forget_peak_memory(processes.device)
     path = Path(processes.text_of_first(str(folder.path.resolve()) if folder else ""))
-    placement = Placement(config, processes, agreed_ranks(config, checked, processes, path))
+    origin = origin.agreed(processes)
+    ranks = origin.ranks(config, processes.world_size)
+    placement = Placement(
+        config, processes, ranks or agreed_ranks(config, checked, processes, path)
+    )
     images = data.prepare(checked.source, config, placement.device)
     parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
     mine = [spec for spec in checked.specs if spec.name in placement.mine]
     peers = [_peer(spec, checked.modules[spec.name], config, placement) for spec in mine]
     checked.modules.clear()
+    load(origin, peers, processes)
     windows = Windows(placement.names, len(images.train) // config.batch_size)
-    if folder is None:
-        last = _train(peers, images, config, placement)
-    else:
-        folder.write("config.json", _description(config, checked, placement, images, command))
-        folder.status("running")
-        work = workload(config, checked.source, image_cost)
+    recorder = None
+    if folder is not None:
+        work = workload(config, checked.source, image_cost, origin.start.step)
         display.begin(label, work, config.epochs, config.batch_size)
-        last = _train_and_record(peers, images, config, placement, folder, windows, display)
+        step = origin.start.step
+        folder.begin(
+            step if origin.path else None, evaluation_follows(config, len(images.train), step)
+        )
+        folder.write("config.json", _description(config, checked, placement, images, command))
+        folder.event("resume" if origin.path else "start", step, step // windows.steps_per_epoch)
+        recorder = _Recorder(folder, windows, display)
+    state = description(config, checked.source, placement)
+    try:
+        for record in fit(peers, images, config, placement, origin.start, stop):
+            if isinstance(record, CheckpointRecord):
+                keep(path / CHECKPOINTS, record, peers, state, config, placement)
+            if recorder:
+                recorder.take(record)
+            last = record
+    except StoppedError as stopped:
+        if folder:
+            folder.status("stopped", str(stopped))
+        processes.wait()  # a launcher may end all when the first has ended
+        raise
+    assert isinstance(last, EvaluationRecord), "fit ends with an evaluation"
+    if folder:
+        folder.event("end", last.step, last.epoch)
         display.end()
     error = _write_peers(path, peers, last, images, config, placement)
     # Also the wait for the files of all peers.
@@ -105,40 +181,37 @@ def run(
     results = None
     if folder is not None:
         results = _results(checked, parameters, last, windows, config, placement, memory)
-        folder.write("results.json", results)
         text = results_markdown(results, config.as_dict(), command)
         write_text(folder.path / "results.md", text)
+        folder.write("results.json", results)  # the last: it says that the run is done
     if unwritten:
         raise error or OSError(f"rank {unwritten - 1} could not write its peers below {path}")
     return results
 
 
-def workload(config: Config, source: Source, image_cost: float = 1.0) -> Workload:
+def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int = 0) -> Workload:
     """Return what a run costs, in forward passes of an image times ``image_cost``.
 
     Backward passes count twice. Where evaluations follow the clock, the last one alone is counted.
+
+    Args:
+        config: the run.
+        source: its images.
+        image_cost: cost of a forward pass of one image through all networks.
+        taken: optimizer steps that are behind it.
     """
     trained, held = data.check_sizes(source, config)
     steps = steps_to_take(config, trained)
     period = config.eval_interval.steps(trained // config.batch_size)
     evaluations = -(-steps // period) if period else 1
     evaluated = held + len(source.test)
-    return Workload(steps, 3 * config.batch_size * image_cost, evaluations, evaluated * image_cost)
+    step = 3 * config.batch_size * image_cost
+    return Workload(steps, step, evaluations, evaluated * image_cost, taken)
 
 
 def _peer(spec: PeerSpec, module: nn.Module, config: Config, placement: Placement) -> Peer:
     net = placement.prepare(module)
     return Peer(spec, module, net, cohort.optimizer(module, config), placement.scaler())
-
-
-def _train(
-    peers: list[Peer], images: Data, config: Config, placement: Placement
-) -> EvaluationRecord:
-    """Train beside the process that writes, exchange for exchange; return the last evaluation."""
-    for record in fit(peers, images, config, placement):
-        last = record
-    assert isinstance(last, EvaluationRecord), "fit ends with an evaluation"
-    return last
 
 
 def _sent(config: Config, checked: Checked, placement: Placement) -> list[float]:
@@ -195,40 +268,36 @@ def _description(
     }
 
 
-def _train_and_record(
-    peers: list[Peer],
-    images: Data,
-    config: Config,
-    placement: Placement,
-    folder: RunFolder,
-    windows: Windows,
-    display: Display,
-) -> EvaluationRecord:
-    folder.event("start", 0, 0)
-    last = None
-    for record in fit(peers, images, config, placement):
+class _Recorder:
+    """Turns the records of training into lines of metrics.jsonl and news for the display."""
+
+    def __init__(self, folder: RunFolder, windows: Windows, display: Display) -> None:
+        self._folder, self._windows, self._display = folder, windows, display
+
+    def take(self, record: Record) -> None:
+        if isinstance(record, StepRecord):
+            window = self._windows.add(record)
+            self._display.step(window)
+            if window is not None:
+                self._event(window)
+            return
         if isinstance(record, EvaluationRecord):
-            last = record
-            folder.event("eval", record.step, record.epoch, test=record.test, val=record.val)
-            display.evaluation(record)
-            windows.restart_clock()
-            continue
-        window = windows.add(record)
-        display.step(window)
-        if window is not None:
-            folder.event(
-                "step",
-                record.step,
-                record.epoch,
-                lr=record.lr,
-                steps=window.steps,
-                seconds=round(window.seconds, 6),
-                peers=window.losses,
-                **({"skipped": window.skipped} if window.skipped else {}),
-            )
-    assert last is not None, "fit ends with an evaluation"
-    folder.event("end", last.step, last.epoch)
-    return last
+            scores = {"test": record.test, "val": record.val}
+            self._folder.event("eval", record.step, record.epoch, **scores)
+            self._display.evaluation(record)
+        self._windows.restart_clock()
+
+    def _event(self, window: Window) -> None:
+        self._folder.event(
+            "step",
+            window.last.step,
+            window.last.epoch,
+            lr=window.last.lr,
+            steps=window.steps,
+            seconds=round(window.seconds, 6),
+            peers=window.losses,
+            **({"skipped": window.skipped} if window.skipped else {}),
+        )
 
 
 def _results(
