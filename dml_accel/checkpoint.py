@@ -37,6 +37,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read; the text names the file."""
 
 
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: its content does not match its sha256")
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -65,7 +69,7 @@ def write_peer(folder: Path, peer: Peer) -> None:
     tensors, rest = _pack(peer)
     content = save(tensors, metadata={"format": "pt"})
     _write(folder / f"{peer.name}.safetensors", content)
-    rest |= {"bytes": len(content), "sha256": _sha256(content)}
+    rest["sha256"] = _sha256(content)
     _write(folder / f"{peer.name}.json", _dump(rest))
 
 
@@ -145,7 +149,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     as_written = _dump(state) == content
     given = state.pop("sha256", None)
     if not as_written or given != _sha256(_dump(state)):
-        raise CheckpointError(f"{path} is damaged: its content does not match its sha256")
+        raise _damaged(path)
     if state.get("format") != _FORMAT:
         raise CheckpointError(f"{path} has format {state.get('format')}, not {_FORMAT}")
     if not isinstance(state.get("files"), dict) or not isinstance(state.get("step"), int):
@@ -161,8 +165,14 @@ def verify(folder: Path, peers: Iterable[str]) -> dict[str, Any]:
     """
     state = read_state(folder)
     for name in peers:
-        rest = _read_rest(folder, state, name)
-        _read_tensors(folder, name, rest, rest["bytes"])
+        rest, path = _read_rest(folder, state, name), folder / f"{name}.safetensors"
+        try:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if found != rest.get("sha256"):
+            raise _damaged(path)
     return state
 
 
@@ -188,8 +198,10 @@ def _read_peer(
     _require_state_fits(folder / f"{peer.name}.json", peer, rest, like)
     weights = sum(t.numel() * t.element_size() for t in expected.values())
     # An optimizer that has not stepped yet has less state than one that has: allow for it.
-    content = _read_tensors(folder, peer.name, rest, 8 * weights + _LARGEST_HEADER)
     path = folder / f"{peer.name}.safetensors"
+    content = _bytes(path, 8 * weights + _LARGEST_HEADER)
+    if _sha256(content) != rest.get("sha256"):
+        raise _damaged(path)
     try:
         tensors = load(content)
     except SafetensorError as error:
@@ -202,19 +214,8 @@ def _read_rest(folder: Path, state: dict[str, Any], name: str) -> dict[str, Any]
     path = folder / f"{name}.json"
     content = _bytes(path, _LARGEST_JSON)
     if _sha256(content) != state["files"].get(path.name):
-        raise CheckpointError(f"{path} is damaged: its content does not match its sha256")
-    rest = _parse(path, content)
-    if not isinstance(rest.get("bytes"), int):
-        raise CheckpointError(f"{path} does not say how large {name}.safetensors is")
-    return rest
-
-
-def _read_tensors(folder: Path, name: str, rest: dict[str, Any], most: int) -> bytes:
-    path = folder / f"{name}.safetensors"
-    content = _bytes(path, min(most, rest["bytes"]))
-    if _sha256(content) != rest.get("sha256"):
-        raise CheckpointError(f"{path} is damaged: its content does not match its sha256")
-    return content
+        raise _damaged(path)
+    return _parse(path, content)
 
 
 def _require_state_fits(path: Path, peer: Peer, rest: dict[str, Any], like: dict[str, Any]) -> None:

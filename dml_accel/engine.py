@@ -8,7 +8,7 @@ Shape letters: K peers, B rows of a batch, C classes.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,12 +146,17 @@ def fit(
     evaluate_now = evaluation_follows(config, len(data.train), step)
     save_due = save_now = False
     stops = bool(processes.largest(stop.asked))
+
+    def asks() -> list[bool]:
+        return [stop.asked, first and evaluations.time_is_up, first and saves.time_is_up]
+
     while True:
         epoch = max(step - 1, 0) // per_epoch
         if (save_now or stops) and kept != step:
             yield CheckpointRecord(step, epoch, dict(zip(names, lost.tolist(), strict=True)))
             kept, save_due = step, False
             saves.restart()
+            stops = bool(processes.largest(stop.asked))
         if evaluate_now and not stops:
             test, *val = [evaluate(peers, split, classes, placement, stop) for split in splits]
             if test is None or None in val:
@@ -164,7 +169,6 @@ def fit(
         if step == steps:
             break
         lr = learning_rate(config, step, per_epoch)
-        asks = [stop.asked, first and evaluations.time_is_up, first and saves.time_is_up]
         losses, asked = train_step(peers, data.train, step, lr, config, placement, asks)
         step += 1
         lost = torch.where(_is_sound(losses, classes), 0, lost + 1)
@@ -226,7 +230,7 @@ def train_step(
     lr: float,
     config: Config,
     placement: Placement,
-    asks: Sequence[bool] = (),
+    asks: Callable[[], Sequence[bool]] = list,
 ) -> tuple[Tensor, Tensor]:
     """Take one optimizer step of the simultaneous schedule: forward all, backward all, step all.
 
@@ -237,7 +241,7 @@ def train_step(
         lr: learning rate of this step.
         config: the run's.
         placement: which rows are ours, and how gradients of several processes meet.
-        asks: what this process asks all others for.
+        asks: says at the end of the step what this process asks all others for.
 
     Returns:
         The mean over the whole batch of loss, cross-entropy and KL of all peers, [K, 3], detached;
@@ -271,7 +275,7 @@ def train_step(
             scaled = [peer.scaler.scale(one) for peer, one in zip(peers, ones, strict=True)]
             mean.backward(torch.stack(scaled))
         sums.append(torch.stack([part.detach().sum(1) for part in losses], 1))
-    means, asked = placement.of_all_peers(torch.stack(sums).sum(0), torch.tensor(asks))
+    means, asked = placement.of_all_peers(torch.stack(sums).sum(0), torch.tensor(asks()))
     means /= config.batch_size
     finite = means[:, 0].isfinite()
     for peer in peers:

@@ -69,6 +69,7 @@ class Placement:
         widths = [len(held) for held in self.ranks.values()]
         self._narrowest, self._widest = min(widths), max(widths)
         self._spans_batch_norm = config.batch_norm == "group" and len(self._members) > 1
+        self._image_size = config.image_size
         self._exchange, self._temperature = config.exchange, config.temperature
         self._exchange_dtype = torch.bfloat16 if config.exchange_dtype == "bf16" else None
 
@@ -88,12 +89,29 @@ class Placement:
         if len(self._members) == 1:
             return module
         # Buffers need no broadcast before each step: training never reads running statistics.
-        return DistributedDataParallel(
+        net = DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             process_group=self._group,
             **_NO_BUFFERS,
         )
+        self._settle(net, module)
+        return net
+
+    def _settle(self, net: nn.Module, module: nn.Module) -> None:
+        """Take one backward pass without effect.
+
+        After its first, DDP rearranges its buckets and so the order of its sums. A run that goes on
+        from a checkpoint would take that pass at another step than one that was never stopped.
+        """
+        before = [buffer.clone() for buffer in module.buffers()]
+        like = next(module.parameters())
+        images = like.new_zeros(2, 3, self._image_size, self._image_size)
+        net(images).sum().backward()
+        net.zero_grad()
+        with torch.no_grad():
+            for buffer, value in zip(module.buffers(), before, strict=True):
+                buffer.copy_(value)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return a loss scaler for one peer; outside fp16 it does nothing."""

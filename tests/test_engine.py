@@ -22,7 +22,7 @@ def run(training: Training, steps: int, start: int = 0) -> list[torch.Tensor]:
     peers = sorted(training.peers, key=lambda peer: peer.name)
     lr = training.config.lr
     return [
-        train_step(peers, training.data.train, step, lr, training.config, training.placement)
+        train_step(peers, training.data.train, step, lr, training.config, training.placement)[0]
         for step in range(start, start + steps)
     ]
 

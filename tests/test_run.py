@@ -3,8 +3,6 @@
 import fcntl
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import zipfile
@@ -55,8 +53,13 @@ def test_the_folder_holds_what_is_promised_and_no_pickle(run: Path) -> None:
         for name in ("wrn_16_2-0", "resnet8-0")
         for file in ("model.safetensors", "config.json", "README.md")
     }
+    checkpoint = {
+        f"checkpoints/step-00000020/{file}"
+        for name in ("wrn_16_2-0", "resnet8-0")
+        for file in (f"{name}.safetensors", f"{name}.json", "state.json")
+    }
     records = {"config.json", "status.json", "metrics.jsonl", "results.json", "results.md"}
-    assert files == peers | records | {"run.lock"}
+    assert files == peers | checkpoint | records | {"run.lock"}
     for path in run.rglob("*"):
         if path.is_file():
             assert not zipfile.is_zipfile(path)  # what torch.save would write
@@ -385,20 +388,3 @@ def test_defaults_are_the_papers() -> None:
     assert config.augmentation == "crop-flip"
     assert Config(dataset="digits").augmentation == "crop"
     assert math.isclose(config.weight_decay, 5e-4)
-
-
-def test_sigterm_is_recorded_and_the_handler_given_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from dml_accel import training
-
-    def stopped(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(training, "fit", stopped)
-    assert train("--cohort", "resnet8", "--output-dir", str(tmp_path / "run")) == 1
-    assert "error: stopped by SIGTERM\n" in capsys.readouterr().err
-    status = load(tmp_path / "run" / "status.json")
-    assert status["status"] == "failed" and "stopped by SIGTERM" in status["reason"]
-    assert signal.getsignal(signal.SIGTERM) is before
