@@ -83,9 +83,14 @@ def finish(folder: Path, peers: Iterable[str], step: int, state: dict[str, Any],
         state: what else the run needs, as JSON.
         keep: how many checkpoints to keep, this one included.
     """
-    files = {f"{name}.json": _sha256((folder / f"{name}.json").read_bytes()) for name in peers}
-    content = {"format": _FORMAT, "step": step, "files": files} | state
-    _write(folder / _STATE, _dump(content | {"sha256": _sha256(_dump(content))}))
+    files: dict[str, str] = {}
+    for name in peers:
+        content = (folder / f"{name}.json").read_bytes()
+        files[f"{name}.json"] = _sha256(content)
+        # By its writer, who has the bytes at hand: the first rank need not read the weights back.
+        files[f"{name}.safetensors"] = _parse(folder / f"{name}.json", content)["sha256"]
+    whole = {"format": _FORMAT, "step": step, "files": files} | state
+    _write(folder / _STATE, _dump(whole | {"sha256": _sha256(_dump(whole))}))
     _sync(folder)
     final = folder.with_name(f"step-{step:08d}")
     if final.exists():  # damaged, or it would have been resumed from
@@ -165,13 +170,14 @@ def verify(folder: Path, peers: Iterable[str]) -> dict[str, Any]:
     """
     state = read_state(folder)
     for name in peers:
-        rest, path = _read_rest(folder, state, name), folder / f"{name}.safetensors"
+        path = folder / f"{name}.safetensors"
+        _read_rest(folder, state, name)
         try:
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        if found != rest.get("sha256"):
+        if found != state["files"].get(path.name):
             raise _damaged(path)
     return state
 
@@ -200,7 +206,7 @@ def _read_peer(
     # An optimizer that has not stepped yet has less state than one that has: allow for it.
     path = folder / f"{peer.name}.safetensors"
     content = _bytes(path, 8 * weights + _LARGEST_HEADER)
-    if _sha256(content) != rest.get("sha256"):
+    if _sha256(content) != state["files"].get(path.name):
         raise _damaged(path)
     try:
         tensors = load(content)

@@ -29,7 +29,6 @@ from dml_accel.training import train
 
 _SECONDS_FOR_RANK_0 = 20.0
 _STOPPED = 75  # what schedulers know as "try again": sysexits.h's EX_TEMPFAIL
-_HOW_TO_GO_ON = "the same command with its --output-dir and --resume auto goes on"
 
 _EXAMPLES = """examples:
   %(prog)s --cohort 'resnet8*2' --dataset digits --epochs 8 --batch-size 16 --lr 0.05
@@ -206,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except StoppedError as error:
         if launched_rank() == 0:
-            print(f"{error}; {_HOW_TO_GO_ON}", file=sys.stderr, flush=True)
+            print(error, file=sys.stderr, flush=True)
         return _leave(_STOPPED)
     except (DivergedError, NotKeptError, ProcessLostError, OSError) as error:
         if getattr(error, "speaks", launched_rank() == 0 or isinstance(error, OSError)):

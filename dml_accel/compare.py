@@ -34,7 +34,13 @@ from dml_accel.processes import Processes
 from dml_accel.progress import Display
 from dml_accel.published import TABLE_2
 from dml_accel.resuming import Origin, find
-from dml_accel.runfolder import LockedFolder, RunFolder, is_done, saved_config
+from dml_accel.runfolder import (
+    LockedFolder,
+    RunFolder,
+    is_done,
+    remedy_of_a_stop,
+    saved_config,
+)
 from dml_accel.sources import Source
 from dml_accel.training import run, workload
 
@@ -133,7 +139,7 @@ def compare(
     source = sources.read(config, quiet=not speaks)
     costs = _costs(plan, source)
     failed: dict[str, str] = {}
-    with Stop() as stop, root or contextlib.nullcontext():
+    with remedy_of_a_stop(root), Stop() as stop, root or contextlib.nullcontext():
         unfinished = [sub for sub in plan if not (root and is_done(root.path / sub.folder))]
         if root:
             kept = len(plan) - len(unfinished)

@@ -4,6 +4,7 @@ The seed is the unit. Equal networks of one run are averaged first: they share t
 under mutual learning each other, so they are no replicates.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,14 +45,19 @@ class Finished:
 def read(root: Path, sub: SubRun) -> Finished:
     """Read a finished sub-run below ``root``."""
     folder = root / sub.folder
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    times = [json.loads(line)["time"] for line in (lines[0], lines[-1])]
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return Finished(
         sub,
         json.loads((folder / "results.json").read_text()),
         json.loads((folder / "config.json").read_text()),
-        times[1] - times[0],
+        _seconds(events),
     )
+
+
+def _seconds(events: Sequence[dict[str, Any]]) -> float:
+    """Return how long a run took, without the time between an interruption and its end."""
+    pairs = itertools.pairwise(events)
+    return sum(b["time"] - a["time"] for a, b in pairs if b["event"] != "resume")
 
 
 def csv_rows(runs: Iterable[Finished]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -189,6 +190,16 @@ class RunFolder(LockedFolder):
         assert self._metrics, "begin comes first"
         self._metrics.write(json.dumps(line | values, allow_nan=False) + "\n")
         self._metrics.flush()
+
+
+@contextlib.contextmanager
+def remedy_of_a_stop(folder: LockedFolder | None, *words: str) -> Iterator[None]:
+    """Let a stop say, once the folder is left, which words of the command line go on in it."""
+    try:
+        yield
+    except StoppedError as stopped:
+        where = " ".join(("--output-dir", str(folder.path), *words)) if folder else ""
+        raise StoppedError(f"{stopped}; the same command with {where} goes on") from None
 
 
 def _is_before(line: str, step: int, again: bool) -> bool:

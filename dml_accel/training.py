@@ -46,7 +46,7 @@ from dml_accel.resuming import (
     load,
     nothing_to_do,
 )
-from dml_accel.runfolder import RunFolder
+from dml_accel.runfolder import RunFolder, remedy_of_a_stop
 from dml_accel.sources import Source
 
 
@@ -79,6 +79,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     display = Display(work.total, quiet=not speaks)
     # From here on something is written, and processes wait for each other.
     with (
+        remedy_of_a_stop(folder, "--resume auto"),
         Stop() as stop,
         contextlib.closing(display),
         folder if folder and not nothing else contextlib.nullcontext(),

@@ -1,5 +1,6 @@
 """Checkpoints: what is written is what is read, bit for bit; what is damaged is not read at all."""
 
+import hashlib
 import json
 import pickle
 import random
@@ -224,12 +225,9 @@ def test_a_well_formed_stranger_is_refused(written: tuple[Path, list[Peer]]) -> 
     path = folder / "a-0.safetensors"
     tensors = load_file(path) | {"optimizer.99.momentum_buffer": torch.zeros(3)}
     save_file(tensors, path, metadata={"format": "pt"})
-    rest = json.loads((folder / "a-0.json").read_text())
-    rest["sha256"] = checkpoint._sha256(path.read_bytes())
-    (folder / "a-0.json").write_bytes(checkpoint._dump(rest))
     state = json.loads((folder / "state.json").read_text())
     del state["sha256"]
-    state["files"]["a-0.json"] = checkpoint._sha256((folder / "a-0.json").read_bytes())
+    state["files"]["a-0.safetensors"] = checkpoint._sha256(path.read_bytes())
     state["sha256"] = checkpoint._sha256(checkpoint._dump(state))
     (folder / "state.json").write_bytes(checkpoint._dump(state))
     refused(folder, path)
@@ -241,6 +239,13 @@ def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="has format 2, not 1"):
         read_state(folder)
+
+
+def test_the_state_lists_the_sha256_of_every_file(written: tuple[Path, list[Peer]]) -> None:
+    folder, _ = written
+    files = json.loads((folder / "state.json").read_text())["files"]
+    found = {path for path in folder.iterdir() if path.name != "state.json"}
+    assert files == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def test_names_in_a_file_lead_nowhere(written: tuple[Path, list[Peer]], tmp_path: Path) -> None:

@@ -188,3 +188,71 @@ def test_a_lost_rank_ends_the_run_with_its_name(
     assert not any(alive(pid) for pid in ranks.values())
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"] == "failed" and "rank 1 no longer answers" in status["reason"]
+
+
+# ---------------------------------------------------------------- SLURM
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> dict[str, str]:
+    """An environment in which a job of two processes runs, without SLURM behind it."""
+    stubs = {
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\nSLURM_NODEID=0 exec "$@"\n',
+        "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$ASKED"\n',
+    }
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in stubs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1"}
+    job |= {
+        "ASKED": str(tmp_path / "asked"),
+        "DML_PROCESSES": "2",
+        "PATH": f"{folder}:{BIN}:{os.environ['PATH']}",
+    }
+    return environment() | job
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+def test_a_job_that_is_told_of_its_end_is_queued_again(
+    tmp_path: Path, scheduler: dict[str, str]
+) -> None:
+    folder, asked = tmp_path / "run", tmp_path / "asked"
+    words = ["bash", "launch/slurm.sh", folder, *TINY, "--save-every", "5", "--max-steps", "90"]
+
+    def job(told: signal.Signals | None) -> str:
+        """Run the job, tell its launcher so after the next checkpoint; return what it says."""
+        known = set(folder.glob("checkpoints/step-*"))
+        script = subprocess.Popen(
+            [str(word) for word in words],
+            cwd=ROOT,
+            env=scheduler,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        until = time.monotonic() + 90
+        while told and not set(folder.glob("checkpoints/step-*")) - known:
+            assert script.poll() is None and time.monotonic() < until, script.communicate()
+            time.sleep(0.05)
+        if told:
+            os.kill(next(pid for pid in children(script.pid) if workers(pid)), told)
+        said, _ = script.communicate(timeout=90)
+        return said.strip().splitlines()[-1]
+
+    assert f"the run in {folder} is stopped (stopped by SIGTERM)" in job(signal.SIGTERM)
+    assert not asked.exists()  # the end was meant
+    assert f"the run in {folder} is stopped (stopped by SIGUSR1)" in job(signal.SIGUSR1)
+    assert asked.read_text() == "requeue 77\n"
+    assert job(None) == f"the run in {folder} is done; exit code 0"
+    assert asked.read_text() == "requeue 77\n"
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    begun = [event["event"] for event in events if event["event"] in ("start", "resume")]
+    assert begun == ["start", "resume", "resume"]
+
+
+def children(parent: int) -> list[int]:
+    """Return the pids of the processes that ``parent`` started."""
+    listed = run("ps", "-o", "pid=", "--ppid", str(parent)).stdout
+    return [int(pid) for pid in listed.split()]

@@ -108,6 +108,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     for record in records:
         if isinstance(record, engine.EvaluationRecord):
             metrics = record.test
+        if not isinstance(record, engine.StepRecord):
             continue
         rates.append(record.lr)
         finite = record.losses_KP[:, 0].isfinite().tolist()

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# A cohort under SLURM: stopped ahead of the time limit or by pre-emption, queued again, gone on with.
+#
+#   sbatch launch/slurm.sh RUN_FOLDER --cohort 4 [further flags of train.py]
+#   sbatch --nodes 4 --gpus-per-node 8 launch/slurm.sh RUN_FOLDER --cohort 4 --mixed-precision bf16
+#
+# RUN_FOLDER must be on a file system that all nodes share. Submit from the project's folder, in an
+# environment where dml_accel is installed; DML_PROCESSES sets the processes on each node where they
+# are not to be one per GPU.
+#SBATCH --job-name=dml
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Three minutes ahead of the limit, to the steps of the job and not to this script.
+#SBATCH --signal=USR1@180
+set -u
+
+if [ "$#" -lt 1 ]; then
+  echo "error: name the run folder: sbatch launch/slurm.sh RUN_FOLDER --cohort 4" >&2
+  exit 2
+fi
+folder=$1
+shift
+processes=${DML_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
+address=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?run this with sbatch}" | head -n 1)
+threads=$((${SLURM_CPUS_PER_TASK:-1} / processes))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+
+# Pre-emption and scancel send SIGTERM, here too: let the run end by itself.
+trap : TERM
+# Without --signals-to-handle the launcher itself would die of SIGUSR1 and leave its workers behind.
+srun --kill-on-bad-exit=1 bash -c '
+  exec torchrun --nnodes "$SLURM_JOB_NUM_NODES" --node_rank "$SLURM_NODEID" \
+    --nproc_per_node "$1" --master_addr "$2" --master_port "$3" \
+    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "${@:4}"' \
+  bash "$processes" "$address" "$((20000 + SLURM_JOB_ID % 20000))" \
+  train.py "$@" --output-dir "$folder" --resume auto &
+step=$!
+wait "$step"
+code=$?
+while kill -0 "$step" 2>/dev/null; do # the signal ended the first wait, not the step
+  wait "$step"
+  code=$?
+done
+
+# Launchers turn every exit code into 1; what happened is in status.json. After SIGTERM nothing is
+# queued here: SLURM does that itself where it pre-empts, and scancel means the end.
+state() { sed -n "s/^ *\"$1\": \"\([^\"]*\)\".*/\1/p" "$folder/status.json" 2>/dev/null; }
+status=$(state status)
+reason=$(state reason)
+echo "the run in $folder is ${status:-not begun}${reason:+ ($reason)}; exit code $code"
+if [ "$status" = stopped ] && [ "$reason" != "stopped by SIGTERM" ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
