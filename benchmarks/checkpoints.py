@@ -1,0 +1,116 @@
+"""Measure what writing a checkpoint costs; write benchmarks/checkpoints.json and .md.
+
+    python -m benchmarks.checkpoints [--blocks 15] [--folder FOLDER]
+
+A ResNet-32 pair, CIFAR-100's 781 steps an epoch: in each block some steps are timed, then one
+checkpoint, which waits until it is on the disk that holds ``--folder``.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from scipy import stats
+from tabulate import tabulate
+from tqdm import tqdm
+
+from benchmarks.__main__ import BATCH, HERE, IMAGES, image_set, processor, timed
+from dml_accel import cohort, resuming
+from dml_accel.allocation import everywhere
+from dml_accel.cohort import Peer
+from dml_accel.config import Config
+from dml_accel.engine import CheckpointRecord, train_step
+from dml_accel.placement import Placement
+from dml_accel.processes import Processes
+from dml_accel.provenance import commit, versions
+
+_STEPS = 5  # of a block
+
+
+def measure(blocks: int, root: Path) -> list[tuple[float, float]]:
+    """Return the seconds of a step and of a checkpoint, block by block."""
+    config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
+    specs = cohort.parse(config.cohort)
+    placement = Placement(config, Processes(config), everywhere([s.name for s in specs], 1))
+    images, peers = image_set(), []
+    for spec in specs:
+        module = cohort.build(spec, config, 100)
+        net, optimizer = placement.prepare(module), cohort.optimizer(module, config)
+        peers.append(Peer(spec, module, net, optimizer, placement.scaler()))
+
+    def steps() -> None:
+        for step in range(_STEPS):
+            train_step(peers, images, step, 0.1, config, placement)
+
+    def write(step: int) -> None:
+        record = CheckpointRecord(step, 0, {peer.name: 0 for peer in peers})
+        resuming.keep(root, record, peers, {}, config, placement)
+
+    steps(), write(1)  # warm-up
+    return [
+        (timed(steps) / _STEPS, timed(lambda b=block: write(b + 2)))
+        for block in tqdm(range(blocks), "blocks", disable=None)
+    ]
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.checkpoints", description=__doc__.partition("\n\n")[0]
+    )
+    parser.add_argument("--blocks", type=int, default=15, help="how many (default: 15)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as root:
+        pairs = measure(given.blocks, Path(root) / "checkpoints")
+    per_epoch = IMAGES // BATCH
+    shares = [100 * write / (per_epoch * step) for step, write in pairs]
+    low, high = stats.t.interval(
+        0.95, len(shares) - 1, loc=np.mean(shares), scale=stats.sem(shares)
+    )
+    found = {
+        "seconds": [{"step": step, "checkpoint": write} for step, write in pairs],
+        "steps_per_epoch": per_epoch,
+        "share_percent": {"mean": float(np.mean(shares)), "low": float(low), "high": float(high)},
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": versions(),
+        "commit": commit(),
+        "command": "python " + shlex.join(["-m", "benchmarks.checkpoints", *sys.argv[1:]]),
+    }
+    rows = [
+        ["a step", f"{1e3 * median(step for step, _ in pairs):.0f} ms"],
+        ["a checkpoint, on the disk", f"{1e3 * median(write for _, write in pairs):.0f} ms"],
+        [
+            f"a checkpoint an epoch of {per_epoch} steps",
+            f"{np.mean(shares):.3f}% ({low:.3f} to {high:.3f})",
+        ],
+    ]
+    where = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    text = f"""# What a checkpoint costs
+
+ResNet-32 pair, batch {BATCH}, 100 classes; {len(pairs)} blocks; medians, and the mean share with
+its 95% interval.
+
+{tabulate(rows, ["what", "measured"], tablefmt="github")}
+
+{found["processor"]}, {found["cores"]} cores, {found["threads"]} thread(s), {found["system"]};
+{where}; commit {found["commit"]}. Command: `{found["command"]}`
+"""
+    (HERE / "checkpoints.json").write_text(json.dumps(found, indent=1) + "\n")
+    (HERE / "checkpoints.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
