@@ -35,10 +35,11 @@ from dml_accel.allocation import everywhere
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import ImageSet, Normalisation
-from dml_accel.engine import train_step
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 from dml_accel.provenance import commit, versions
+from dml_accel.schedules import Step, train_step
+from dml_accel.teaching import Teaching
 
 HERE = Path(__file__).parent
 IMAGES = 50_000  # CIFAR-100's training split
@@ -85,7 +86,7 @@ def step_cost(blocks: int, steps: int) -> dict[str, Any]:
     config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
     names = [spec.name for spec in cohort.parse(config.cohort)]
     placement = Placement(config, Processes(config), everywhere(names, 1))
-    images = image_set()
+    images, teaching = image_set(), Teaching(config, names)
 
     def build() -> list[Peer]:
         peers = []
@@ -100,7 +101,7 @@ def step_cost(blocks: int, steps: int) -> dict[str, Any]:
 
     def whole() -> None:
         for step in range(steps):
-            train_step(ours, images, step, 0.1, config, placement)
+            train_step(Step(ours, (), images, step, 0.1, config, placement, teaching))
 
     def networks_alone() -> None:
         for _ in range(steps):

@@ -27,10 +27,12 @@ from dml_accel import cohort, resuming
 from dml_accel.allocation import everywhere
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
-from dml_accel.engine import CheckpointRecord, train_step
+from dml_accel.engine import CheckpointRecord
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 from dml_accel.provenance import commit, versions
+from dml_accel.schedules import Step, train_step
+from dml_accel.teaching import Teaching
 
 _STEPS = 5  # of a block
 
@@ -41,6 +43,7 @@ def measure(blocks: int, root: Path) -> list[tuple[float, float]]:
     specs = cohort.parse(config.cohort)
     placement = Placement(config, Processes(config), everywhere([s.name for s in specs], 1))
     images, peers = image_set(), []
+    teaching = Teaching(config, [spec.name for spec in specs])
     for spec in specs:
         module = cohort.build(spec, config, 100)
         net, optimizer = placement.prepare(module), cohort.optimizer(module, config)
@@ -48,7 +51,7 @@ def measure(blocks: int, root: Path) -> list[tuple[float, float]]:
 
     def steps() -> None:
         for step in range(_STEPS):
-            train_step(peers, images, step, 0.1, config, placement)
+            train_step(Step(peers, (), images, step, 0.1, config, placement, teaching))
 
     def write(step: int) -> None:
         record = CheckpointRecord(step, 0, {peer.name: 0 for peer in peers})

@@ -25,12 +25,13 @@ from benchmarks.__main__ import HERE, image_set, processor
 from dml_accel import cohort
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
-from dml_accel.engine import train_step
 from dml_accel.launching import check_launch
 from dml_accel.losses import Targets
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 from dml_accel.provenance import commit, versions
+from dml_accel.schedules import Step, train_step
+from dml_accel.teaching import Teaching
 
 _WARM_UP = 5
 
@@ -40,12 +41,18 @@ class TimedPlacement(Placement):
 
     waited = exchanged = 0.0
 
-    def targets(self, logits: torch.Tensor, count: int) -> Targets:
+    def targets(
+        self,
+        logits: torch.Tensor,
+        count: int,
+        teaching: Teaching,
+        frozen: torch.Tensor | None = None,
+    ) -> Targets:
         """Wait for all, then exchange."""
         started = time.perf_counter()
         self.processes.wait()
         ready = time.perf_counter()
-        found = super().targets(logits, count)
+        found = super().targets(logits, count, teaching, frozen)
         self.waited, self.exchanged = ready - started, time.perf_counter() - ready
         return found
 
@@ -56,13 +63,14 @@ def measure(exchange: str, steps: int, processes: Processes) -> list[float]:
     specs = cohort.parse(config.cohort)
     placement = TimedPlacement(config, processes, {spec.name: [i] for i, spec in enumerate(specs)})
     images, shares = image_set(), []
+    teaching = Teaching(config, [spec.name for spec in specs])
     (spec,) = [spec for spec in specs if spec.name in placement.mine]
     module = cohort.build(spec, config, 100)
     net = placement.prepare(module)
     peer = Peer(spec, module, net, cohort.optimizer(module, config), placement.scaler())
     for step in range(_WARM_UP + steps):
         started = time.perf_counter()
-        train_step([peer], images, step, 0.1, config, placement)
+        train_step(Step([peer], (), images, step, 0.1, config, placement, teaching))
         whole = time.perf_counter() - started - placement.waited
         shares.append(placement.exchanged / whole)
     return shares[_WARM_UP:]

@@ -5,17 +5,20 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from dml_accel import cohort, data
+from dml_accel import cohort, data, frozen, links
 from dml_accel.allocation import everywhere
 from dml_accel.batchnorm import check_spanning
 from dml_accel.cohort import PeerSpec
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import Cost, count, timed
+from dml_accel.frozen import PeerFolder
 from dml_accel.launching import launched_processes
+from dml_accel.links import Weights
 from dml_accel.planning import Machine, both, choose, this_machine
 from dml_accel.processes import Processes
 from dml_accel.report import plan_text
@@ -32,12 +35,27 @@ class Checked:
         modules: an untrained network for each peer; a run takes out what it needs and drops the
             rest.
         costs: of each peer, where there are several processes to share them.
+        frozen: the folders of peers that only teach, by name.
+        links: who learns from whom; None where all do from all alike.
     """
 
     specs: list[PeerSpec]
     source: Source
     modules: dict[str, nn.Module]
     costs: dict[str, Cost]
+    frozen: dict[str, PeerFolder]
+    links: Weights | None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the peers that learn, in the order of the command line."""
+        return [spec.name for spec in self.specs]
+
+    @property
+    def teachers(self) -> dict[str, Any]:
+        """What the files that the configuration names hold: weights' sha256, links by name."""
+        found = {name: folder.sha256 for name, folder in self.frozen.items()}
+        return {"frozen": found, "links": self.links}
 
 
 def check(config: Config, source: Source) -> Checked:
@@ -48,13 +66,17 @@ def check(config: Config, source: Source) -> Checked:
     """
     data.check_sizes(source, config)
     specs = cohort.parse(config.cohort)
+    known = frozen.read_all(config.frozen_peers, source.classes, config.image_size)
+    weights = links.read(config.links, [spec.name for spec in specs], list(known))
+    for folder in known.values():
+        frozen.build(folder)
     modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
     world_size, costs = launched_processes(), {}
     if world_size > 1:
         costs = {name: count(module, config.image_size) for name, module in modules.items()}
         ranks, _ = choose(costs, world_size, config, len(source.classes), this_machine())
         _check_batch_norm(config, modules, ranks)
-    return Checked(specs, source, modules, costs)
+    return Checked(specs, source, modules, costs, known, weights)
 
 
 def _check_batch_norm(

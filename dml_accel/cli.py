@@ -97,7 +97,7 @@ def _add_flags(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> 
             options["type"] = kind
             if "metavar" not in options and "choices" not in options:
                 options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
-            if field.default is not None:
+            if field.default not in (None, ()):
                 default = field.default
                 shown = " ".join(default) if isinstance(default, tuple) else default
                 text += f" (default: {shown})"

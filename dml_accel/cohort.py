@@ -5,11 +5,12 @@ the cohort: permuting the cohort permutes the results, and two peers never start
 """
 
 import ast
+import contextlib
 import copy
 import difflib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +63,21 @@ class Peer:
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self._buffers = self._copied_buffers()
+
+    def _copied_buffers(self) -> list[tuple[list[Tensor], Tensor]]:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.module.buffers():
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        self._buffers = [(same, _flat(same)) for same in by_dtype.values()]
+        return [(same, _flat(same)) for same in by_dtype.values()]
+
+    @contextlib.contextmanager
+    def keeping_buffers(self) -> Iterator[None]:
+        """Leave the running statistics as they are, whatever is predicted meanwhile."""
+        copied = self._copied_buffers()
+        yield
+        for buffers, before in copied:
+            _set(buffers, before)
 
     def update(self, finite: Tensor, clip_norm: float | None) -> None:
         """Take the optimizer's step, or leave everything as it is where ``finite`` is false.
@@ -82,14 +94,18 @@ class Peer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for buffers, before in self._buffers:  # running statistics have moved in the forward pass
-            kept = torch.where(finite, _flat(buffers), before)
-            parts = kept.split([buffer.numel() for buffer in buffers])
-            shaped = [p.view_as(b) for p, b in zip(parts, buffers, strict=True)]
-            torch._foreach_copy_(buffers, shaped)
+            _set(buffers, torch.where(finite, _flat(buffers), before))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+@torch.no_grad()
+def _set(buffers: list[Tensor], flat: Tensor) -> None:
+    parts = flat.split([buffer.numel() for buffer in buffers])
+    shaped = [p.view_as(b) for p, b in zip(parts, buffers, strict=True)]
+    torch._foreach_copy_(buffers, shaped)
 
 
 def parse(cohort: Sequence[str]) -> list[PeerSpec]:

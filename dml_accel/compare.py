@@ -187,7 +187,7 @@ def _origin(sub: SubRun, folder: RunFolder | None, checked: Checked) -> Origin:
     if folder is None:
         return Origin()
     resumed = dataclasses.replace(sub.config, output_dir=str(folder.path), resume="auto")
-    return find(resumed, [spec.name for spec in checked.specs], checked.source)
+    return find(resumed, checked)
 
 
 def _plan(

@@ -127,6 +127,45 @@ class Config:
     kl_reduction: str = flag(
         "mean", "over the K-1 peers: their mean, or their sum", choices=("mean", "sum")
     )
+    kl_warmup: int = flag(0, "epochs over which the KL weight grows linearly to --kl-weight")
+    update: str = flag(
+        "simultaneous",
+        "who is updated when. simultaneous: all peers, from the same predictions; sequential (the "
+        "paper's Algorithm 1): one after the other in the order given, each predicting the batch "
+        "again for those after it; official (the authors' code): one after the other, each on a "
+        "batch of its own, KLs summed",
+        choices=("simultaneous", "sequential", "official"),
+    )
+    target: str = flag(
+        "peers",
+        "what teaches a peer: every other peer's posterior (peers), their mean (mean-prob, the "
+        "paper's DML_e: the same gradients), or the posterior of their mean logits (mean-logit)",
+        choices=("peers", "mean-prob", "mean-logit"),
+    )
+    links: str = flag(
+        "full",
+        "who learns from whom: full (all from all), ring (each from the one given before it), "
+        "star:PEER (all from PEER, and PEER from all), frozen (all from --frozen-peers alone), or "
+        "a CSV file: teachers' names in its first line, then a line for each learner, its name "
+        "and the weight of every teacher",
+    )
+    frozen_peers: tuple[str, ...] = flag(
+        (),
+        "trained networks that teach and do not learn: folders peers/<name> of finished runs, or "
+        "run folders for all of their peers. In --links they are frozen-0, frozen-1, ...",
+        nargs="+",
+        metavar="DIR",
+    )
+    labelled_fraction: float = flag(
+        1.0,
+        "share of the training images whose labels are used, stratified by class, keyed by the "
+        "seed; the cross-entropy is the mean over those of a batch",
+    )
+    kl_images: str = flag(
+        "all",
+        "with --labelled-fraction: the KL term on all images, or on the labelled ones alone",
+        choices=("all", "labelled"),
+    )
     seed: int = flag(0, "keys initial weights, data order, augmentation and dropout")
     output_dir: str | None = flag(None, "the run folder (default: runs/<time>-<cohort>)")
     grad_accum: int = flag(1, "parts that a batch is computed in, one after the other")
@@ -207,7 +246,7 @@ class Config:
             "keep_checkpoints",
         ):
             _require(finite[name] >= 1, name, finite[name], "at least 1")
-        for name in ("lr", "weight_decay", "lr_gamma", "kl_weight", "seed"):
+        for name in ("lr", "weight_decay", "lr_gamma", "kl_weight", "kl_warmup", "seed"):
             _require(finite[name] >= 0, name, finite[name], "0 or more")
         for name in ("momentum", "val_fraction"):
             _require(0 <= finite[name] < 1, name, finite[name], "at least 0 and below 1")
@@ -228,6 +267,12 @@ class Config:
             raise UsageError(
                 f"--exchange-dtype {self.exchange_dtype} rounds logits; --exchange sum sends none"
             )
+        _require(
+            0 < self.labelled_fraction <= 1,
+            "labelled_fraction",
+            self.labelled_fraction,
+            "above 0 and at most 1",
+        )
         _require(self.seed < 2**63, "seed", self.seed, "below 2**63")
         for f in dataclasses.fields(self):
             choices, value = f.metadata["argparse"].get("choices"), getattr(self, f.name)
@@ -237,6 +282,45 @@ class Config:
         if self.resume == "auto" and self.output_dir is None:
             raise UsageError("--resume auto needs --output-dir, the run folder to go on in")
         _ = self.eval_interval, self.save_interval  # reading them checks them
+        self._refuse_what_excludes_each_other()
+
+    def _refuse_what_excludes_each_other(self) -> None:
+        in_turn = self.update != "simultaneous"
+        for excluded, text in (
+            (
+                in_turn and self.placement == "split",
+                f"--update {self.update} takes turns, which leaves processes of --placement split "
+                "idle; use replicate",
+            ),
+            (
+                self.update == "sequential" and self.grad_accum > 1,
+                "--update sequential predicts a batch again after each update: it goes with "
+                "--grad-accum 1 alone",
+            ),
+            (
+                self.update == "official" and self.target != "peers",
+                f"--update official sums the KL to every peer; --target {self.target} has one",
+            ),
+            (
+                self.kl_reduction == "sum" and self.target != "peers",
+                f"--kl-reduction sum has nothing to add up with --target {self.target}",
+            ),
+            (
+                self.links != "full" and self.exchange == "sum",
+                "--links weighs every peer on its own, and --exchange sum sends their sum; use "
+                "--exchange logits",
+            ),
+            (
+                self.links == "frozen" and not self.frozen_peers,
+                "--links frozen needs --frozen-peers, who alone teach",
+            ),
+            (
+                self.kl_images == "labelled" and self.labelled_fraction == 1,
+                "--kl-images labelled needs --labelled-fraction below 1",
+            ),
+        ):
+            if excluded:
+                raise UsageError(text)
 
     @property
     def eval_interval(self) -> Interval:
@@ -247,6 +331,11 @@ class Config:
     def save_interval(self) -> Interval:
         """``save_every``, parsed."""
         return Interval.parse(self.save_every, "--save-every")
+
+    @property
+    def kl_is_summed(self) -> bool:
+        """Whether the KLs of several teachers are summed, as in the authors' code, or averaged."""
+        return self.kl_reduction == "sum" or self.update == "official"
 
     @property
     def augmentation(self) -> str:
@@ -275,7 +364,8 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
-        return dataclasses.asdict(self) | {"cohort": list(self.cohort)}
+        values = dataclasses.asdict(self)
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
@@ -290,9 +380,9 @@ class Config:
             raise UsageError(
                 f"unknown configuration {', '.join(unknown)}; known are: {', '.join(known)}"
             )
-        if "cohort" in values:
-            values = values | {"cohort": tuple(values["cohort"])}
         for name, hint in typing.get_type_hints(cls).items():
+            if typing.get_origin(hint) is tuple and isinstance(values.get(name), list):
+                values = values | {name: tuple(values[name])}
             accepted = typing.get_origin(hint) or hint
             accepted = accepted if accepted is not types.UnionType else hint
             value = values.get(name, getattr(cls, name))

@@ -53,6 +53,7 @@ class ImageSet:
         seed: the run's seed.
         device: where batches are made.
         dtype: of the images in a batch.
+        labelled: rows whose labels are used, int64; None for all.
     """
 
     def __init__(
@@ -64,12 +65,18 @@ class ImageSet:
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
+        labelled: Tensor | None = None,
     ) -> None:
         n, size = split.images.shape[:2]
         pixels = torch.zeros(n, size, size, _BYTES_PER_PIXEL, dtype=torch.uint8)
         pixels[..., :_CHANNELS] = split.images
         self._pixels = pixels.view(torch.int32).view(-1).to(device)
-        self._labels = split.labels.to(device)
+        self._labels = split.labels.to(device).clone()
+        self._is_labelled: Tensor | None = None
+        if labelled is not None:
+            self._is_labelled = torch.zeros(n, dtype=torch.bool)
+            self._is_labelled[labelled] = True
+            self._labels[(~self._is_labelled).to(device)] = -1
         self._size, self._pad = size, size // 8
         self._augment, self._seed, self._device, self._dtype = augment, seed, device, dtype
         self._windows = _reflected_windows(size, self._pad).to(device)
@@ -93,16 +100,31 @@ class ImageSet:
             hi: one past the last row wanted, at most ``batch_size``.
 
         Returns:
-            images [hi - lo, 3, S, S] and labels [hi - lo].
+            images [hi - lo, 3, S, S] and labels [hi - lo], -1 where a label is not to be used.
         """
-        per_epoch = len(self) // batch_size
-        self._draw(step // per_epoch)
-        start = (step % per_epoch) * batch_size
-        rows = self._order[start + lo : start + hi]
+        rows = self._rows_of(step, batch_size)[lo:hi]
         top, left, flip = (drawn[rows].to(self._device) for drawn in self._draws)
         columns = self._windows[left]
         columns = torch.where(flip[:, None], columns.flip(1), columns)
         return self._gather(rows.to(self._device), self._windows[top], columns)
+
+    def label_weight(self, step: int, batch_size: int) -> Tensor | None:
+        """Return rows of a batch over labelled rows of it, on the device (0 for no labelled ones).
+
+        None where all images are labelled.
+        """
+        if self._is_labelled is None:
+            return None
+        labelled = int(self._is_labelled[self._rows_of(step, batch_size)].sum())
+        weight = batch_size / labelled if labelled else 0.0
+        return torch.tensor(weight, dtype=self._dtype).to(self._device, non_blocking=True)
+
+    def _rows_of(self, step: int, batch_size: int) -> Tensor:
+        """Return the images of a whole batch, drawing its epoch's order."""
+        per_epoch = len(self) // batch_size
+        self._draw(step // per_epoch)
+        start = (step % per_epoch) * batch_size
+        return self._order[start : start + batch_size]
 
     def rows(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Return images ``lo`` to ``hi`` in stored order, normalised and not augmented."""
@@ -157,7 +179,7 @@ def check_sizes(source: Source, config: Config) -> tuple[int, int]:
     """Return how many images are trained on, and how many are held out to choose by.
 
     Raises:
-        UsageError: the fraction, the limit or a batch does not fit the training images.
+        UsageError: a fraction, the limit or a batch does not fit the training images.
     """
     total, held = len(source.train), round(config.val_fraction * len(source.train))
     if config.val_fraction and not 0 < held < total:
@@ -171,6 +193,10 @@ def check_sizes(source: Source, config: Config) -> tuple[int, int]:
             f"--train-limit {config.train_limit} is more than the {left} training images"
         )
     trained = config.train_limit or left
+    if round(config.labelled_fraction * trained) < 1:
+        raise UsageError(
+            f"--labelled-fraction {config.labelled_fraction} of {trained} images is none"
+        )
     if config.batch_size > trained:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {trained} training images"
@@ -207,8 +233,12 @@ def prepare(source: Source, config: Config, device: torch.device) -> Data:
     """
     train, val = held_out(source, config)
     normalisation = Normalisation.of(train.images)
+    labelled = None
+    if config.labelled_fraction < 1:
+        count = round(config.labelled_fraction * len(train))
+        labelled = stratified(train.labels, count, "labelled images", config.seed)
 
-    def image_set(split: Split) -> ImageSet:
+    def image_set(split: Split, labelled: Tensor | None = None) -> ImageSet:
         return ImageSet(
             split,
             normalisation,
@@ -216,10 +246,11 @@ def prepare(source: Source, config: Config, device: torch.device) -> Data:
             seed=config.seed,
             device=device,
             dtype=torch.float64 if config.float64 else torch.float32,
+            labelled=labelled,
         )
 
     return Data(
-        image_set(train),
+        image_set(train, labelled),
         image_set(val) if val else None,
         image_set(source.test),
         source.classes,

@@ -1,4 +1,4 @@
-"""Training and evaluation. The step returns named parts; the loop does not know the method.
+"""Training and evaluation. The loop does not know the method: a step returns named parts.
 
 Nothing here reads a number back from the device: records carry tensors, and whoever writes them
 decides when to wait.
@@ -8,7 +8,7 @@ Shape letters: K peers, B rows of a batch, C classes.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor
 from dml_accel.cohort import Peer, learning_rate
 from dml_accel.config import Config, Interval
 from dml_accel.data import Data, ImageSet
-from dml_accel.keys import bounds, key
+from dml_accel.frozen import Frozen
 from dml_accel.launching import Stop, StoppedError
-from dml_accel.losses import mutual_losses
 from dml_accel.metrics import batch_sums, finish, no_sums
 from dml_accel.placement import Placement
+from dml_accel.schedules import PARTS, Step, train_step
+from dml_accel.teaching import Teaching
 
 _EVALUATION_ROWS = 256
 _STEPS_BETWEEN_LOOKS = 10
@@ -68,9 +69,6 @@ class StepRecord:
     losses_KP: Tensor
 
 
-PARTS = ("loss", "cross_entropy", "kl")
-
-
 @dataclass(frozen=True)
 class EvaluationRecord:
     """Metrics after ``step`` optimizer steps, as ``metrics.finish`` returns them."""
@@ -112,6 +110,8 @@ def fit(
     placement: Placement,
     start: Start | None = None,
     stop: Stop | None = None,
+    teaching: Teaching | None = None,
+    frozen: Sequence[Frozen] = (),
 ) -> Iterator[Record]:
     """Train the cohort: one record per step, checkpoint and evaluation; the last is an evaluation.
 
@@ -126,6 +126,8 @@ def fit(
         start: what the peers have behind them.
         stop: looked at after each step and while evaluating (where several processes have
             accelerators, every ``_STEPS_BETWEEN_LOOKS`` steps); what one is asked, all do.
+        teaching: who learns what from whom (default: all from all, as the configuration says).
+        frozen: those that only teach.
 
     Raises:
         DivergedError: a peer lost ``--max-nonfinite`` steps in a row, or its predictions are not
@@ -133,6 +135,7 @@ def fit(
         StoppedError: a stop was asked for; the checkpoint of the last step came before.
     """
     start, stop = start or Start(), stop or Stop()
+    teaching = teaching or Teaching(config, [peer.name for peer in peers])
     peers, names = sorted(peers, key=lambda peer: peer.name), placement.names
     processes, classes = placement.processes, len(data.classes)
     first, on_cpu = processes.rank == 0, placement.device.type == "cpu"
@@ -169,7 +172,9 @@ def fit(
         if step == steps:
             break
         lr = learning_rate(config, step, per_epoch)
-        losses, asked = train_step(peers, data.train, step, lr, config, placement, asks)
+        losses, asked = train_step(
+            Step(peers, frozen, data.train, step, lr, config, placement, teaching), asks
+        )
         step += 1
         lost = torch.where(_is_sound(losses, classes), 0, lost + 1)
         longest = torch.maximum(longest, lost)
@@ -221,71 +226,6 @@ def _refuse_diverged(lost: list[int], names: list[str], step: int, most: int, cl
                 f"{_BOUND * math.log(classes):.0f}, for {streak} steps in a row by step {step} "
                 f"(--max-nonfinite {most}); {_REMEDY}"
             )
-
-
-def train_step(
-    peers: Sequence[Peer],
-    images: ImageSet,
-    step: int,
-    lr: float,
-    config: Config,
-    placement: Placement,
-    asks: Callable[[], Sequence[bool]] = list,
-) -> tuple[Tensor, Tensor]:
-    """Take one optimizer step of the simultaneous schedule: forward all, backward all, step all.
-
-    Args:
-        peers: those trained here, in name order.
-        images: the training images.
-        step: optimizer steps taken before.
-        lr: learning rate of this step.
-        config: the run's.
-        placement: which rows are ours, and how gradients of several processes meet.
-        asks: says at the end of the step what this process asks all others for.
-
-    Returns:
-        The mean over the whole batch of loss, cross-entropy and KL of all peers, [K, 3], detached;
-        a peer whose loss is not finite stays as it is. And how many processes ask for each thing.
-    """
-    for peer in peers:
-        peer.begin(lr)
-    mutual = config.kl_weight > 0 and len(placement.names) > 1
-    sums = []
-    micro_batches = bounds(config.batch_size, config.grad_accum)
-    for micro, (start, stop) in enumerate(micro_batches):
-        lo, hi = placement.rows(stop - start)
-        x, y = images.batch(step, config.batch_size, start + lo, start + hi)
-        last = micro == len(micro_batches) - 1
-        with placement.micro_batch([peer.net for peer in peers], last):
-            logits = torch.stack(
-                [_forward(peer, x, config.seed, step, micro, placement.index) for peer in peers]
-            )
-            losses = mutual_losses(
-                logits,
-                y,
-                placement.targets(logits, stop - start) if mutual else None,
-                kl_weight=config.kl_weight,
-                temperature=config.temperature,
-                kl_reduction=config.kl_reduction,
-            )
-            # A sum over our rows divided by the whole batch, so that slices may be uneven.
-            mean = losses.total.sum(1) * (placement.gradient_scale / config.batch_size)
-            # The scaler of half precision, too, must find nothing finite in what is skipped.
-            ones = torch.where(mean.detach().isfinite(), 1.0, math.nan)
-            scaled = [peer.scaler.scale(one) for peer, one in zip(peers, ones, strict=True)]
-            mean.backward(torch.stack(scaled))
-        sums.append(torch.stack([part.detach().sum(1) for part in losses], 1))
-    means, asked = placement.of_all_peers(torch.stack(sums).sum(0), torch.tensor(asks()))
-    means /= config.batch_size
-    finite = means[:, 0].isfinite()
-    for peer in peers:
-        peer.update(finite[placement.names.index(peer.name)], config.clip_norm)
-    return means, asked
-
-
-def _forward(peer: Peer, x: Tensor, seed: int, step: int, micro: int, index: int) -> Tensor:
-    torch.manual_seed(key("dropout", seed, step, micro, peer.name, index))
-    return peer.net(x)
 
 
 @torch.no_grad()

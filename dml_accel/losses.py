@@ -34,7 +34,7 @@ class Targets(NamedTuple):
     Attributes:
         posterior: mean posterior of the other peers, [K, B, C].
         negative_entropy: mean of the others' negative entropies in nats, [K, B].
-        teachers: how many others that is, [K, B].
+        teachers: how many others that is, or the sum of their links' weights, [K, B].
     """
 
     posterior: Tensor
@@ -49,19 +49,24 @@ def mutual_losses(
     *,
     kl_weight: float = 1.0,
     temperature: float = 1.0,
-    kl_reduction: str = "mean",
+    kl_is_summed: bool = False,
+    label_weight: Tensor | None = None,
+    kl_on_labelled: bool = False,
 ) -> Losses:
     """Compute the loss of K peers on every row.
 
     Args:
         logits_KBC: logits of K peers for the same B images; computed on in single precision at
             least, whatever their own.
-        labels_B: classes, int64.
+        labels_B: classes, int64; -1 where the label is not to be used.
         targets: what each of these peers is taught at ``temperature``. None where nobody teaches
             anybody: the KL term is then not computed at all, as 0 times a peer's NaN is NaN.
         kl_weight: w.
         temperature: T of the KL term.
-        kl_reduction: ``mean`` or ``sum`` over the other peers.
+        kl_is_summed: over the other peers, instead of averaged.
+        label_weight: what a labelled row counts, so that the mean over the whole batch is a mean
+            over its labelled rows (CVPR 2018, section 3.4). None where all rows are labelled.
+        kl_on_labelled: rows without a label have no KL term either.
 
     Returns:
         ``total`` carries gradients: row k of it into logits k and nowhere else. ``kl`` is the
@@ -70,13 +75,21 @@ def mutual_losses(
     logits_KBC = at_least_single(logits_KBC)
     log_p = F.log_softmax(logits_KBC, dim=-1)
     peers = len(logits_KBC)
-    cross_entropy = -log_p.gather(2, labels_B.expand(peers, -1)[..., None])[..., 0]
+    known_B = labels_B if label_weight is None else labels_B.clamp(min=0)
+    cross_entropy = -log_p.gather(2, known_B.expand(peers, -1)[..., None])[..., 0]
+    weight_B = None
+    if label_weight is not None:
+        # Multiplied and not left out: what is not finite must stay so, for the step to be skipped.
+        weight_B = (labels_B >= 0).to(log_p.dtype) * label_weight
+        cross_entropy = cross_entropy * weight_B
     if targets is None:
         return Losses(cross_entropy, cross_entropy, torch.zeros_like(cross_entropy))
     log_q = log_p if temperature == 1 else F.log_softmax(logits_KBC / temperature, dim=-1)
     kl = kl_from_targets(log_q, targets) * temperature**2
-    if kl_reduction == "sum":
+    if kl_is_summed:
         kl = kl * targets.teachers
+    if kl_on_labelled and weight_B is not None:
+        kl = kl * weight_B
     return Losses(cross_entropy + kl_weight * kl, cross_entropy, kl)
 
 
@@ -86,53 +99,55 @@ def kl_from_targets(log_p_KBC: Tensor, targets: Targets) -> Tensor:
 
 
 @torch.no_grad()
-def posterior_sums(logits_KBC: Tensor, temperature: float = 1.0) -> Tensor:
-    """Sum over peers, row by row: posteriors, negative entropy in nats, peers that are finite.
-
-    Sums of parts of a cohort add up to the sums of the cohort.
+def lessons(logits_KBC: Tensor, temperature: float = 1.0, target: str = "peers") -> Tensor:
+    """Return what each peer teaches, to be added up over the teachers of a peer.
 
     Args:
         logits_KBC: logits of some peers for the same B images.
         temperature: T.
+        target: see ``targets``.
 
     Returns:
-        [B, C + 2], in single precision at least.
+        [K, B, C + 2], in single precision at least: posterior, its negative entropy in nats, and 1;
+        all 0 where a peer's logits are not finite. Logits over T and no entropy for
+        ``mean-logit``.
     """
-    return torch.cat(_parts(logits_KBC, temperature), dim=-1).sum(0)
-
-
-@torch.no_grad()
-def targets(sums_BC: Tensor, logits_KBC: Tensor, temperature: float = 1.0) -> Targets:
-    """Return what K peers of a cohort are taught by the others: the sums less their own part.
-
-    Args:
-        sums_BC: ``posterior_sums`` of the whole cohort, [B, C + 2].
-        logits_KBC: logits of these K peers, as they went into the sums.
-        temperature: T.
-    """
-    posterior, negative_entropy, own = _parts(logits_KBC, temperature)
-    classes = posterior.shape[-1]
-    all_posterior, all_negative_entropy, everyone = sums_BC.split([classes, 1, 1], dim=-1)
-    teachers = everyone - own
-    divisor = teachers.clamp(min=1)  # nobody is left: a mean of nothing is 0 here
-    return Targets(
-        (all_posterior - posterior) / divisor,
-        ((all_negative_entropy - negative_entropy) / divisor)[..., 0],
-        teachers[..., 0],
-    )
-
-
-def _parts(logits_KBC: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return posteriors [K, B, C], negative entropies and whether finite [K, B, 1]; else zeros."""
-    log_p = F.log_softmax(at_least_single(logits_KBC) / temperature, dim=-1)
+    scaled = at_least_single(logits_KBC) / temperature
+    log_p = F.log_softmax(scaled, dim=-1)
     finite = log_p.isfinite().all(-1, keepdim=True)
     p = log_p.exp()
     negative_entropy = (p * log_p).sum(-1, keepdim=True)
-    return (
-        torch.where(finite, p, 0.0),
-        torch.where(finite, negative_entropy, 0.0),
-        finite.to(p.dtype),
+    if target == "mean-logit":
+        p, negative_entropy = scaled, torch.zeros_like(negative_entropy)
+    return torch.cat(
+        [
+            torch.where(finite, p, 0.0),
+            torch.where(finite, negative_entropy, 0.0),
+            finite.to(p.dtype),
+        ],
+        dim=-1,
     )
+
+
+@torch.no_grad()
+def targets(taught_KBC: Tensor, target: str = "peers") -> Targets:
+    """Return the targets of K peers from the sums over their teachers.
+
+    Args:
+        taught_KBC: sums of ``lessons``, each times its link's weight, [K, B, C + 2].
+        target: ``peers``: every teacher; ``mean-prob``: the mean of their posteriors, which has
+            the same gradient; ``mean-logit``: the posterior of their mean logits.
+    """
+    content, negative_entropy, teachers = taught_KBC.split([taught_KBC.shape[-1] - 2, 1, 1], -1)
+    divisor = torch.where(teachers > 0, teachers, 1.0)  # a mean of nothing is 0 here
+    posterior = content / divisor
+    negative_entropy = (negative_entropy / divisor)[..., 0]
+    if target == "mean-logit":
+        posterior = torch.where(teachers > 0, F.softmax(posterior, dim=-1), 0.0)
+    if target != "peers":
+        posterior = posterior.clamp(min=0)  # what is left of a difference may be just below
+        negative_entropy = torch.special.xlogy(posterior, posterior).sum(-1)
+    return Targets(posterior, negative_entropy, teachers[..., 0])
 
 
 def at_least_single(logits: Tensor) -> Tensor:

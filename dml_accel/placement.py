@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dml_accel.batchnorm import span_group
 from dml_accel.config import Config
 from dml_accel.keys import bounds
-from dml_accel.losses import Targets, at_least_single, posterior_sums, targets
+from dml_accel.losses import Targets
 from dml_accel.processes import Processes
+from dml_accel.teaching import Teaching
 
 # torch 2.15 gave the argument a new name.
 _HAS_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -70,8 +71,7 @@ class Placement:
         self._narrowest, self._widest = min(widths), max(widths)
         self._spans_batch_norm = config.batch_norm == "group" and len(self._members) > 1
         self._image_size = config.image_size
-        self._exchange, self._temperature = config.exchange, config.temperature
-        self._exchange_dtype = torch.bfloat16 if config.exchange_dtype == "bf16" else None
+        self._exchange = config.exchange
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Move one of our networks to the device, in place, and wrap it for training.
@@ -151,28 +151,34 @@ class Placement:
                     stack.enter_context(net.no_sync())
             yield
 
-    def targets(self, logits: Tensor, count: int) -> Targets:
-        """Return what our peers are taught by all others.
+    def targets(
+        self, logits: Tensor, count: int, teaching: Teaching, frozen: Tensor | None = None
+    ) -> Targets:
+        """Return what our peers are taught.
 
         Args:
             logits: of our peers for our rows, [k, B, C].
             count: rows of the whole part of the batch.
+            teaching: who learns what from whom.
+            frozen: lessons of those that only teach, for our rows, [F, B, C + 2].
         """
-        logits = at_least_single(logits.detach())
-        if self._exchange_dtype is not None:  # everywhere, as results depend on no placement
-            logits = logits.to(self._exchange_dtype).to(logits.dtype)
-        if len(self.mine) == len(self.names):
-            sums = posterior_sums(logits, self._temperature)
-        elif self._exchange == "sum":
+        logits = teaching.rounded(logits)
+        own, all_here = teaching.lessons(logits), len(self.mine) == len(self.names)
+        if not all_here and self._exchange == "sum":
             lo, hi = self.rows(count)
-            everyone = logits.new_zeros(count, logits.shape[-1] + 2)
-            everyone[lo:hi] = posterior_sums(logits, self._temperature)
-            dist.all_reduce(everyone)
-            sums = everyone[lo:hi]
+            whole = own.new_zeros(count, own.shape[-1])
+            whole[lo:hi] = own.sum(0)
+            dist.all_reduce(whole)
+            everyone = whole[None, lo:hi]
+        elif all_here:
+            everyone = own
         else:
-            everyone = self.gather(logits, count, self._exchange_dtype)
-            sums = posterior_sums(everyone, self._temperature)
-        return targets(sums, logits, self._temperature)
+            everyone = teaching.lessons(self.gather(logits, count, teaching.exchange_dtype))
+        if frozen is not None:
+            everyone = torch.cat([everyone, frozen])
+        if teaching.takes_each_alone:
+            return teaching.by_links(everyone, [self.names.index(name) for name in self.mine])
+        return teaching.from_the_others(everyone.sum(0), own)
 
     def gather(self, logits: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the logits of all peers for our rows, [K, B, C], in name order.

@@ -121,6 +121,8 @@ def choose(
     replicate, split = both(costs, world_size, mutual, classes, machine)
     if world_size == 1 or config.placement == "replicate":
         return replicate.ranks, "every peer in every process"
+    if config.update != "simultaneous":
+        return replicate.ranks, f"every peer in every process, as --update {config.update} needs"
     if config.placement == "split":
         return split.ranks, f"as asked, {_named(split.ranks)}"
     chosen, other = sorted((split, replicate), key=lambda p: p.step_seconds)

@@ -11,8 +11,9 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from dml_accel.engine import PARTS, EvaluationRecord, StepRecord
+from dml_accel.engine import EvaluationRecord, StepRecord
 from dml_accel.metrics import finite
+from dml_accel.schedules import PARTS
 
 _WARM_UP_STEPS = 2
 _SECONDS_BETWEEN_LINES = 10.0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel import checkpoint
+from dml_accel.checking import Checked
 from dml_accel.checkpoint import CheckpointError
 from dml_accel.cohort import Peer
 from dml_accel.config import Config, UsageError
@@ -21,7 +22,6 @@ from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 from dml_accel.provenance import versions
 from dml_accel.runfolder import is_done, saved_config, saved_status
-from dml_accel.sources import Source
 
 CHECKPOINTS = "checkpoints"
 # What a run adds to a checkpoint's state.json, with the kind of each value.
@@ -34,6 +34,7 @@ _STATE = {
     "mixed_precision": str,
     "images": int,
     "classes": int,
+    "teachers": dict,
 }
 
 
@@ -113,15 +114,14 @@ def nothing_to_do(config: Config, path: Path, steps: int) -> str:
     return f"{path} has taken all of its {taken} steps: nothing to do"
 
 
-def find(config: Config, peers: Sequence[str], source: Source) -> Origin:
+def find(config: Config, checked: Checked) -> Origin:
     """Return what ``--resume`` says to go on from; nothing has been touched.
 
     A damaged checkpoint is skipped with a warning that names it, where the choice is ours.
 
     Args:
         config: the run; ``output_dir`` names its folder where ``resume`` is ``auto``.
-        peers: names of the peers.
-        source: the images.
+        checked: its peers, images and teachers.
 
     Raises:
         UsageError: there are checkpoints but none is good, the given one is not, or it belongs to
@@ -129,6 +129,7 @@ def find(config: Config, peers: Sequence[str], source: Source) -> Origin:
     """
     if config.resume is None:
         return Origin()
+    peers = checked.names
     auto = config.resume == "auto"
     given = Path(str(config.output_dir if auto else config.resume))
     if checkpoint.is_named(given):
@@ -147,7 +148,7 @@ def find(config: Config, peers: Sequence[str], source: Source) -> Origin:
             )
         origin = _newest_good(found, peers)
     if origin.path:
-        _refuse_another_run(config, source, origin)
+        _refuse_another_run(config, checked, origin)
     return origin
 
 
@@ -200,11 +201,11 @@ def _refuse_newer(given: Path, peers: Sequence[str]) -> None:
             )
 
 
-def _refuse_another_run(config: Config, source: Source, origin: Origin) -> None:
+def _refuse_another_run(config: Config, checked: Checked, origin: Origin) -> None:
     saved = _saved_config(origin)
     wrong = config.differences_from_start(saved)
     wrong.pop("mixed_precision", None)  # where it is not given it is the launcher's
-    ours, theirs = _beside_the_config(config, source), origin.state
+    ours, theirs = _beside_the_config(config, checked), origin.state
     wrong |= {
         name: (value, theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value
     }
@@ -235,11 +236,12 @@ def _saved_config(origin: Origin) -> Config:
         raise UsageError(f"{origin.path} is of another version of dml_accel: {error}") from error
 
 
-def _beside_the_config(config: Config, source: Source) -> dict[str, Any]:
+def _beside_the_config(config: Config, checked: Checked) -> dict[str, Any]:
     return {
         "mixed_precision": launched_precision(config),
-        "images": len(source.train),
-        "classes": len(source.classes),
+        "images": len(checked.source.train),
+        "classes": len(checked.source.classes),
+        "teachers": checked.teachers,
     }
 
 
@@ -322,12 +324,12 @@ def keep(
             ) from problem
 
 
-def description(config: Config, source: Source, placement: Placement) -> dict[str, Any]:
+def description(config: Config, checked: Checked, placement: Placement) -> dict[str, Any]:
     """Return what a checkpoint says about its run."""
     return {
         "config": config.as_dict(),
         "world_size": placement.processes.world_size,
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "versions": versions(),
-        **_beside_the_config(config, source),
+        **_beside_the_config(config, checked),
     }

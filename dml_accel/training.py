@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dml_accel import cohort, data, sources
+from dml_accel import cohort, data, frozen, sources
 from dml_accel.checking import Checked, agreed_ranks, check
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
 from dml_accel.config import Config
@@ -48,6 +48,7 @@ from dml_accel.resuming import (
 )
 from dml_accel.runfolder import RunFolder, remedy_of_a_stop
 from dml_accel.sources import Source
+from dml_accel.teaching import Teaching
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
@@ -75,7 +76,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     checked = check(config, source)
     work = workload(config, source)
     nothing = nothing_to_do(config, folder.path, work.steps) if folder else ""
-    origin = find(config, names, source) if folder and not (goes_on or nothing) else None
+    origin = find(config, checked) if folder and not (goes_on or nothing) else None
     display = Display(work.total, quiet=not speaks)
     # From here on something is written, and processes wait for each other.
     with (
@@ -85,7 +86,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         folder if folder and not nothing else contextlib.nullcontext(),
     ):
         if folder and not nothing and origin is None:
-            origin = find(config, names, source)
+            origin = find(config, checked)
         processes = Processes(config)
         with processes.watching():
             results = None
@@ -141,6 +142,8 @@ def run(
         config, processes, ranks or agreed_ranks(config, checked, processes, path)
     )
     images = data.prepare(checked.source, config, placement.device)
+    teachers = frozen.prepare(checked.frozen, images, config, placement)
+    teaching = Teaching(config, checked.names, list(checked.frozen), checked.links)
     parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
     mine = [spec for spec in checked.specs if spec.name in placement.mine]
     peers = [_peer(spec, checked.modules[spec.name], config, placement) for spec in mine]
@@ -158,9 +161,10 @@ def run(
         folder.write("config.json", _description(config, checked, placement, images, command))
         folder.event("resume" if origin.path else "start", step, step // windows.steps_per_epoch)
         recorder = _Recorder(folder, windows, display)
-    state = description(config, checked.source, placement)
+    state = description(config, checked, placement)
     try:
-        for record in fit(peers, images, config, placement, origin.start, stop):
+        records = fit(peers, images, config, placement, origin.start, stop, teaching, teachers)
+        for record in records:
             if isinstance(record, CheckpointRecord):
                 keep(path / CHECKPOINTS, record, peers, state, config, placement)
             if recorder:
@@ -261,6 +265,7 @@ def _description(
         "config": config.as_dict(),
         "peers": [{"name": spec.name, "arch": spec.arch} for spec in checked.specs],
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
+        "teachers": checked.teachers,
         "classes": len(images.classes),
         "images": {"train": len(images.train), "test": len(images.test)},
         "versions": versions(),

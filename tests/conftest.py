@@ -10,13 +10,16 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from dml_accel import cohort, data, sources
+from dml_accel import cohort, data, frozen, links, sources
 from dml_accel.allocation import allocate, everywhere
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import Data
+from dml_accel.frozen import PeerFolder
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes
+from dml_accel.schedules import Step
+from dml_accel.teaching import Teaching
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -80,6 +83,27 @@ class Training:
         self.placement = Placement(config, processes, ranks)
         self.data: Data = data.prepare(source, config, self.placement.device)
         self.peers = [self._peer(spec) for spec in specs if spec.name in self.placement.mine]
+        names = [spec.name for spec in specs]
+        self.frozen = frozen.prepare(self._folders(config), self.data, config, self.placement)
+        known = [one.name for one in self.frozen]
+        self.teaching = Teaching(config, names, known, links.read(config.links, names, known))
+
+    def _folders(self, config: Config) -> dict[str, PeerFolder]:
+        return frozen.read_all(config.frozen_peers, self.data.classes, config.image_size)
+
+    def step(self, number: int, lr: float) -> Step:
+        """What one optimizer step works with."""
+        peers = sorted(self.peers, key=lambda peer: peer.name)
+        return Step(
+            peers,
+            self.frozen,
+            self.data.train,
+            number,
+            lr,
+            self.config,
+            self.placement,
+            self.teaching,
+        )
 
     def _peer(self, spec: cohort.PeerSpec) -> Peer:
         module = cohort.build(spec, self.config, len(self.data.classes))

@@ -8,23 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from dml_accel import cohort, engine, losses, reference
+from dml_accel import cohort, losses, reference, schedules
 from dml_accel.cohort import learning_rate
 from dml_accel.config import Config
-from dml_accel.engine import EvaluationRecord, StepRecord, evaluate, fit, train_step
+from dml_accel.engine import EvaluationRecord, StepRecord, evaluate, fit
 from dml_accel.keys import bounds
+from dml_accel.schedules import train_step
 from tests.conftest import Training, assert_same_state
 
 Build = Callable[..., Training]
 
 
 def run(training: Training, steps: int, start: int = 0) -> list[torch.Tensor]:
-    peers = sorted(training.peers, key=lambda peer: peer.name)
     lr = training.config.lr
-    return [
-        train_step(peers, training.data.train, step, lr, training.config, training.placement)[0]
-        for step in range(start, start + steps)
-    ]
+    return [train_step(training.step(step, lr))[0] for step in range(start, start + steps)]
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -103,7 +100,7 @@ def test_no_gradient_of_a_peers_loss_reaches_another(
         mask = torch.tensor([[1.0], [0.0]], dtype=found.total.dtype)
         return found._replace(total=found.total * mask)
 
-    monkeypatch.setattr(engine, "mutual_losses", only_the_first)
+    monkeypatch.setattr(schedules, "mutual_losses", only_the_first)
     t = training()
     run(t, 1)
     assert all(grad.abs().sum() > 0 for grad in gradients_of(t, 0))
@@ -176,12 +173,12 @@ def test_dropout_is_keyed_and_differs_between_peers_and_steps(training: Build) -
     torch.manual_seed(456)
     run(again, 2)
     assert_same_state(first.states()["resnet10t-0"], again.states()["resnet10t-0"])
-    masks = []
+    masks, plain = [], training(**settings)
     for step, name in ((0, "a"), (0, "b"), (1, "a")):
         spec = cohort.PeerSpec(name, "")
         dropout = nn.Dropout(0.5)
         peer = cohort.Peer(spec, dropout, dropout, None, None)
-        masks.append(engine._forward(peer, torch.ones(64), 0, step, 0, 0))
+        masks.append(plain.step(step, 0.1).forward(peer, torch.ones(64), 0))
     assert not any(torch.equal(masks[i], masks[j]) for i in range(3) for j in range(i))
 
 

@@ -7,17 +7,30 @@ import torch
 import torch.nn.functional as F
 
 from dml_accel import reference
-from dml_accel.losses import Losses, mutual_losses, posterior_sums, targets
+from dml_accel.losses import Losses, lessons, mutual_losses, targets
 
 K, B, C = 4, 6, 10
 
 
 def losses_of(
-    logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, **options: object
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 1.0,
+    target: str = "peers",
+    kl_reduction: str = "mean",
+    **options: object,
 ) -> Losses:
     """Every peer taught by all the others."""
-    taught = targets(posterior_sums(logits, temperature), logits, temperature)
-    return mutual_losses(logits, labels, taught, temperature=temperature, **options)
+    own = lessons(logits, temperature, target)
+    taught = targets(own.sum(0) - own, target)
+    return mutual_losses(
+        logits,
+        labels,
+        taught,
+        temperature=temperature,
+        kl_is_summed=kl_reduction == "sum",
+        **options,
+    )
 
 
 def kl_of(logits: torch.Tensor) -> torch.Tensor:
@@ -138,8 +151,8 @@ def test_kl_of_confident_peers_is_finite_and_not_negative() -> None:
 def test_sums_of_parts_of_a_cohort_teach_like_the_whole(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> None:
-    sums = posterior_sums(logits[:1]) + posterior_sums(logits[1:])
-    part = mutual_losses(logits[1:3], labels, targets(sums, logits[1:3]))
+    sums = lessons(logits[:1]).sum(0) + lessons(logits[1:]).sum(0)
+    part = mutual_losses(logits[1:3], labels, targets(sums - lessons(logits[1:3])))
     torch.testing.assert_close(part.total, losses_of(logits, labels).total[1:3])
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dml_accel import checkpoint, cli, engine, training
+from dml_accel import checkpoint, cli, engine, schedules, training
 from dml_accel.cohort import Peer
 from dml_accel.runfolder import RunFolder
 from tests import kills
@@ -514,7 +514,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
         "from dml_accel import cli, engine\n"
         "whole = engine.train_step\n"
         "def slow(*words, **named):\n"
-        "    if words[2] == 4:\n"
+        "    if words[0].number == 4:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "        time.sleep(60)\n"
@@ -548,14 +548,14 @@ def test_a_requested_stop_is_not_undone_by_the_launcher(
 
 def spoil(monkeypatch: pytest.MonkeyPatch, first: int, last: int, by: float = torch.nan) -> None:
     """Let resnet8-0 see wrong images in steps ``first`` to ``last``, counted from 1."""
-    whole = engine._forward
+    whole = schedules.Step.forward
 
-    def spoiled(peer: Peer, x: torch.Tensor, seed: int, step: int, *where: int) -> torch.Tensor:
-        logits = whole(peer, x, seed, step, *where)
-        spoils = peer.name == "resnet8-0" and first <= step + 1 <= last
+    def spoiled(self: schedules.Step, peer: Peer, *rest: Any) -> torch.Tensor:
+        logits = whole(self, peer, *rest)
+        spoils = peer.name == "resnet8-0" and first <= self.number + 1 <= last
         return logits * by if spoils else logits
 
-    monkeypatch.setattr(engine, "_forward", spoiled)
+    monkeypatch.setattr(schedules.Step, "forward", spoiled)
 
 
 def test_no_checkpoint_after_the_first_of_the_steps_that_stay_lost(

@@ -28,10 +28,14 @@ from dml_accel.config import Config
 from dml_accel.data import ImageSet
 from dml_accel.launching import check_launch
 from dml_accel.placement import Placement
+from dml_accel.schedules import Step
+from dml_accel.teaching import Teaching
 from tests.conftest import Training
 
 
-def undetached(_: Placement, logits: torch.Tensor, __: int) -> losses.Targets:
+def undetached(
+    _: Placement, logits: torch.Tensor, __: int, ___: Teaching, ____: None
+) -> losses.Targets:
     """Targets that carry gradients: the commonest bug."""
     log_p = logits.log_softmax(-1)
     p, others = log_p.exp(), len(log_p) - 1
@@ -46,7 +50,7 @@ def break_it(what: str | None, patch: dict) -> None:
         "detach": (Placement, "targets", undetached),
         "gradient mean": (Placement, "gradient_scale", property(lambda self: 1)),
         "reversed batch": (ImageSet, "batch", reversed_batch),
-        "spoiled": (engine, "_forward", spoiled),
+        "spoiled": (Step, "forward", spoiled),
     }
     if what is not None:
         owner, name, broken = targets[what]
@@ -63,13 +67,13 @@ def reversed_batch(self: ImageSet, *words: int) -> tuple[torch.Tensor, torch.Ten
     return x.flip(0), y.flip(0)
 
 
-whole_forward = engine._forward
+whole_forward = Step.forward
 
 
-def spoiled(peer: Peer, x: torch.Tensor, seed: int, step: int, *where: int) -> torch.Tensor:
+def spoiled(self: Step, peer: Peer, x: torch.Tensor, part: int) -> torch.Tensor:
     """The logits, but resnet8-0 sees NaN in the second step."""
-    spoils = step == 1 and peer.name == "resnet8-0"
-    return whole_forward(peer, x * torch.nan if spoils else x, seed, step, *where)
+    spoils = self.number == 1 and peer.name == "resnet8-0"
+    return whole_forward(self, peer, x * torch.nan if spoils else x, part)
 
 
 def weights(peer: Peer) -> torch.Tensor:
@@ -104,7 +108,14 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
         peer.module.register_forward_hook(partial(keep_first, tensors, peer.name))
         if isinstance(peer.net, DistributedDataParallel):
             peer.net.register_comm_hook(peer.net.process_group, count)
-    records = engine.fit(training.peers, training.data, training.config, training.placement)
+    records = engine.fit(
+        training.peers,
+        training.data,
+        training.config,
+        training.placement,
+        teaching=training.teaching,
+        frozen=training.frozen,
+    )
     for record in records:
         if isinstance(record, engine.EvaluationRecord):
             metrics = record.test

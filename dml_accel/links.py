@@ -1,0 +1,114 @@
+"""Who learns from whom: the weights of ``--links``, by name, so that no order matters.
+
+A matrix is a CSV file: teachers' names in its first line after an empty cell, then a line for each
+learner, its name and the weight of every teacher:
+
+    ,resnet32-0,wrn_28_10-0,frozen-0
+    resnet32-0,0,1,0.5
+    wrn_28_10-0,1,0,0.5
+"""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dml_accel.config import UsageError
+
+Weights = Mapping[str, Mapping[str, float]]
+_LARGEST_FILE = 2**20  # bytes
+
+
+def read(links: str, learners: Sequence[str], frozen: Sequence[str]) -> Weights | None:
+    """Return the weight of every teacher for every learner; None where all teach all alike.
+
+    Args:
+        links: ``Config.links``.
+        learners: names of the peers that learn, in the order of the command line.
+        frozen: names of those that only teach.
+
+    Raises:
+        UsageError: a peer is unknown, the file is no such matrix, or nobody learns from anybody.
+    """
+    if links == "full":
+        return None
+    if links == "ring":
+        _refuse_few(links, learners)
+        _refuse_frozen(links, frozen)
+        return {name: {learners[i - 1]: 1.0} for i, name in enumerate(learners)}
+    if links == "frozen":
+        return {name: dict.fromkeys(frozen, 1.0) for name in learners}
+    if links.startswith("star:"):
+        centre = links.removeprefix("star:")
+        _refuse_few(links, learners)
+        _refuse_frozen(links, frozen)
+        if centre not in learners:
+            raise UsageError(
+                f"--links {links}: there is no peer {centre!r}; there are {', '.join(learners)}"
+            )
+        others = [name for name in learners if name != centre]
+        return {centre: dict.fromkeys(others, 1.0)} | {name: {centre: 1.0} for name in others}
+    return _matrix(Path(links), learners, [*learners, *frozen])
+
+
+def _refuse_few(links: str, learners: Sequence[str]) -> None:
+    if len(learners) < 2:
+        raise UsageError(f"--links {links} needs at least two peers that learn")
+
+
+def _refuse_frozen(links: str, frozen: Sequence[str]) -> None:
+    if frozen:
+        raise UsageError(
+            f"--links {links} leaves --frozen-peers without pupils; write a matrix, or --links full"
+        )
+
+
+def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> Weights:
+    wrong = f"--links {path}"
+    try:
+        with open(path, newline="") as file:
+            content = file.read(_LARGEST_FILE + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UsageError(
+            f"{wrong} cannot be read: {reason}; write full, ring, star:PEER, frozen or the path of "
+            "a CSV file"
+        ) from error
+    if len(content) > _LARGEST_FILE:
+        raise UsageError(f"{wrong} has more than {_LARGEST_FILE:,} characters")
+    try:
+        lines = [[c.strip() for c in line] for line in csv.reader(io.StringIO(content)) if line]
+    except csv.Error as error:
+        raise UsageError(f"{wrong} is no CSV file: {error}") from error
+    if not lines:
+        raise UsageError(f"{wrong} is empty")
+    head, rows = lines[0][1:], {line[0]: line[1:] for line in lines[1:]}
+    _refuse_names(f"{wrong}, first line", head, teachers)
+    _refuse_names(f"{wrong}, first column", [line[0] for line in lines[1:]], learners)
+    weights = {name: _row(f"{wrong}, line of {name}", name, head, rows[name]) for name in learners}
+    if not any(weight for row in weights.values() for weight in row.values()):
+        raise UsageError(f"{wrong}: nobody learns from anybody; --kl-weight 0 says that")
+    return weights
+
+
+def _refuse_names(where: str, found: Sequence[str], known: Sequence[str]) -> None:
+    if sorted(found) != sorted(known):
+        raise UsageError(f"{where} names {', '.join(found) or 'nobody'}, not {', '.join(known)}")
+
+
+def _row(where: str, name: str, head: Sequence[str], cells: Sequence[str]) -> dict[str, float]:
+    if len(cells) != len(head):
+        raise UsageError(f"{where} has {len(cells)} weights and not {len(head)}")
+    weights = {}
+    for teacher, cell in zip(head, cells, strict=True):
+        try:
+            weight = float(cell or 0)
+        except ValueError:
+            weight = math.nan
+        if not (0 <= weight < math.inf):
+            raise UsageError(f"{where} has {cell!r} for {teacher}; weights are numbers from 0 on")
+        if weight and teacher == name:
+            raise UsageError(f"{where} lets {name} learn from itself; write 0 there")
+        weights[teacher] = weight
+    return weights
