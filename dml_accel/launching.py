@@ -62,9 +62,9 @@ class Stop:
             os._exit(128 + number)
 
 
-def started_again() -> bool:
-    """Whether the launcher has started this process anew, after one of a run ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarts() -> int:
+    """How often the launcher has started its processes anew, after one of them ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def launched_rank() -> int:

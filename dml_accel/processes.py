@@ -4,6 +4,7 @@ Here, in launching.py and in placement.py alone is known what devices, processes
 """
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -15,9 +16,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from dml_accel.config import Config, UsageError
-from dml_accel.launching import launched_processes, launched_rank, stays_on_cpu
+from dml_accel.launching import launched_processes, launched_rank, restarts, stays_on_cpu
 
 _SECONDS_BETWEEN_BEATS = 0.5
 
@@ -53,12 +56,16 @@ class Processes:
         self._groups: dict[tuple[int, ...], Any] = {}
         # Several processes without an accelerator need to be told, or each believes to be alone.
         try:
+            if launched > 1 and restarts():
+                self._meet_again(stays_on_cpu(config))
             self.accelerator = Accelerator(
                 cpu=config.cpu or (launched > 1 and stays_on_cpu(config)),
                 mixed_precision=config.mixed_precision,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
             )
-        except dist.DistError as error:
+        except RuntimeError as error:
+            if not _is_of_the_exchange(error):
+                raise
             raise ProcessLostError(
                 f"the {launched} processes did not find each other within {config.timeout:g} "
                 f"minutes ({_first_line(error)})",
@@ -76,6 +83,22 @@ class Processes:
         self._beating = threading.Thread(target=self._beat, daemon=True)
         if self.world_size > 1:
             self._beating.start()
+
+    def _meet_again(self, on_cpu: bool) -> None:
+        """Make the group of processes that the launcher has started anew.
+
+        Its store still holds the addresses of those before, under the names that these would use.
+        """
+        if not on_cpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, size = next(rendezvous("env://", timeout=self._timeout))
+        dist.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            store=PrefixStore(f"restart-{restarts()}", store),
+            rank=rank,
+            world_size=size,
+            timeout=self._timeout,
+        )
 
     @property
     def mixed_precision(self) -> str:
@@ -126,8 +149,7 @@ class Processes:
             yield
         except RuntimeError as error:
             reason = _first_line(error)
-            lost = isinstance(error, dist.DistError) or "gloo" in reason
-            if self.world_size == 1 or not lost:
+            if self.world_size == 1 or not _is_of_the_exchange(error):
                 raise
             # The launcher tells those left to stop, now or soon: first say who is missing.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -195,6 +217,11 @@ class Processes:
         self._closing.set()
         if self._beating.is_alive():
             self._beating.join()
+
+
+def _is_of_the_exchange(error: RuntimeError) -> bool:
+    """Whether an error is that of a connection; gloo has no class of its own for them."""
+    return isinstance(error, dist.DistError) or "gloo" in _first_line(error).lower()
 
 
 def _first_line(error: BaseException) -> str:

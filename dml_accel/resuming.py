@@ -17,7 +17,7 @@ from dml_accel.checkpoint import CheckpointError
 from dml_accel.cohort import Peer
 from dml_accel.config import Config, UsageError
 from dml_accel.engine import CheckpointRecord, Start
-from dml_accel.launching import launched_precision, started_again
+from dml_accel.launching import launched_precision, restarts
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 from dml_accel.provenance import versions
@@ -103,7 +103,7 @@ def nothing_to_do(config: Config, path: Path, steps: int) -> str:
     """
     if config.resume != "auto":
         return ""
-    if started_again() and saved_status(path) == "stopped":
+    if restarts() and saved_status(path) == "stopped":
         return f"{path} was stopped on request; --resume auto goes on with it"
     if not is_done(path):
         return ""
