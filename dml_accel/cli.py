@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dml_accel.checking import plan
-from dml_accel.compare import METHODS, PRESETS, compare
+from dml_accel.compare import DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS, compare
 from dml_accel.comparison_report import comparison_table, comparison_title
 from dml_accel.config import Config, UsageError
 from dml_accel.engine import DivergedError
@@ -45,6 +45,9 @@ the same --output-dir goes on where it was interrupted."""
 
 _COMPARE_EXAMPLES = """examples:
   %(prog)s --cohort 'resnet32*2' --seeds 5 --output-dir runs/pair
+  %(prog)s --methods independent mutual sequential mean-logit --cohort 'resnet32*2'
+  %(prog)s --methods independent distill --frozen-peers runs/wrn --cohort 'resnet32*2'
+  %(prog)s --methods independent mutual semi --labelled-fraction 0.2 --cohort 'resnet32*2'
   %(prog)s --preset laptop --output-dir runs/laptop
   %(prog)s --preset paper-table2 --seeds 1 --max-steps 3 --dataset path/to/folder   # a look
 """
@@ -142,7 +145,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     _add_flags(training)
     comparing = add(
         "compare",
-        "independent against mutual over seeds: a table with intervals",
+        "methods over seeds: a table with intervals",
         _COMPARE,
         _COMPARE_EXAMPLES,
     )
@@ -150,8 +153,11 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         "--methods",
         nargs="+",
         choices=tuple(METHODS),
-        default=tuple(METHODS),
-        help=f"what to compare (default: {' '.join(METHODS)})",
+        default=DEFAULT_METHODS,
+        help="what to compare: networks alone; mutual learning; the paper's Algorithm 1; the "
+        "authors' code; the mean posterior (the paper's DML_e) or the posterior of the mean "
+        "logits as the target; pupils of --frozen-peers; with --labelled-fraction, KL on the "
+        f"unlabelled images too (default: {' '.join(DEFAULT_METHODS)})",
     )
     comparing.add_argument(
         "--seeds",
@@ -166,7 +172,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         choices=tuple(PRESETS),
         help=f"cohorts and configuration by name; flags that are given win. {presets}",
     )
-    _add_flags(comparing, without=("resume",))
+    _add_flags(comparing, without=("resume", *SET_BY_METHODS))
     planning = add(
         "plan", "predict what a placement costs, without training", _PLAN, _PLAN_EXAMPLES
     )

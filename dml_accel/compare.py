@@ -44,8 +44,21 @@ from dml_accel.runfolder import (
 from dml_accel.sources import Source
 from dml_accel.training import run, workload
 
-# What each method changes in the configuration that the methods share.
-METHODS: dict[str, dict[str, Any]] = {"independent": {"kl_weight": 0.0}, "mutual": {}}
+# What each method changes in the configuration that the methods share. Where labels are few, all
+# but ``semi`` learn from the labelled images alone.
+METHODS: dict[str, dict[str, Any]] = {
+    "independent": {"kl_weight": 0.0},
+    "mutual": {},
+    "sequential": {"update": "sequential"},
+    "official": {"update": "official"},
+    "mean-prob": {"target": "mean-prob"},
+    "mean-logit": {"target": "mean-logit"},
+    "distill": {"links": "frozen"},
+    "semi": {},
+}
+DEFAULT_METHODS = ("independent", "mutual")
+# Flags that the methods set.
+SET_BY_METHODS = ("update", "target", "kl_images")
 _PLOT = "differences.png"
 _TABLES = ("results.json", "results.csv", "results.md", _PLOT)
 
@@ -200,8 +213,7 @@ def _plan(
     """
     if seeds < 1:
         raise UsageError(f"--seeds is {seeds}; it must be at least 1")
-    if config.kl_weight == 0 and "mutual" in methods:
-        raise UsageError("--kl-weight 0 makes mutual the same as independent; leave it out")
+    _refuse_methods(config, methods)
     labels = [cohort.label([spec.name for spec in cohort.parse(nets)]) for nets in cohorts]
     return [
         SubRun(
@@ -209,12 +221,40 @@ def _plan(
             method,
             seed,
             f"{label + '/' if len(cohorts) > 1 else ''}{method}/seed-{seed}",
-            dataclasses.replace(config, cohort=nets, seed=seed, output_dir=None, **METHODS[method]),
+            dataclasses.replace(
+                config, cohort=nets, seed=seed, output_dir=None, **_changes(config, method)
+            ),
         )
         for nets, label in zip(cohorts, labels, strict=True)
         for seed in range(config.seed, config.seed + seeds)
         for method in dict.fromkeys(methods)
     ]
+
+
+def _refuse_methods(config: Config, methods: Sequence[str]) -> None:
+    if config.kl_weight == 0 and set(methods) - {"independent"}:
+        raise UsageError("--kl-weight 0 makes every method independent; leave it out")
+    if ("distill" in methods) != bool(config.frozen_peers):
+        raise UsageError(
+            "--frozen-peers are the teachers of the method distill: give both or neither"
+        )
+    if "semi" in methods and config.labelled_fraction == 1:
+        raise UsageError("the method semi needs --labelled-fraction below 1")
+    if config.placement == "split" and {"sequential", "official"} & set(methods):
+        raise UsageError(
+            "the methods sequential and official take turns, which leaves processes of "
+            "--placement split idle; use auto, which replicates those"
+        )
+
+
+def _changes(config: Config, method: str) -> dict[str, Any]:
+    """Return what a method changes in the configuration."""
+    changes = dict(METHODS[method])
+    if method != "distill":
+        changes["frozen_peers"] = ()
+    if config.labelled_fraction < 1 and method not in ("independent", "semi"):
+        changes["kl_images"] = "labelled"
+    return changes
 
 
 def _refuse_another_configuration(root: Path, sub: SubRun) -> None:

@@ -40,6 +40,20 @@ class Finished:
     results: dict[str, Any]
     description: dict[str, Any]
     seconds: float
+    training_seconds: float
+
+    @property
+    def costs(self) -> dict[str, float | None]:
+        """Seconds, those of optimizer steps alone, images per second, mean top-1 a second."""
+        peers = self.results["peers"]
+        top1 = sum(peer["test"]["top1"] for peer in peers) / len(peers)
+        taken = self.training_seconds
+        return {
+            "seconds": self.seconds,
+            "training_seconds": taken,
+            "images_per_second": self.results["throughput"]["images_per_second"],
+            "top1_per_training_second": top1 / taken if taken else None,
+        }
 
 
 def read(root: Path, sub: SubRun) -> Finished:
@@ -51,6 +65,7 @@ def read(root: Path, sub: SubRun) -> Finished:
         json.loads((folder / "results.json").read_text()),
         json.loads((folder / "config.json").read_text()),
         _seconds(events),
+        sum(event["seconds"] for event in events if event["event"] == "step"),
     )
 
 
@@ -175,12 +190,8 @@ def _cohort(
         ],
         "cost": {
             method: {
-                "seconds": vars(summarise([run.seconds for run in found.values()])),
-                "images_per_second": vars(
-                    summarise(
-                        [run.results["throughput"]["images_per_second"] for run in found.values()]
-                    )
-                ),
+                name: vars(summarise([run.costs[name] for run in found.values()]))
+                for name in next(iter(found.values())).costs
             }
             for method, found in by_method.items()
             if found

@@ -6,7 +6,16 @@ from typing import Any
 
 from dml_accel.report import percent, table
 
-_METHOD_TITLES = {"independent": "Ind.", "mutual": "DML"}
+METHOD_TITLES = {
+    "independent": "Ind.",
+    "mutual": "DML",
+    "sequential": "DML, Algorithm 1",
+    "official": "DML, authors' code",
+    "mean-prob": "DML_e",
+    "mean-logit": "DML, mean logits",
+    "distill": "Distilled",
+    "semi": "DML, semi-supervised",
+}
 
 
 def comparison_markdown(record: dict[str, Any], plot: str) -> str:
@@ -79,7 +88,7 @@ def comparison_table(record: dict[str, Any], style: str = "simple") -> str:
 
 
 def _title(method: str) -> str:
-    return _METHOD_TITLES.get(method, method)
+    return METHOD_TITLES.get(method, method)
 
 
 def _nets(cohort: dict[str, Any]) -> list[str]:
@@ -130,7 +139,7 @@ def _statistics_table(record: dict[str, Any], metric: str, scale: float) -> str:
             rows.append(
                 [
                     cohort["cohort"],
-                    summary["name"],
+                    _what(summary),
                     summary["method"],
                     numbers["n"],
                     _mean(summary, metric, scale),
@@ -142,16 +151,27 @@ def _statistics_table(record: dict[str, Any], metric: str, scale: float) -> str:
     return table(rows, headers, "github", left=3)
 
 
+def _what(summary: dict[str, Any]) -> str:
+    """Return what a row is about; an ensemble of networks that learned alone has a name."""
+    deep = summary["of"] == "ensemble" and summary["method"] == "independent"
+    return "deep ensemble" if deep else str(summary["name"])
+
+
 def _cost_table(record: dict[str, Any]) -> str:
-    headers = ("cohort", "method", "seconds a run", "images per second")
+    headers = ("cohort", "method", "s a run", "s of steps", "images/s", "top-1 % a 1,000 s")
+
+    def cell(cost: dict[str, Any], name: str, scale: float = 1.0) -> str:
+        mean = cost[name]["mean"]
+        return "-" if mean is None else f"{scale * mean:.3g}" if scale != 1 else f"{mean:.0f}"
+
     rows = [
         [
             cohort["cohort"],
             method,
-            "-" if cost["seconds"]["mean"] is None else f"{cost['seconds']['mean']:.0f}",
-            "-"
-            if cost["images_per_second"]["mean"] is None
-            else f"{cost['images_per_second']['mean']:.0f}",
+            cell(cost, "seconds"),
+            cell(cost, "training_seconds"),
+            cell(cost, "images_per_second"),
+            cell(cost, "top1_per_training_second", 1e5),
         ]
         for cohort in record["cohorts"]
         for method, cost in cohort["cost"].items()

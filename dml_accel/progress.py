@@ -94,7 +94,7 @@ class Windows:
         self._pending, self._started = [], now
         return window
 
-    def throughput(self, batch_size: int) -> dict[str, float | None]:
+    def throughput(self, images: int) -> dict[str, float | None]:
         """Images per second and the median step, without the first steps of this process."""
         done, windows = 0, []
         for window in self._measured:
@@ -107,7 +107,7 @@ class Windows:
         seconds = sum(window.seconds for window in windows)
         per_step = [window.step_seconds for window in windows for _ in range(window.steps)]
         return {
-            "images_per_second": batch_size * len(per_step) / seconds,
+            "images_per_second": images * len(per_step) / seconds,
             "step_seconds_median": median(per_step),
         }
 

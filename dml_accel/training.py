@@ -153,7 +153,7 @@ def run(
     recorder = None
     if folder is not None:
         work = workload(config, checked.source, image_cost, origin.start.step)
-        display.begin(label, work, config.epochs, config.batch_size)
+        display.begin(label, work, config.epochs, _images_of_a_step(config, placement))
         step = origin.start.step
         folder.begin(
             step if origin.path else None, evaluation_follows(config, len(images.train), step)
@@ -210,8 +210,16 @@ def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int
     period = config.eval_interval.steps(trained // config.batch_size)
     evaluations = -(-steps // period) if period else 1
     evaluated = held + len(source.test)
-    step = 3 * config.batch_size * image_cost
+    peers = len(cohort.parse(config.cohort))
+    # Forward passes by all networks together, and a backward pass that costs two of them.
+    passes = {"simultaneous": 3.0, "sequential": 3 + (peers - 1) / peers, "official": 2.0 + peers}
+    step = passes[config.update] * config.batch_size * image_cost
     return Workload(steps, step, evaluations, evaluated * image_cost, taken)
+
+
+def _images_of_a_step(config: Config, placement: Placement) -> int:
+    """Images of an optimizer step, each counted once however many peers see it."""
+    return config.batch_size * (len(placement.names) if config.update == "official" else 1)
 
 
 def _peer(spec: PeerSpec, module: nn.Module, config: Config, placement: Placement) -> Peer:
@@ -336,7 +344,7 @@ def _results(
         ],
         "ensemble": last.test["ensemble"],
         "agreement": last.test["agreement"],
-        "throughput": windows.throughput(config.batch_size),
+        "throughput": windows.throughput(_images_of_a_step(config, placement)),
         "peak_memory_bytes": memory,
         "versions": versions(),
         "sent_bytes_per_step": _sent(config, checked, placement),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
-from dml_accel import cli, compare, comparison_report, plots, sources
+from dml_accel import cli, compare, comparison, comparison_report, plots, sources
 from dml_accel.compare import PRESETS, Preset
 from dml_accel.config import Config
 from dml_accel.published import published
@@ -327,7 +327,7 @@ def test_published_values_are_beside_ours_on_cifar100(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--kl-weight", "0"], "--kl-weight 0 makes mutual the same as independent"),
+        (["--kl-weight", "0"], "--kl-weight 0 makes every method independent"),
         (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
         (["--preset", "paper"], "invalid choice: 'paper'"),
@@ -426,3 +426,74 @@ def test_a_run_that_diverges_does_not_hold_up_the_others(
 def test_a_missing_run_is_named() -> None:
     record = {"methods": ["mutual"], "cohorts": [], "dataset": "digits", "scaled_down": []}
     assert comparison_report.comparison_title(record) == "Mutual: nothing finished on digits"
+
+
+# ---------------------------------------------------------------- the whole family
+
+
+def test_every_method_is_a_folder_of_runs(tmp_path: Path) -> None:
+    words = ["--cohort", "resnet8*2", "--seeds", "1", "--max-steps", "2"]
+    assert cli.main(["train", *TINY, "--max-steps", "1", "--output-dir", str(tmp_path / "t")]) == 0
+    methods = "independent mutual sequential official mean-prob mean-logit distill semi".split()
+    words += ["--methods", *methods, "--labelled-fraction", "0.5"]
+    words += ["--frozen-peers", str(tmp_path / "t")]
+    folder = tmp_path / "all"
+    assert compared(folder, *words) == 0
+    found = record(folder)
+    assert found["methods"] == methods
+    configs = {
+        method: json.loads((folder / method / "seed-0/config.json").read_text())
+        for method in methods
+    }
+
+    def values(name: str) -> dict[str, object]:
+        return {method: one["config"][name] for method, one in configs.items()}
+
+    assert [method for method, weight in values("kl_weight").items() if not weight] == [
+        "independent"
+    ]
+    assert values("update") == dict.fromkeys(methods, "simultaneous") | {
+        "sequential": "sequential",
+        "official": "official",
+    }
+    assert values("target") == dict.fromkeys(methods, "peers") | {
+        "mean-prob": "mean-prob",
+        "mean-logit": "mean-logit",
+    }
+    assert values("links") == dict.fromkeys(methods, "full") | {"distill": "frozen"}
+    assert [method for method, paths in values("frozen_peers").items() if paths] == ["distill"]
+    # Those that are not semi-supervised learn from the labelled images alone.
+    assert [m for m, on in values("kl_images").items() if on == "all"] == ["independent", "semi"]
+    assert set(values("labelled_fraction").values()) == {0.5}
+    assert len(configs["distill"]["teachers"]["frozen"]["frozen-0"]) == 64
+    text = (folder / "results.md").read_text()
+    assert "deep ensemble" in text and "DML, authors' code - Ind." in text
+    for cost in found["cohorts"][0]["cost"].values():
+        assert 0 < cost["training_seconds"]["mean"] < cost["seconds"]["mean"] + 1
+        assert cost["top1_per_training_second"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--methods", "independent", "distill"], "--frozen-peers are the teachers of the method"),
+        (["--frozen-peers", "x"], "--frozen-peers are the teachers of the method"),
+        (["--methods", "semi"], "the method semi needs --labelled-fraction below 1"),
+        (["--methods", "sequential", "--placement", "split"], "take turns"),
+        (["--update", "official"], "unknown argument --update"),
+        (["--kl-weight", "0", "--methods", "semi"], "makes every method independent"),
+    ],
+    ids=str,
+)
+def test_methods_that_cannot_be_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert compared(tmp_path / "x", *words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_interruption_is_no_part_of_the_time() -> None:
+    times = [("start", 10.0), ("step", 12.0), ("resume", 500.0), ("step", 501.5), ("end", 502.0)]
+    events = [{"event": event, "time": time} for event, time in times]
+    assert comparison._seconds(events) == pytest.approx(2.0 + 1.5 + 0.5)
