@@ -12,8 +12,10 @@ import time
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from dml_accel import history
 from dml_accel.checking import plan
 from dml_accel.compare import DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS, compare
 from dml_accel.comparison_report import comparison_table, comparison_title
@@ -59,6 +61,17 @@ it sends and the memory that it needs. Nothing is trained; --measure times the n
 _PLAN_EXAMPLES = """examples:
   %(prog)s --cohort 'resnet32*2' wrn_28_10 --world 8
   %(prog)s --cohort mobilenet resnet32 --world 2 --measure --bandwidth 0.125 --latency 200
+"""
+
+
+_REPORT = """Make one page about any finished runs: the paper's table beside ours, differences with
+intervals, training curves with bands over seeds, agreement and KL between peers, calibration,
+accuracy under weight noise, cost. It stands alone: nothing in it is loaded from elsewhere. Runs
+that differ in method and seed alone are compared."""
+
+_REPORT_EXAMPLES = """examples:
+  %(prog)s runs/pair
+  %(prog)s runs/pair runs/four --to both.html --analyse 2000
 """
 
 
@@ -195,7 +208,21 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         help="microseconds of one message (default: 1000; with GPUs 20)",
     )
     _add_flags(planning, without=("resume",))
-    return parser, {"train": training, "compare": comparing, "plan": planning}
+    reporting = add("report", "make a page about finished runs", _REPORT, _REPORT_EXAMPLES)
+    reporting.add_argument("folders", nargs="+", metavar="DIR", help="of runs, or above them")
+    reporting.add_argument(
+        "--to", metavar="FILE", help="the page (default: report.html in the first DIR)"
+    )
+    reporting.add_argument(
+        "--analyse",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="weight noise, entropy and calibration on N images of each split, kept in "
+        "analysis.json of each run; 0 leaves them out (default: 1000)",
+    )
+    commands_ = {"train": training, "compare": comparing, "plan": planning, "report": reporting}
+    return parser, commands_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,9 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         values = _parse(sys.argv[1:] if arguments is None else arguments)
-        return {"train": _train, "compare": _compare, "plan": _plan}[values.pop("subcommand")](
-            values
-        )
+        todo = {"train": _train, "compare": _compare, "plan": _plan, "report": _report}
+        return todo[values.pop("subcommand")](values)
     except StoppedError as error:
         if launched_rank() == 0:
             print(error, file=sys.stderr, flush=True)
@@ -283,6 +309,21 @@ def _plan(values: dict[str, typing.Any]) -> int:
         latency=machine.latency if latency is None else 1e-6 * latency,
     )
     print(plan(config, world, classes, machine))
+    return 0
+
+
+def _report(values: dict[str, typing.Any]) -> int:
+    from dml_accel.page import write_page  # imported late: pictures cost training a second
+
+    if values["analyse"] < 0:
+        raise UsageError(f"--analyse is {values['analyse']}; it must be 0 or more")
+    folders = [Path(folder).expanduser() for folder in values["folders"]]
+    runs = history.find(folders)
+    path = Path(values["to"] or folders[0] / "report.html")
+    if not path.parent.is_dir():
+        raise UsageError(f"--to {path}: there is no folder {path.parent}")
+    write_page(runs, path, values["analyse"])
+    print(f"report of {len(runs)} run{'s' * (len(runs) > 1)}: {path}")
     return 0
 
 

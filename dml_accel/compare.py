@@ -32,7 +32,7 @@ from dml_accel.launching import (
 )
 from dml_accel.processes import Processes
 from dml_accel.progress import Display
-from dml_accel.published import TABLE_2
+from dml_accel.published import TABLE_2, is_cifar100
 from dml_accel.resuming import Origin, find
 from dml_accel.runfolder import (
     LockedFolder,
@@ -300,7 +300,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the tables of what is finished; return the content of results.json."""
     runs = [comparison.read(root.path, sub) for sub in plan if is_done(root.path / sub.folder)]
-    record = comparison.record(config, plan, runs, source.classes, command, failed)
+    record = comparison.record(config, plan, runs, is_cifar100(source.classes), command, failed)
     root.write("results.json", record)
     several = len({sub.cohort for sub in plan}) > 1
     columns = ("cohort", *comparison.COLUMNS) if several else comparison.COLUMNS

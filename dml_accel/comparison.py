@@ -13,7 +13,7 @@ from typing import Any
 
 from dml_accel.config import Config
 from dml_accel.intervals import paired_difference, summarise
-from dml_accel.published import CIFAR100_TRAINING_IMAGES, is_cifar100, published
+from dml_accel.published import CIFAR100_TRAINING_IMAGES, published
 
 BASELINE = "independent"
 METRICS = ("top1", "top5", "nll", "ece")
@@ -95,7 +95,7 @@ def record(
     config: Config,
     plan: Sequence[SubRun],
     runs: Sequence[Finished],
-    classes: Sequence[str],
+    theirs: bool,
     command: str,
     failed: dict[str, str],
 ) -> dict[str, Any]:
@@ -105,13 +105,12 @@ def record(
         config: what the sub-runs share; cohort, seed, folder and method differ.
         plan: all sub-runs asked for.
         runs: those that are finished.
-        classes: names of the classes of the images.
+        theirs: whether the images are CIFAR-100's, for which others report values.
         command: the command line.
         failed: why, for the sub-runs that ended without results.
     """
     done = {run.sub.folder for run in runs}
     methods = list(dict.fromkeys(sub.method for sub in plan))
-    theirs = is_cifar100(classes)
     return {
         "format": 1,
         "dataset": config.dataset,

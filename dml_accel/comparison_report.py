@@ -28,15 +28,15 @@ def comparison_markdown(record: dict[str, Any], plot: str) -> str:
     parts = [
         f"# {comparison_title(record)}",
         comparison_table(record, "github"),
-        _DIFFERENCES_ARE,
+        DIFFERENCES_ARE,
         *_published(record),
         f"![Differences to independent training with their 95% intervals]({plot})",
         "## Top-1 accuracy, %",
-        _statistics_table(record, "top1", 100),
+        statistics_table(record, "top1", 100),
         "## Negative log-likelihood, nats",
-        _statistics_table(record, "nll", 1),
+        statistics_table(record, "nll", 1),
         "## Cost",
-        _cost_table(record),
+        cost_table(record),
         "## How it was made",
         _origin(record),
     ]
@@ -53,7 +53,7 @@ def comparison_title(record: dict[str, Any]) -> str:
     return title[:1].upper() + title[1:] + (f" (scaled down: {smaller})" if smaller else "")
 
 
-_DIFFERENCES_ARE = (
+DIFFERENCES_ARE = (
     "Top-1 in %, mean over seeds, last epoch. Differences are paired: same seed, initial weights, "
     "data order and\naugmentation; in brackets the 95% t-interval and the p-value of the paired "
     "t-test, with the seed as the\nunit. Equal networks of a run are averaged first. p-values are "
@@ -126,7 +126,10 @@ def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
-def _statistics_table(record: dict[str, Any], metric: str, scale: float) -> str:
+def statistics_table(
+    record: dict[str, Any], metric: str, scale: float, style: str = "github"
+) -> str:
+    """Return mean, deviation, interval and difference of a metric, a row per network and method."""
     headers = ("cohort", "what", "method", "n", "mean", "sd", "95% interval", "minus independent")
     rows = []
     for cohort in record["cohorts"]:
@@ -148,7 +151,7 @@ def _statistics_table(record: dict[str, Any], metric: str, scale: float) -> str:
                     _difference(summary, metric, scale),
                 ]
             )
-    return table(rows, headers, "github", left=3)
+    return table(rows, headers, style, left=3)
 
 
 def _what(summary: dict[str, Any]) -> str:
@@ -157,7 +160,8 @@ def _what(summary: dict[str, Any]) -> str:
     return "deep ensemble" if deep else str(summary["name"])
 
 
-def _cost_table(record: dict[str, Any]) -> str:
+def cost_table(record: dict[str, Any], style: str = "github") -> str:
+    """Return what each method costs: seconds, speed, accuracy for the time of its steps."""
     headers = ("cohort", "method", "s a run", "s of steps", "images/s", "top-1 % a 1,000 s")
 
     def cell(cost: dict[str, Any], name: str, scale: float = 1.0) -> str:
@@ -176,11 +180,19 @@ def _cost_table(record: dict[str, Any]) -> str:
         for cohort in record["cohorts"]
         for method, cost in cohort["cost"].items()
     ]
-    return table(rows, headers, "github", left=2)
+    return table(rows, headers, style, left=2)
 
 
 def _published(record: dict[str, Any]) -> list[str]:
-    """Return what others report for the same networks, with our own numbers beside."""
+    found = published_table(record)
+    return ["## Beside what others report", *found] if found else []
+
+
+def published_table(record: dict[str, Any], style: str = "github") -> list[str]:
+    """Return what others report for the same networks, ours beside it, and what to know of it.
+
+    Empty where nobody reports any.
+    """
     rows = []
     for cohort in record["cohorts"]:
         found = {(s["method"], s["name"]): s for s in cohort["summaries"]}
@@ -195,15 +207,13 @@ def _published(record: dict[str, Any]) -> list[str]:
     if not rows:
         return []
     headers = ("networks", "source", "their Ind.", "our Ind.", "their DML", "our DML")
-    both = table(rows, headers, "github", left=2)
     smaller = (
         f" Ours are scaled down ({', '.join(record['scaled_down'])}) and not comparable."
         if record["scaled_down"]
         else ""
     )
     return [
-        "## Beside what others report",
-        both,
+        table(rows, headers, style, left=2),
         f"Theirs: 200 epochs on the 50,000 images of CIFAR-100.{smaller} A value marked ? "
         "could not be\ncompared with the text of its source.",
     ]

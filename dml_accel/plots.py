@@ -1,9 +1,124 @@
 """Pictures of results."""
 
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
+
+from dml_accel.intervals import Summary
+
+_SIZE = (4.4, 3.1)  # inches: readable on a phone's width, too
+_COLOURS = ("#4c78a8", "#e4572e", "#54a24b", "#b279a2", "#f2a900", "#72b7b2", "#9d755d", "#8c8c8c")
+_INK = {"light": "#222222", "dark": "#e6e6e6"}
+Curve = Sequence[tuple[float, Summary]]
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """Return a colour for each name, the same in all pictures of a page."""
+    return {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(names)}
+
+
+def as_uri(draw: Callable[[], Figure], theme: str) -> str:
+    """Return a picture as a data URI of SVG, for a light or a dark page."""
+    ink = _INK[theme]
+    style = {
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "dml_accel",  # the same picture is the same file
+        "font.family": "sans-serif",
+        "font.sans-serif": ["system-ui", "Helvetica", "Arial", "DejaVu Sans"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "legend.frameon": False,
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink
+        ),
+    }
+    content = io.BytesIO()
+    with matplotlib.rc_context(style):
+        draw().savefig(content, format="svg", facecolor="none", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def curves(
+    found: Mapping[str, Curve],
+    colour: Mapping[str, str],
+    x: str,
+    y: str,
+    scale: float = 1.0,
+    marks: str = "",
+) -> Figure:
+    """Draw a mean and its 95% band over something, a line for each name.
+
+    Args:
+        found: the points of each line; without an interval there is no band.
+        colour: of each name, as ``colours`` returns them.
+        x: what the horizontal axis shows, with its unit.
+        y: what the vertical axis shows.
+        scale: what values are multiplied by.
+        marks: matplotlib's marker for each point.
+    """
+    figure, axes = _axes(x, y)
+    for name, points in found.items():
+        known = [(at, one) for at, one in points if one.mean is not None]
+        means = [scale * one.mean for _, one in known if one.mean is not None]
+        axes.plot([at for at, _ in known], means, marks or "-", color=colour[name], label=name)
+        banded = [(at, one.low, one.high) for at, one in known if one.low is not None]
+        if banded:
+            low = [scale * (one or 0.0) for _, one, _ in banded]
+            high = [scale * (one or 0.0) for _, _, one in banded]
+            axes.fill_between(
+                [at for at, _, _ in banded], low, high, color=colour[name], alpha=0.18, linewidth=0
+            )
+    _legend(figure, len(found))
+    return figure
+
+
+def calibration(
+    found: Mapping[str, Sequence[tuple[float, float]]], colour: Mapping[str, str]
+) -> Figure:
+    """Draw accuracy against confidence, a line for each name; the diagonal is calibrated."""
+    figure, axes = _axes("confidence", "accuracy")
+    axes.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle=":")
+    for name, points in found.items():
+        axes.plot(*zip(*points, strict=True), "o-", color=colour[name], label=name, markersize=3)
+    _legend(figure, len(found))
+    return figure
+
+
+def matrix(values: Sequence[Sequence[float]], names: Sequence[str], what: str) -> Figure:
+    """Draw a table of numbers as colours, each number in its cell, rows to columns."""
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    middle = (max(map(max, values)) + min(map(min, values))) / 2
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            ink = "black" if value > middle else "white"
+            axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=8)
+    figure.colorbar(image, label=what)
+    return figure
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def _legend(figure: Figure, entries: int) -> None:
+    if entries > 1:
+        columns = 2 if entries > 3 else entries
+        figure.legend(loc="outside upper center", ncols=columns, fontsize="small")
 
 
 def differences(record: dict[str, Any], title: str) -> Figure:
@@ -14,7 +129,7 @@ def differences(record: dict[str, Any], title: str) -> Figure:
 
     Args:
         record: the content of a comparison's results.json.
-        title: what was compared.
+        title: what was compared; may be empty.
     """
     rows = [
         (cohort, summary)
@@ -24,7 +139,8 @@ def differences(record: dict[str, Any], title: str) -> Figure:
         and summary["of"] != "peer"
         and summary["difference"]["top1"]["mean"] is not None
     ]
-    figure = Figure(figsize=(8, 1.6 + 0.4 * max(1, len(rows))), layout="constrained")
+    width = 8 if title else _SIZE[0]  # without a title it stands on a page
+    figure = Figure(figsize=(width, 1.6 + 0.4 * max(1, len(rows))), layout="constrained")
     axes = figure.add_subplot()
     for place, (_, summary) in enumerate(rows):
         found = summary["difference"]["top1"]
@@ -37,8 +153,9 @@ def differences(record: dict[str, Any], title: str) -> Figure:
     axes.axvline(0, color="0.5", linewidth=1)
     axes.set_yticks(range(len(rows)), [_label(record, *row) for row in rows])
     axes.set_ylim(max(1, len(rows)) - 0.5, -0.5)  # the first row on top
-    axes.set_xlabel("top-1 minus independent, percentage points (95% interval)")
-    axes.set_title(title, fontsize="medium", wrap=True)
+    axes.set_xlabel("top-1 minus independent, points (95% interval)")
+    if title:
+        axes.set_title(title, fontsize="medium", wrap=True)
     return figure
 
 

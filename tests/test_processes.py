@@ -53,6 +53,8 @@ def cases() -> dict[str, dict[str, Any]]:
         "fp32 reversed": case("reversed batch", **single),
         "bf16": case(**single, mixed_precision="bf16"),
         "bf16 reversed": case("reversed batch", **single, mixed_precision="bf16"),
+        "sequential": case(update="sequential", max_steps=3),
+        "official": case(update="official", grad_accum=5, clip_norm=0.5, max_steps=2),
         "local batch norm": case(max_steps=1, batch_norm="local"),
         "broken detach": case("detach", max_steps=1),
         "broken gradient mean": case("gradient mean", max_steps=1),
@@ -64,6 +66,9 @@ def cases() -> dict[str, dict[str, Any]]:
         "split, permuted": split(cohort=["resnet20", "resnet8"], max_steps=2),
         "split, sums": split(exchange="sum", max_steps=8),
         "split, rounded": split(exchange_dtype="bf16", max_steps=2),
+        "split, ring": split(cohort=["resnet20", "resnet8", "wrn_16_2"], links="ring", max_steps=2),
+        "split, mean logits": split(exchange="sum", target="mean-logit", max_steps=2),
+        "split, few labels": split(labelled_fraction=0.3, grad_accum=5, max_steps=3),
         "split, spoiled": split("spoiled", cohort=["resnet20", "resnet8", "wrn_16_2"], max_steps=4),
         "split, sums, spoiled": split("spoiled", exchange="sum", max_steps=4),
         "split, fp32": split(**single),
@@ -73,6 +78,14 @@ def cases() -> dict[str, dict[str, Any]]:
     }
 
 
+# How many steps of each case, every peer in every process, are compared.
+WHOLE = {
+    "plain": 30,
+    "accumulated and clipped": 8,
+    "fused activations": 2,
+    "sequential": 3,
+    "official": 2,
+}
 SPLIT = [
     "split",
     "split, equal peers",
@@ -81,6 +94,9 @@ SPLIT = [
     "split, permuted",
     "split, sums",
     "split, rounded",
+    "split, ring",
+    "split, mean logits",
+    "split, few labels",
     "split, spoiled",
     "split, sums, spoiled",
 ]
@@ -180,7 +196,7 @@ def test_they_are_several_processes_that_share_the_batch(
 
 
 @several
-@pytest.mark.parametrize("case", ["plain", "accumulated and clipped", "fused activations"])
+@pytest.mark.parametrize("case", WHOLE)
 def test_first_gradients_are_those_of_one_process(
     found: Callable[[int], Found], processes: int, case: str
 ) -> None:
@@ -190,15 +206,14 @@ def test_first_gradients_are_those_of_one_process(
 
 
 @several
-@pytest.mark.parametrize("case", ["plain", "accumulated and clipped", "fused activations"])
+@pytest.mark.parametrize("case", WHOLE)
 def test_states_after_many_steps_are_those_of_one_process(
     found: Callable[[int], Found], processes: int, case: str
 ) -> None:
     # Parameters and running statistics, in absolute terms: all are of the order of 1. Momentum is
     # a gradient, and after many steps gradients differ by what rounding makes of the order of sums.
     (one_report, one), (report, many) = found(1)[case][0], found(processes)[case][0]
-    steps = {"plain": 30, "accumulated and clipped": 8, "fused activations": 2}[case]
-    assert report["steps"] == one_report["steps"] == steps
+    assert report["steps"] == one_report["steps"] == WHOLE[case]
     for name, value in one.items():
         if name.startswith("state/") and "/momentum." not in name:
             assert (many[name] - value).abs().max() < 1e-9, name

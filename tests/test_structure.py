@@ -45,6 +45,9 @@ ORDER = [
     "comparison_report",
     "plots",
     "compare",
+    "history",
+    "analysis",
+    "page",
     "cli",
 ]
 FRAME = {"__init__", "__main__"}

@@ -1,0 +1,299 @@
+"""One page about any finished runs: tables, pictures, where each number comes from.
+
+The page stands alone: nothing in it is loaded from elsewhere.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from dml_accel import comparison, comparison_report, plots
+from dml_accel.analysis import analysis, holds_weights
+from dml_accel.comparison import BASELINE, SubRun
+from dml_accel.export import write_text
+from dml_accel.history import (
+    Run,
+    by_method,
+    comparable,
+    loss_over_epochs,
+    over_epochs,
+)
+from dml_accel.intervals import summarise
+
+_TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for light and dark pages, and the words that go with it."""
+
+    title: str
+    text: str
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """What there is to say about runs that differ in method and seed alone."""
+
+    title: str
+    note: str
+    table: str
+    published: list[str]
+    accuracy: str
+    cost: str
+    pictures: list[Picture]
+    runs: list[dict[str, str]]
+
+
+def write_page(runs: Sequence[Run], path: Path, images: int) -> None:
+    """Write the report.
+
+    Args:
+        runs: finished runs.
+        path: the file.
+        images: how many images of each split to analyse networks on; 0 for no analyses.
+
+    Raises:
+        UsageError: a run's weights or images cannot be read.
+    """
+    groups = comparable(runs)
+    sections = [_section(group, images) for group in groups]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_TEMPLATE.read_text())
+    growth = _growth(groups)
+    write_text(path, template.render(sections=sections, growth=growth, runs=len(runs)))
+
+
+def _section(runs: Sequence[Run], images: int) -> Section:
+    first = runs[0]
+    kept = list({(run.method, run.config.seed): run for run in reversed(runs)}.values())[::-1]
+    plan = [
+        SubRun(run.cohort, run.method, run.config.seed, str(run.folder.resolve()), run.config)
+        for run in kept
+    ]
+    methods = list(by_method(kept))
+    plan.sort(key=lambda sub: (methods.index(sub.method), sub.seed))
+    finished = [comparison.read(Path("/"), sub) for sub in plan]
+    theirs = first.description["classes"] == 100 and "cifar100" in first.config.dataset
+    record = comparison.record(first.config, plan, finished, theirs, "", {})
+    more = len(runs) - len(kept)
+    note = f"{more} further runs of a method and seed that are here already are left out."
+    return Section(
+        title=comparison_report.comparison_title(record),
+        note=note if more else "",
+        table=comparison_report.comparison_table(record, "html"),
+        published=comparison_report.published_table(record, "html"),
+        accuracy=comparison_report.statistics_table(record, "top1", 100, "html"),
+        cost=comparison_report.cost_table(record, "html"),
+        pictures=_pictures(kept, record, images),
+        runs=[
+            {
+                "folder": str(run.folder),
+                "method": run.method,
+                "seed": str(run.config.seed),
+                "command": run.description["command"],
+            }
+            for run in kept
+        ],
+    )
+
+
+def _picture(title: str, text: str, draw: Callable[[], Figure]) -> Picture:
+    return Picture(title, text, plots.as_uri(draw, "light"), plots.as_uri(draw, "dark"))
+
+
+def _pictures(runs: Sequence[Run], record: dict[str, Any], images: int) -> list[Picture]:
+    methods = by_method(runs)
+    colour = plots.colours(list(methods))
+    found = []
+    if any(method != BASELINE for method in methods) and BASELINE in methods:
+        found.append(
+            _picture(
+                "Difference to independent training",
+                "Paired by seed; 95% t-interval, or a hollow point for one seed.",
+                partial(plots.differences, record, ""),
+            )
+        )
+    found += _curves(methods, colour)
+    found += _between_peers(methods, colour)
+    if images:
+        found += _analyses(methods, colour, images)
+    return found
+
+
+def _curves(methods: Mapping[str, Sequence[Run]], colour: Mapping[str, str]) -> list[Picture]:
+    top1 = {m: over_epochs(runs, _mean_of_peers("top1")) for m, runs in methods.items()}
+    ensemble = {
+        m: over_epochs(runs, lambda test: test["ensemble"]["top1"]) for m, runs in methods.items()
+    }
+    loss = {m: loss_over_epochs(runs, "cross_entropy") for m, runs in methods.items()}
+    kl = {m: loss_over_epochs(runs, "kl") for m, runs in methods.items() if m != BASELINE}
+    entropy = {
+        m: over_epochs(runs, lambda test: _mean(test["entropy"].values()))
+        for m, runs in methods.items()
+    }
+    band = "Mean over seeds and peers; the band is the 95% interval over seeds."
+    rows = [
+        ("Test accuracy", band, top1, "top-1, %", 100.0),
+        (
+            "Test accuracy of the ensemble",
+            "Mean posterior of the cohort.",
+            ensemble,
+            "top-1, %",
+            100.0,
+        ),
+        ("Cross-entropy in training", band, loss, "nats", 1.0),
+        ("KL term in training", "What peers still teach each other.", kl, "nats", 1.0),
+        ("Entropy of the posteriors on the test images", band, entropy, "nats", 1.0),
+    ]
+    return [
+        _picture(title, text, partial(plots.curves, lines, colour, "epoch", y, scale))
+        for title, text, lines, y, scale in rows
+        if any(len(points) > 1 for points in lines.values())
+    ]
+
+
+def _mean_of_peers(metric: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda test: _mean(peer[metric] for peer in test["peers"].values())
+
+
+def _mean(values: Any) -> float | None:
+    known = list(values)
+    return None if None in known or not known else statistics.fmean(known)
+
+
+def _between_peers(
+    methods: Mapping[str, Sequence[Run]], colour: Mapping[str, str]
+) -> list[Picture]:
+    """Draw agreement over epochs, and the K x K divergences at the end."""
+    if len(next(iter(methods.values()))[0].nets) < 2:
+        return []
+    agreement = {
+        m: over_epochs(runs, lambda test: test["agreement"]) for m, runs in methods.items()
+    }
+    found = [
+        _picture(
+            "Agreement of the peers",
+            "Share of test images on which two peers predict the same class, mean over pairs.",
+            partial(plots.curves, agreement, colour, "epoch", "agreement, %", 100.0),
+        )
+    ]
+    for method, runs in methods.items():
+        ends = [list(run.evaluations())[-1][1]["kl"] for run in runs]
+        names = sorted(ends[0])
+        means = [[_mean(end[a][b] for end in ends) or 0.0 for b in names] for a in names]
+        found.append(
+            _picture(
+                f"KL between posteriors at the end: {method}",
+                "Row teaches column: KL(row || column) on the test images, mean over seeds.",
+                partial(plots.matrix, means, names, "nats"),
+            )
+        )
+    return found
+
+
+def _analyses(
+    methods: Mapping[str, Sequence[Run]], colour: Mapping[str, str], images: int
+) -> list[Picture]:
+    with_weights = {
+        m: [analysis(run, images) for run in runs if holds_weights(run)]
+        for m, runs in methods.items()
+    }
+    known = {m: found for m, found in with_weights.items() if found}
+    if not known:
+        return []
+
+    def noise(name: str) -> dict[str, plots.Curve]:
+        return {
+            m: [
+                (
+                    row["sigma"],
+                    summarise(
+                        [
+                            _mean(peer["noise"][place][name] for peer in one["peers"].values())
+                            for one in found
+                        ]
+                    ),
+                )
+                for place, row in enumerate(next(iter(found[0]["peers"].values()))["noise"])
+            ]
+            for m, found in known.items()
+        }
+
+    sigma, drawn = "standard deviation of the noise", "Gaussian noise on every weight, 3 draws."
+    return [
+        _picture(
+            "Training loss under weight noise",
+            f"{drawn} A minimum is flat where the loss grows slowly.",
+            partial(plots.curves, noise("train_loss"), colour, sigma, "cross-entropy, nats"),
+        ),
+        _picture(
+            "Test accuracy under weight noise",
+            drawn,
+            partial(plots.curves, noise("test_top1"), colour, sigma, "top-1, %", 100.0),
+        ),
+        _picture(
+            "Calibration",
+            "Accuracy against confidence in 15 bins, all peers and seeds together.",
+            partial(plots.calibration, {m: _bins(f) for m, f in known.items()}, colour),
+        ),
+    ]
+
+
+def _bins(found: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return mean confidence and accuracy of each bin over peers and runs, weighed by images."""
+    sums: dict[int, list[float]] = {}
+    for one in found:
+        for peer in one["peers"].values():
+            for row in peer["calibration"]:
+                share, confidence, accuracy = sums.get(row["bin"], [0.0, 0.0, 0.0])
+                weight = row["share"]
+                sums[row["bin"]] = [
+                    share + weight,
+                    confidence + weight * row["confidence"],
+                    accuracy + weight * row["accuracy"],
+                ]
+    return [(c / share, a / share) for _, (share, c, a) in sorted(sums.items())]
+
+
+def _growth(groups: Sequence[Sequence[Run]]) -> list[Picture]:
+    """Draw accuracy against K for cohorts of one network that differ in nothing else."""
+    by_net: dict[str, dict[int, list[Run]]] = {}
+    for group in groups:
+        if len(set(group[0].nets)) == 1:
+            mutual = [run for run in group if run.method == "mutual" or len(run.nets) == 1]
+            if mutual:
+                sizes = by_net.setdefault(group[0].nets[0], {})
+                sizes.setdefault(len(group[0].nets), []).extend(mutual)
+    found = []
+    for net, sizes in by_net.items():
+        if len(sizes) < 2:
+            continue
+        lines: dict[str, plots.Curve] = {
+            name: [(float(k), summarise([value(run) for run in sizes[k]])) for k in sorted(sizes)]
+            for name, value in (("mean of the peers", _peers_top1), ("ensemble", _ensemble_top1))
+        }
+        draw = partial(
+            plots.curves, lines, plots.colours(list(lines)), "K", "top-1, %", 100.0, "o-"
+        )
+        text = "Mutual learning; K = 1 is independent training. 95% interval over seeds."
+        found.append(_picture(f"{net}: accuracy against the size of the cohort", text, draw))
+    return found
+
+
+def _peers_top1(run: Run) -> float | None:
+    return _mean(peer["test"]["top1"] for peer in run.results["peers"])
+
+
+def _ensemble_top1(run: Run) -> float:
+    return float(run.results["ensemble"]["top1"])
