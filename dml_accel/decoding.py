@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,16 @@ def cache_dir() -> Path:
 
 
 def decoded(
-    dataset: Any, split: str, image: str, label: str, classes: int, size: int, quiet: bool
+    dataset: Any,
+    split: str,
+    image: str,
+    label: str,
+    classes: int,
+    size: int,
+    quiet: bool,
+    roots: Sequence[Path],
 ) -> Split:
-    """Return the split's images, from the cache where it holds them undamaged."""
+    """Return the split's images, from the cache where it holds them undamaged; see ``decode``."""
     stats = [(f["filename"], os.stat(f["filename"])) for f in dataset.cache_files]
     identity = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     digest = key(_CACHE_FORMAT, identity, split, image, label, size)
@@ -80,7 +87,7 @@ def decoded(
             except (ValueError, SafetensorError) as damage:
                 print(f"{path} is damaged ({damage}); decoding again", file=sys.stderr)
         labels = _labels(dataset, split, label, classes)
-        decoded = Split(decode(dataset, split, image, size, quiet), labels)
+        decoded = Split(decode(dataset, split, image, size, quiet, roots), labels)
         if writable and identity:
             _store(path, decoded)
         return decoded
@@ -113,8 +120,23 @@ def _labels(dataset: Any, split: str, column: str, classes: int) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def decode(dataset: Any, split: str, column: str, size: int, quiet: bool = False) -> Tensor:
+def decode(
+    dataset: Any,
+    split: str,
+    column: str,
+    size: int,
+    quiet: bool = False,
+    roots: Sequence[Path] = (),
+) -> Tensor:
     """Decode every image of a column, [N, S, S, 3] uint8.
+
+    Args:
+        dataset: of the datasets library.
+        split: its name, for messages.
+        column: of images.
+        size: S.
+        quiet: show no progress.
+        roots: folders that files which a row names must be in; rows may be a stranger's.
 
     Raises:
         UsageError: an image cannot be read; its row, and its file where it has one, are named.
@@ -136,6 +158,8 @@ def decode(dataset: Any, split: str, column: str, size: int, quiet: bool = False
             try:
                 if content is None and path is None:
                     raise ValueError("the row is empty")
+                if content is None and not any(_is_inside(path, root) for root in roots):
+                    raise ValueError("the file that the row names is outside the data set")
                 with Image.open(io.BytesIO(content) if content is not None else path) as picture:
                     images[row] = to_rgb(picture, size)
             except Exception as error:  # Pillow raises many kinds for files it cannot parse
@@ -146,6 +170,11 @@ def decode(dataset: Any, split: str, column: str, size: int, quiet: bool = False
                     f"image {row} of split {split!r}{where} cannot be read: {reason}"
                 ) from error
     return torch.from_numpy(images)
+
+
+def _is_inside(path: str, root: Path) -> bool:
+    """Whether a path is below a folder by its name; a link in the folder may lead elsewhere."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
 
 
 def _digest(split: Split) -> str:

@@ -58,13 +58,33 @@ def read(config: Config, quiet: bool = False) -> Source:
     if len(classes) < 2:
         raise UsageError(f"column {label!r} has {len(classes)} class; at least 2 are needed")
     train, test = (
-        decoded(splits[name], name, image, label, len(classes), config.image_size, quiet)
+        decoded(
+            splits[name],
+            name,
+            image,
+            label,
+            len(classes),
+            config.image_size,
+            quiet,
+            _roots(config.dataset),
+        )
         for name in (config.train_split, config.test_split)
     )
     return Source(train, test, classes)
 
 
 # ---------------------------------------------------------------- finding the set
+
+
+def _roots(dataset: str) -> list[Path]:
+    """Return the folders that files of a data set are in: its own, or the hub's caches."""
+    import datasets
+    import huggingface_hub.constants as hub
+
+    folder = Path(dataset).expanduser()
+    if folder.exists():
+        return [folder]
+    return [Path(datasets.config.HF_CACHE_HOME), Path(hub.HF_HUB_CACHE), Path(hub.HF_HOME)]
 
 
 def _open(dataset: str, quiet: bool) -> Any:

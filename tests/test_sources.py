@@ -2,13 +2,19 @@
 
 import io
 import os
+import pickle
+import resource
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -319,6 +325,97 @@ def test_a_corrupt_file_of_a_class_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "train" / "b" / "broken.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(UsageError, match=r"image \d of split 'train' \(.*/train/b/broken.png\)"):
         read(str(tmp_path))
+
+
+# ---------------------------------------------------------------- what strangers send
+
+
+def forged(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises many."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9_700, 20_000, 2**31 - 1])
+def test_a_decompression_bomb_is_refused_and_not_opened(parquet: Write, side: int) -> None:
+    folder = parquet(train=split([0, 1], [png(1), forged(side, side)]), test=split([1]))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UsageError, match="image 1 of split 'train' cannot be read") as refusal:
+        read(folder)
+    assert "\n" not in str(refusal.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_a_row_cannot_name_a_file_outside_the_set(parquet: Write, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(9))
+    folder = parquet(train=split([0]), test=split([1]))
+    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    for path in (str(secret), f"{folder}/../secret.png"):
+        table = pyarrow.table(
+            {
+                "img": pyarrow.array([{"bytes": None, "path": path}], image),
+                "fine_label": pyarrow.array([0], pyarrow.int64()),
+                "coarse_label": pyarrow.array([0], pyarrow.int64()),
+            }
+        )
+        described = pyarrow.parquet.read_schema(f"{folder}/train-00000-of-00001.parquet").metadata
+        target = f"{folder}/train-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(table.replace_schema_metadata(described), target)
+        with pytest.raises(UsageError, match="cannot be read: the file that the row names is out"):
+            read(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", pickle.dumps([1]), b"PAR1" + bytes(50)], ids=str)
+def test_a_parquet_file_that_is_none_is_one_line(parquet: Write, content: bytes) -> None:
+    folder = parquet(train=split([0]), test=split([1]))
+    (Path(folder) / "train-00000-of-00001.parquet").write_bytes(content)
+    with pytest.raises(UsageError, match=f"--dataset {folder}") as refusal:
+        read(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_truncated_parquet_file_is_one_line(parquet: Write) -> None:
+    folder = parquet(train=split([0] * 50), test=split([1]))
+    path = Path(folder) / "train-00000-of-00001.parquet"
+    whole = path.read_bytes()
+    for part in range(1, 10):
+        path.write_bytes(whole[: len(whole) * part // 10])
+        with pytest.raises(UsageError, match=f"--dataset {folder}") as refusal:
+            read(folder)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [1, 2],
+        ["a.png", "b.png"],
+        [{"bytes": "text", "path": None}] * 2,
+        [{"bytes": 3, "path": None}] * 2,
+        [[png(1)], [png(2)]],
+        [{"path": "x"}] * 2,
+    ],
+    ids=lambda column: str(column)[:30],
+)
+def test_columns_of_wrong_types_are_one_line(parquet: Write, column: list) -> None:
+    folder = parquet(train=split([0]), test=split([1]))
+    target = f"{folder}/train-00000-of-00001.parquet"
+    described = pyarrow.parquet.read_schema(target).metadata
+    table = pyarrow.table({"img": column, "fine_label": ["x", "y"], "coarse_label": [0.5, 1.5]})
+    pyarrow.parquet.write_table(table.replace_schema_metadata(described), target)
+    with pytest.raises(UsageError) as refusal:
+        read(folder)
+    assert "\n" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------- what is not there
 
 
 @pytest.mark.parametrize(
