@@ -9,6 +9,7 @@ Shape letters: K peers, N images, C classes.
 import copy
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ def analysis(run: Run, images: int) -> dict[str, Any]:
         UsageError: a peer or the images cannot be read.
     """
     path = run.folder / FILE
+    for peer in run.description["peers"]:
+        if Path(peer["name"]).name != peer["name"]:
+            raise UsageError(f"{run.folder / 'config.json'}: {peer['name']!r} is no peer's name")
     folders = {
         peer["name"]: frozen.read(run.folder / "peers" / peer["name"])
         for peer in run.description["peers"]
@@ -98,9 +102,7 @@ def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any
 def _some(images: ImageSet, most: int) -> tuple[Tensor, Tensor]:
     """Return images, not augmented, and labels, spread evenly over a split's stored order."""
     count = min(most, len(images))
-    x, y = images.rows(0, len(images))
-    places = torch.arange(count) * len(images) // count
-    x, y = x[places], y[places]
+    x, y = images.at(torch.arange(count) * len(images) // count)
     return x[y >= 0], y[y >= 0]
 
 

@@ -73,7 +73,9 @@ def write_peer(folder: Path, peer: Peer) -> None:
     _write(folder / f"{peer.name}.json", _dump(rest))
 
 
-def finish(folder: Path, peers: Iterable[str], step: int, state: dict[str, Any], keep: int) -> Path:
+def finish(
+    folder: Path, peers: Iterable[str], step: int, state: dict[str, Any], keep: int | None
+) -> Path:
     """Give a checkpoint whose peers are all written its name; then forget the oldest.
 
     Args:
@@ -81,7 +83,7 @@ def finish(folder: Path, peers: Iterable[str], step: int, state: dict[str, Any],
         peers: names of all peers.
         step: optimizer steps taken.
         state: what else the run needs, as JSON.
-        keep: how many checkpoints to keep, this one included.
+        keep: how many checkpoints to keep, this one included; None for all.
     """
     files: dict[str, str] = {}
     for name in peers:
@@ -99,7 +101,7 @@ def finish(folder: Path, peers: Iterable[str], step: int, state: dict[str, Any],
     _sync(final.parent)
     # Later ones are damaged, or this run would have begun there: they do not count.
     known = [path for path in named(final.parent) if step_of(path) <= step]
-    for old in known[keep:]:
+    for old in known[keep:] if keep else ():
         # Renamed first: what is half removed must not look like a checkpoint.
         shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")), ignore_errors=True)
     return final
@@ -252,7 +254,7 @@ def _require_fit(
         raise CheckpointError(f"{path} holds other weights than {peer.name} has")
     sizes = [w.shape for group in peer.optimizer.param_groups for w in group["params"]]
     for name, value in tensors.items():
-        like, index = expected.get(name), name.split(".")[1]
+        like, index = expected.get(name), name.partition(".")[2].partition(".")[0]
         if like is not None:
             fits = (value.shape, value.dtype) == (like.shape, like.dtype)
         else:  # a tensor of an optimizer that has not stepped here: a weight's shape, or a number
@@ -300,12 +302,13 @@ def _refuse_constant(name: str) -> None:
 
 def _bytes(path: Path, most: int) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > most:
-            raise CheckpointError(f"{path} has {size:,} bytes, more than the {most:,} that it may")
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(most + 1)  # a file may be longer than it says, or without end
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > most:
+        raise CheckpointError(f"{path} has more than the {most:,} bytes that it may")
+    return content
 
 
 def _sha256(content: bytes) -> str:

@@ -22,6 +22,7 @@ from dml_accel.comparison_report import comparison_table, comparison_title
 from dml_accel.config import Config, UsageError
 from dml_accel.engine import DivergedError
 from dml_accel.launching import StoppedError, launched_processes, launched_rank
+from dml_accel.page import write_page
 from dml_accel.planning import this_machine
 from dml_accel.processes import ProcessLostError
 from dml_accel.provenance import command_line
@@ -313,8 +314,6 @@ def _plan(values: dict[str, typing.Any]) -> int:
 
 
 def _report(values: dict[str, typing.Any]) -> int:
-    from dml_accel.page import write_page  # imported late: pictures cost training a second
-
     if values["analyse"] < 0:
         raise UsageError(f"--analyse is {values['analyse']}; it must be 0 or more")
     folders = [Path(folder).expanduser() for folder in values["folders"]]

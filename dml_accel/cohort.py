@@ -190,14 +190,14 @@ def build(spec: PeerSpec, config: Config, classes: int) -> nn.Module:
         except Exception as error:  # every model family raises its own kinds
             reason = " ".join(str(error).split())
             raise UsageError(f"{spec.name} ({spec.arch}) cannot be built: {reason}") from error
-    reason = _refusal(net, config.image_size, classes)
+    reason = refusal(net, config.image_size, classes)
     if reason:
         raise UsageError(
             f"{spec.name} cannot take {config.image_size} x {config.image_size} images ({reason}); "
             f"try {_remedy(spec, config.image_size, classes)}"
         )
     smallest = config.batch_size // config.grad_accum
-    if smallest == 1 and _refusal(copy.deepcopy(net), config.image_size, classes, train=True):
+    if smallest == 1 and refusal(copy.deepcopy(net), config.image_size, classes, train=True):
         raise UsageError(
             f"{spec.name} cannot learn from 1 image at a time (its batch norm sees one value per "
             f"channel), as --batch-size {config.batch_size} --grad-accum {config.grad_accum} asks"
@@ -205,8 +205,11 @@ def build(spec: PeerSpec, config: Config, classes: int) -> nn.Module:
     return net.double() if config.float64 else net
 
 
-def _refusal(net: nn.Module, size: int, classes: int, train: bool = False) -> str:
-    """Say why the net cannot take one image; without ``train`` it leaves no trace in the net."""
+def refusal(net: nn.Module, size: int, classes: int, train: bool = False) -> str:
+    """Say why a net cannot take one image; empty where it can.
+
+    Without ``train`` that leaves no trace in the net, which is in training mode afterwards.
+    """
     net.train(train)
     try:
         with torch.no_grad():
@@ -229,7 +232,7 @@ def _remedy(spec: PeerSpec, size: int, classes: int) -> str:
             net = timm.create_model(spec.arch, num_classes=classes, **spec.arguments | arguments)
         except Exception:  # every model family raises its own kinds
             continue
-        if not _refusal(net, size, classes):
+        if not refusal(net, size, classes):
             text = ",".join(f"{name}={value}" for name, value in arguments.items())
             return f"'timm:{spec.arch}[{text}]' or --image-size {native}"
     return f"--image-size {native}"

@@ -29,6 +29,7 @@ from dml_accel.launching import (
     launched_precision,
     launched_processes,
     launched_rank,
+    restarts,
 )
 from dml_accel.processes import Processes
 from dml_accel.progress import Display
@@ -40,6 +41,7 @@ from dml_accel.runfolder import (
     is_done,
     remedy_of_a_stop,
     saved_config,
+    saved_status,
 )
 from dml_accel.sources import Source
 from dml_accel.training import run, workload
@@ -165,6 +167,9 @@ def compare(
         display = Display(max(work, 1.0), quiet=not speaks, many=True)
         processes = Processes(config)
         with contextlib.closing(display), processes.watching():
+            if processes.agreed(bool(root and _was_stopped(root.path, plan))):
+                processes.close()
+                return None
             for place, sub in enumerate(plan):
                 if processes.agreed(sub not in unfinished):
                     continue
@@ -188,12 +193,21 @@ def compare(
                         )
                 except DivergedError as error:  # in all processes alike; the others go on
                     failed[sub.folder] = str(error)
-                    display.end()
+                    if root:
+                        display.end()
                 processes.release_networks()
                 if root:
                     _write(root, config, plan, source, command, failed)
             processes.close()
         return (root.path, _write(root, config, plan, source, command, failed)) if root else None
+
+
+def _was_stopped(root: Path, plan: Sequence[SubRun]) -> bool:
+    """Whether a launcher has started again what was stopped on request."""
+    stopped = restarts() > 0 and any(saved_status(root / sub.folder) == "stopped" for sub in plan)
+    if stopped:
+        print(f"{root} was stopped on request; the same command goes on with it", file=sys.stderr)
+    return stopped
 
 
 def _origin(sub: SubRun, folder: RunFolder | None, checked: Checked) -> Origin:

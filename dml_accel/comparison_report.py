@@ -88,7 +88,8 @@ def comparison_table(record: dict[str, Any], style: str = "simple") -> str:
 
 
 def _title(method: str) -> str:
-    return METHOD_TITLES.get(method, method)
+    name, comma, unusual = method.partition(",")
+    return METHOD_TITLES.get(name, name) + comma + unusual
 
 
 def _nets(cohort: dict[str, Any]) -> list[str]:

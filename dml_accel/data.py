@@ -128,7 +128,11 @@ class ImageSet:
 
     def rows(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Return images ``lo`` to ``hi`` in stored order, normalised and not augmented."""
-        rows = torch.arange(lo, min(hi, len(self)), device=self._device)
+        return self.at(torch.arange(lo, min(hi, len(self)), device=self._device))
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images at some places in stored order, int64, normalised and not augmented."""
+        rows = rows.to(self._device)
         centre = self._windows[self._pad].expand(len(rows), -1)
         return self._gather(rows, centre, centre)
 

@@ -43,10 +43,12 @@ class Start:
     Attributes:
         step: optimizer steps taken before.
         lost: of each peer, how many steps in a row up to there were lost (0 where it is not named).
+        kept: whether there is a checkpoint of that step where those of this run go.
     """
 
     step: int = 0
     lost: Mapping[str, int] = field(default_factory=dict)
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,10 @@ def fit(
     splits = [data.test, data.val] if data.val else [data.test]
     lost = torch.tensor([start.lost.get(name, 0) for name in names], device=placement.device)
     longest = lost
-    step, kept = start.step, start.step or None  # a run that begins has no checkpoint
+    step, kept = start.step, start.step if start.kept else None
     evaluate_now = evaluation_follows(config, len(data.train), step)
-    save_due = save_now = False
+    # What goes on from elsewhere has a checkpoint of its own first; what begins has none.
+    save_due = save_now = step > 0 and not start.kept
     stops = bool(processes.largest(stop.asked))
 
     def asks() -> list[bool]:
@@ -169,7 +172,7 @@ def fit(
             evaluations.restart()
         if stops:
             raise StoppedError(f"stopped by {stop.signal or 'a signal to another process'}")
-        if step == steps:
+        if step >= steps:
             break
         lr = learning_rate(config, step, per_epoch)
         losses, asked = train_step(

@@ -5,9 +5,11 @@ the network; that is built by timm from its registered name and plain arguments,
 to another file.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,18 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from dml_accel import cohort
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data, Normalisation
 from dml_accel.placement import Placement
 
 _LARGEST_JSON = 16 * 2**20  # bytes
-# What would make timm read another file, or a pickle.
-_LEADS_ELSEWHERE = ("pretrained", "checkpoint", "cache_dir", "url", "file", "scriptable")
+# Parts of arguments' names that would make timm read another file, or a pickle, or build elsewhere
+# than on the device that takes no memory.
+_LEADS_ELSEWHERE = ("pretrained", "checkpoint", "cache_dir", "url", "file", "device", "dtype")
+_BESIDE_WEIGHTS = 2**26  # bytes that buffers may take which are not among the weights
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,8 @@ def read(path: Path) -> PeerFolder:
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UsageError(f"{file} does not describe a network as timm does: {error!r}") from error
+    if not all(0 < value < math.inf for value in known.normalisation.std):
+        raise UsageError(f"{file}: std {list(known.normalisation.std)} is not above 0")
     if list(size) != [3, known.image_size, known.image_size]:
         raise UsageError(f"{file}: input size {size} is not three channels of a square")
     for name in arguments:
@@ -120,14 +128,11 @@ def build(folder: PeerFolder) -> nn.Module:
         )
 
     try:
-        with torch.device("meta"):  # nothing is allocated before the sizes are known to fit
-            expected = {name: list(like.shape) for name, like in make().state_dict().items()}
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            if found != expected:
-                names = sorted(expected.keys() | found.keys())
-                wrong = [name for name in names if expected.get(name) != found.get(name)]
-                raise UsageError(f"{path} does not fit {folder.arch}: {', '.join(wrong[:3])}")
+            # Nothing is allocated, nor built without end, before the sizes are known to fit.
+            with torch.device("meta"), _at_most_parameters(len(found)):
+                _require_fit(make(), found, path)
             net = make()
             net.load_state_dict({name: file.get_tensor(name) for name in found})
     except UsageError:
@@ -137,7 +142,39 @@ def build(folder: PeerFolder) -> nn.Module:
     except Exception as error:  # every model family raises its own kinds
         reason = " ".join(str(error).split())
         raise UsageError(f"{folder.path}: {folder.arch} cannot be built: {reason}") from error
+    reason = cohort.refusal(net, folder.image_size, folder.number_of_classes)
+    if reason:
+        size = folder.image_size
+        raise UsageError(f"{folder.path} cannot take {size} x {size} images ({reason})")
     return net.eval()
+
+
+def _require_fit(net: nn.Module, found: Mapping[str, list[int]], path: Path) -> None:
+    expected = {name: list(like.shape) for name, like in net.state_dict().items()}
+    if found != expected:
+        names = sorted(expected.keys() | found.keys())
+        wrong = [name for name in names if expected.get(name) != found.get(name)]
+        raise UsageError(f"{path} does not fit its network: {', '.join(wrong[:3])}")
+    beside = sum(b.numel() * b.element_size() for b in net.buffers())
+    if beside > path.stat().st_size + _BESIDE_WEIGHTS:
+        raise UsageError(f"{path}: its network would take {beside:,} bytes beside its weights")
+
+
+@contextlib.contextmanager
+def _at_most_parameters(most: int) -> Iterator[None]:
+    """Stop the building of a network that has more parameters than there are weights for."""
+    left = [most]
+
+    def count(*_: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ValueError(f"it has more than the {most} tensors of model.safetensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Frozen:
@@ -234,9 +271,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _bytes(path: Path, most: int) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > most:
-            raise UsageError(f"{path} has {size:,} bytes, more than the {most:,} that it may")
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > most:
+        raise UsageError(f"{path} has more than the {most:,} bytes that it may")
+    return content

@@ -1,7 +1,7 @@
 """Finished runs: found, grouped by what may be compared, followed over epochs."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ _MAY_DIFFER = frozenset(
 )
 
 
+# Of these, what no method's name has to say: who learns, and what is said by other words.
+_BESIDE = frozenset({"cohort", "seed", "frozen_peers"})
+
+
 @dataclass(frozen=True)
 class Run:
     """One finished run.
@@ -49,7 +53,8 @@ class Run:
     @property
     def method(self) -> str:
         """What the comparison command calls the way it was trained."""
-        return method_of(self.config, len(self.nets))
+        teachers = self.description.get("teachers", {}).get("frozen", {})
+        return method_of(self.config, len(self.nets), teachers)
 
     @property
     def cohort(self) -> str:
@@ -69,26 +74,37 @@ class Run:
                 yield event["step"] / per_epoch, event["test"]
 
 
-def method_of(config: Config, peers: int) -> str:
-    """Name the method of a configuration of so many peers, and what is unusual about it."""
-    if config.kl_weight == 0 or (peers == 1 and not config.frozen_peers):
-        return "independent"
-    name = "mutual"
-    for other, is_it in (
-        (config.update, config.update != "simultaneous"),
-        (config.target, config.target != "peers"),
-        ("distill", config.links == "frozen"),
-        ("semi", config.labelled_fraction < 1 and config.kl_images == "all"),
+def method_of(config: Config, peers: int, teachers: Mapping[str, str]) -> str:
+    """Name the way in which peers are trained, and all that is unusual about it.
+
+    Args:
+        config: the run's.
+        peers: how many learn.
+        teachers: sha256 of the weights of those that only teach, by name.
+    """
+    if config.kl_weight == 0 or (peers == 1 and not teachers):
+        by_turns = config.update == "official" and peers > 1  # K batches a step all the same
+        return "independent, official" if by_turns else "independent"
+    name, implied = "mutual", set(_BESIDE)
+    for other, field, is_it in (
+        (config.update, "update", config.update != "simultaneous"),
+        (config.target, "target", config.target != "peers"),
+        ("distill", "links", config.links == "frozen"),
+        ("semi", "kl_images", config.labelled_fraction < 1 and config.kl_images == "all"),
     ):
         if is_it:
-            name = other
+            name, implied = other, {*_BESIDE, field}
             break
-    usual, mine = Config(), config.as_dict()
+    if config.labelled_fraction == 1 or config.kl_images == "labelled":
+        implied.add("kl_images")
+    mine, usual = config.as_dict(), Config()
     unusual = [
         f"{flag.replace('_', ' ')} {mine[flag]}"
-        for flag in ("kl_weight", "kl_reduction", "kl_warmup", "temperature", "links")
-        if mine[flag] not in (getattr(usual, flag), "frozen")
+        for flag in sorted(_MAY_DIFFER - implied)
+        if mine[flag] != getattr(usual, flag) or flag == "kl_images"
     ]
+    if teachers:
+        unusual.append("of " + " ".join(sha256[:8] for sha256 in teachers.values()))
     return ", ".join([name, *unusual])
 
 
@@ -129,16 +145,26 @@ def _read(folder: Path) -> Run:
 
 
 def comparable(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs that differ in method and seed alone; the cohorts of one recipe follow another."""
+    """Group runs that differ in method and seed alone."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        changed = run.config.differences(Config())
-        recipe = {name: mine for name, (mine, _) in changed.items() if name not in _MAY_DIFFER}
-        recipe["dataset"] = Path(run.config.dataset).name
-        images = run.description["images"]
-        key = json.dumps([sorted(run.nets), recipe, images["train"], images["test"]])
-        groups.setdefault(key, []).append(run)
+        groups.setdefault(json.dumps([sorted(nets_of(run)), recipe_of(run)]), []).append(run)
     return list(groups.values())
+
+
+def nets_of(run: Run) -> list[str]:
+    """Return the networks of a cohort with their arguments."""
+    specs = cohort.parse(run.config.cohort)
+    return [f"{spec.arch}{sorted(spec.arguments.items())}" for spec in specs]
+
+
+def recipe_of(run: Run) -> list[Any]:
+    """Return what runs of one comparison share beside their networks."""
+    changed = run.config.differences(Config())
+    recipe = {name: mine for name, (mine, _) in changed.items() if name not in _MAY_DIFFER}
+    recipe["dataset"] = Path(run.config.dataset).name
+    images = run.description["images"]
+    return [sorted(recipe.items()), images["train"], images["test"]]
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:

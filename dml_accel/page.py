@@ -3,7 +3,9 @@
 The page stands alone: nothing in it is loaded from elsewhere.
 """
 
+import json
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +18,16 @@ from matplotlib.figure import Figure
 from dml_accel import comparison, comparison_report, plots
 from dml_accel.analysis import analysis, holds_weights
 from dml_accel.comparison import BASELINE, SubRun
+from dml_accel.config import UsageError
 from dml_accel.export import write_text
 from dml_accel.history import (
     Run,
     by_method,
     comparable,
     loss_over_epochs,
+    nets_of,
     over_epochs,
+    recipe_of,
 )
 from dml_accel.intervals import summarise
 
@@ -205,11 +210,15 @@ def _between_peers(
 def _analyses(
     methods: Mapping[str, Sequence[Run]], colour: Mapping[str, str], images: int
 ) -> list[Picture]:
-    with_weights = {
-        m: [analysis(run, images) for run in runs if holds_weights(run)]
-        for m, runs in methods.items()
-    }
-    known = {m: found for m, found in with_weights.items() if found}
+    known: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for m, runs in methods.items():
+            found = [analysis(run, images) for run in runs if holds_weights(run)]
+            if found:
+                known[m] = found
+    except UsageError as error:
+        print(f"warning: no analyses, as {error}; --analyse 0 leaves them out", file=sys.stderr)
+        return []
     if not known:
         return []
 
@@ -243,11 +252,48 @@ def _analyses(
             partial(plots.curves, noise("test_top1"), colour, sigma, "top-1, %", 100.0),
         ),
         _picture(
+            "Entropy of single posteriors",
+            "Quantiles over the test images, mean over peers and seeds.",
+            partial(plots.curves, _entropies(known), colour, "quantile, %", "nats", 1.0, "o-"),
+        ),
+        *_disagreements(known),
+        _picture(
             "Calibration",
             "Accuracy against confidence in 15 bins, all peers and seeds together.",
             partial(plots.calibration, {m: _bins(f) for m, f in known.items()}, colour),
         ),
     ]
+
+
+def _entropies(known: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, plots.Curve]:
+    return {
+        m: [
+            (
+                float(mark),
+                summarise(
+                    [
+                        _mean(peer["entropy"][f"q{mark}"] for peer in one["peers"].values())
+                        for one in found
+                    ]
+                ),
+            )
+            for mark in (10, 25, 50, 75, 90)
+        ]
+        for m, found in known.items()
+    }
+
+
+def _disagreements(known: Mapping[str, Sequence[dict[str, Any]]]) -> list[Picture]:
+    pictures = []
+    for m, found in known.items():
+        tables = [one["disagreement"] for one in found]
+        names = sorted(tables[0])
+        if len(names) > 1:
+            means = [[_mean(one[a][b] for one in tables) or 0.0 for b in names] for a in names]
+            draw = partial(plots.matrix, means, names, "share of images")
+            text = "Share of test images on which two peers predict other classes, mean over seeds."
+            pictures.append(_picture(f"Disagreement: {m}", text, draw))
+    return pictures
 
 
 def _bins(found: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
@@ -268,19 +314,22 @@ def _bins(found: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
 
 def _growth(groups: Sequence[Sequence[Run]]) -> list[Picture]:
     """Draw accuracy against K for cohorts of one network that differ in nothing else."""
-    by_net: dict[str, dict[int, list[Run]]] = {}
-    for group in groups:
-        if len(set(group[0].nets)) == 1:
-            mutual = [run for run in group if run.method == "mutual" or len(run.nets) == 1]
-            if mutual:
-                sizes = by_net.setdefault(group[0].nets[0], {})
-                sizes.setdefault(len(group[0].nets), []).extend(mutual)
+    by_net: dict[str, dict[int, dict[int, Run]]] = {}
+    for run in (run for group in groups for run in group):
+        nets, size = set(nets_of(run)), len(run.nets)
+        if len(nets) == 1 and run.method == ("mutual" if size > 1 else "independent"):
+            key = json.dumps([*nets, recipe_of(run)])
+            by_net.setdefault(key, {}).setdefault(size, {})[run.config.seed] = run
     found = []
-    for net, sizes in by_net.items():
+    for sizes in by_net.values():
         if len(sizes) < 2:
             continue
+        net = next(iter(sizes[min(sizes)].values())).nets[0]
         lines: dict[str, plots.Curve] = {
-            name: [(float(k), summarise([value(run) for run in sizes[k]])) for k in sorted(sizes)]
+            name: [
+                (float(k), summarise([value(run) for run in sizes[k].values()]))
+                for k in sorted(sizes)
+            ]
             for name, value in (("mean of the peers", _peers_top1), ("ensemble", _ensemble_top1))
         }
         draw = partial(

@@ -79,6 +79,8 @@ class Processes:
                 f"launched as {launched} processes but only {self.world_size} found each other; "
                 "add --cpu to the flags of train.py"
             )
+        # The same run twice is the same bit for bit: cuDNN may not choose otherwise.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
         if self.world_size > 1:

@@ -62,10 +62,12 @@ class Origin:
     path: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def start(self) -> Start:
-        """What the peers have behind them."""
-        return Start(self.state["step"], self.state["lost"]) if self.path else Start()
+    def start(self, checkpoints: Path) -> Start:
+        """Return what the peers have behind them, for a run that keeps its own in a folder."""
+        if not self.path:
+            return Start()
+        here = self.path.resolve().parent == checkpoints.resolve()
+        return Start(self.state["step"], self.state["lost"], here)
 
     def ranks(self, config: Config, world_size: int) -> dict[str, list[int]] | None:
         """Return the placement of the checkpoint where this run may have the same."""
@@ -105,6 +107,10 @@ def nothing_to_do(config: Config, path: Path, steps: int) -> str:
         return ""
     if restarts() and saved_status(path) == "stopped":
         return f"{path} was stopped on request; --resume auto goes on with it"
+    newest = next(iter(checkpoint.named(path / CHECKPOINTS)), None)
+    if newest and checkpoint.step_of(newest) > steps:
+        _refuse(path, config.differences_from_start(saved_config(path)))
+        return f"{path} has gone on to {newest.name}, past the {steps} steps asked for"
     if not is_done(path):
         return ""
     taken = json.loads((path / "results.json").read_text())["steps"]
@@ -141,6 +147,12 @@ def find(config: Config, checked: Checked) -> Origin:
         found = checkpoint.named(root)
         if not (auto or found):
             raise UsageError(f"--resume {given} is no checkpoint, and there is none in {root}")
+        begun_from = saved_config(given).resume if (given / "config.json").exists() else None
+        if not found and begun_from not in (None, "auto"):
+            raise UsageError(
+                f"--output-dir {given} was begun from {begun_from} and has no checkpoint of its "
+                f"own yet; --resume {begun_from} into another folder"
+            )
         if not found and is_done(given):
             raise UsageError(
                 f"--output-dir {given} holds a finished run without a checkpoint to go on from; "
@@ -163,13 +175,25 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     state = checkpoint.verify(path, peers)
     wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
     if not wrong:
-        ranks, everyone = state["placement"].get("ranks"), set(range(state["world_size"]))
-        fits = isinstance(ranks, dict) and set(ranks) == set(peers)
-        if not fits or not all(held and set(held) <= everyone for held in ranks.values()):
+        if not _is_a_placement(state["placement"].get("ranks"), state["world_size"], peers):
             wrong.append("placement")
+        counts = state["lost"].values()
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            wrong.append("lost")
     if wrong:
         raise CheckpointError(f"{path / 'state.json'} does not say {', '.join(wrong)} as it should")
     return Origin(path, state)
+
+
+def _is_a_placement(ranks: Any, world_size: int, peers: Sequence[str]) -> bool:
+    """Whether every peer has processes, and every process a peer."""
+    if not isinstance(ranks, dict) or set(ranks) != set(peers):
+        return False
+    if not all(isinstance(held, list) and held for held in ranks.values()):
+        return False
+    used = {rank for held in ranks.values() for rank in held if isinstance(rank, int)}
+    # Counted, and not compared with a range: a forged number of processes may be any.
+    return len(used) == world_size and min(used) == 0 and max(used) == world_size - 1
 
 
 def _newest_good(found: Sequence[Path], peers: Sequence[str]) -> Origin:
@@ -302,7 +326,9 @@ def keep(
 
     def finish() -> None:
         if first:
-            checkpoint.finish(folder, placement.names, step, state, config.keep_checkpoints)
+            # Written while a peer loses steps, on request, it replaces no sound one.
+            most = config.keep_checkpoints if not any(record.lost.values()) else None
+            checkpoint.finish(folder, placement.names, step, state, most)
 
     for part in (begin, write, finish):
         problem = None

@@ -125,6 +125,7 @@ class RunFolder(LockedFolder):
         self._goes_on = goes_on
         self.step = 0
         self._metrics: TextIO | None = None
+        self._taken_up = False
         super().__init__(path, label)
 
     def _refuse_content(self) -> None:
@@ -135,6 +136,12 @@ class RunFolder(LockedFolder):
                     "or --resume auto to go on with it"
                 )
 
+    def take_up(self, step: int) -> None:
+        """Say that the run is on its way, where an earlier attempt has left another status."""
+        if (self.path / "status.json").exists():
+            self.step, self._taken_up = step, True
+            self.status("running")
+
     def begin(self, step: int | None, again: bool) -> None:
         """Open the records of a run that has ``step`` steps behind it.
 
@@ -142,20 +149,21 @@ class RunFolder(LockedFolder):
 
         Args:
             step: the checkpoint's; without one it is None, and what a run without any left behind
-                is cleared away.
+                is cleared away. Results of a run with fewer steps are cleared away in any case:
+                the records have its evaluations.
             again: whether the evaluation of that step comes again.
         """
-        path = self.path / "metrics.jsonl"
-        if step is None:
-            for trace in _TRACES_OF_A_RUN:
-                if (self.path / trace).is_dir():
-                    shutil.rmtree(self.path / trace)
-                else:
-                    (self.path / trace).unlink(missing_ok=True)
-        elif path.exists():
+        path, fewer = self.path / "metrics.jsonl", ("results.json", "results.md")
+        for trace in _TRACES_OF_A_RUN if step is None else fewer:
+            if (self.path / trace).is_dir():
+                shutil.rmtree(self.path / trace)
+            else:
+                (self.path / trace).unlink(missing_ok=True)
+        if path.exists():
             lines = [line for line in path.read_text(errors="replace").split("\n") if line]
-            kept = [line for line in lines if _is_before(line, step, again)]
+            kept = [line for line in lines if _is_before(line, step or 0, again)]
             write_text(path, "".join(line + "\n" for line in kept))
+        self._taken_up = True
         self.step = step or 0
         self._metrics = open(path, "a")  # noqa: SIM115
         self.status("running")
@@ -170,7 +178,7 @@ class RunFolder(LockedFolder):
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
             if isinstance(error, StoppedError):
                 self.status("stopped", str(error))
-            elif error and (self._metrics or not isinstance(error, UsageError)):
+            elif error and (self._taken_up or not isinstance(error, UsageError)):
                 self.status("failed", f"{type(error).__name__}: {error}".rstrip(": "))
             elif not error:
                 self.status("done")

@@ -224,8 +224,10 @@ def _update(step: Step, place: int, sums: Tensor) -> Tensor:
 
 
 def _asked(step: Step, asks: Callable[[], Sequence[bool]]) -> Tensor:
-    device = step.placement.device
-    return step.placement.sum_over_rows(torch.tensor(asks(), dtype=torch.float32, device=device))
+    placement, asked = step.placement, torch.tensor(asks(), dtype=torch.float32)
+    if placement.processes.world_size == 1:
+        return asked  # where it is: to read it back from a device would wait
+    return placement.sum_over_rows(asked.to(placement.device, non_blocking=True))
 
 
 def _in_name_order(step: Step, means: list[Tensor]) -> Tensor:

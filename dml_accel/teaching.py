@@ -39,10 +39,10 @@ class Teaching:
         self._weight, self._warmup = config.kl_weight, config.kl_warmup
         self._target, self._temperature = config.target, config.temperature
         self.exchange_dtype = torch.bfloat16 if config.exchange_dtype == "bf16" else None
+        self._teachers = [*names, *frozen]
         self._links: Tensor | None = None
         if links is not None:
-            teachers = [*names, *frozen]
-            rows = [[links[k].get(teacher, 0.0) for teacher in teachers] for k in names]
+            rows = [[links[k].get(teacher, 0.0) for teacher in self._teachers] for k in names]
             self._links = torch.tensor(rows, dtype=torch.float64)
 
     @property
@@ -54,6 +54,15 @@ class Teaching:
         """The weight of the KL term in optimizer step ``step`` (from 0): never 0 in the warm-up."""
         steps = self._warmup * steps_per_epoch
         return self._weight * min(1.0, (step + 1) / steps) if steps else self._weight
+
+    def teachers_of(self, peer: str) -> list[str]:
+        """Return the names of those that a peer learns from, in name order, frozen ones last."""
+        if not self.is_on:
+            return []
+        if self._links is None:
+            return [name for name in self._teachers if name != peer]
+        row = self._links[sorted(self.turns).index(peer)].tolist()
+        return [name for name, weight in zip(self._teachers, row, strict=True) if weight > 0]
 
     def rounded(self, logits: Tensor) -> Tensor:
         """Return logits as they teach, under every placement: in single precision at least."""
@@ -83,5 +92,6 @@ class Teaching:
             rows: places in name order of the peers that are taught.
         """
         assert self._links is not None, "links are what this is for"
-        links = self._links[list(rows)].to(lessons_LBC)
+        self._links = self._links.to(lessons_LBC)  # once: the same device and precision from then
+        links = self._links[list(rows)]
         return targets(torch.einsum("kl,lbc->kbc", links, lessons_LBC), self._target)

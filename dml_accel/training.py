@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from dml_accel import cohort, data, frozen, sources
 from dml_accel.checking import Checked, agreed_ranks, check
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
-from dml_accel.config import Config
+from dml_accel.config import Config, UsageError
 from dml_accel.data import Data
 from dml_accel.engine import (
     CheckpointRecord,
@@ -85,8 +86,10 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         contextlib.closing(display),
         folder if folder and not nothing else contextlib.nullcontext(),
     ):
-        if folder and not nothing and origin is None:
-            origin = find(config, checked)
+        if folder and not nothing:
+            origin = origin or find(config, checked)
+            _refuse_to_go_back(origin, work.steps)
+            folder.take_up(origin.state.get("step", 0))
         processes = Processes(config)
         with processes.watching():
             results = None
@@ -98,6 +101,14 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     if nothing:
         print(nothing, file=sys.stderr)
     return (folder.path, results) if folder and results else None
+
+
+def _refuse_to_go_back(origin: Origin, steps: int) -> None:
+    if origin.path and origin.state["step"] > steps:
+        raise UsageError(
+            f"{origin.path} has {origin.state['step']} steps behind it, and the flags ask for "
+            f"{steps} in all; raise --epochs or --max-steps"
+        )
 
 
 def run(
@@ -150,11 +161,12 @@ def run(
     checked.modules.clear()
     load(origin, peers, processes)
     windows = Windows(placement.names, len(images.train) // config.batch_size)
+    start = origin.start(path / CHECKPOINTS)
     recorder = None
     if folder is not None:
-        work = workload(config, checked.source, image_cost, origin.start.step)
+        work = workload(config, checked.source, image_cost, start.step)
         display.begin(label, work, config.epochs, _images_of_a_step(config, placement))
-        step = origin.start.step
+        step = start.step
         folder.begin(
             step if origin.path else None, evaluation_follows(config, len(images.train), step)
         )
@@ -163,7 +175,7 @@ def run(
         recorder = _Recorder(folder, windows, display)
     state = description(config, checked, placement)
     try:
-        records = fit(peers, images, config, placement, origin.start, stop, teaching, teachers)
+        records = fit(peers, images, config, placement, start, stop, teaching, teachers)
         for record in records:
             if isinstance(record, CheckpointRecord):
                 keep(path / CHECKPOINTS, record, peers, state, config, placement)
@@ -179,18 +191,18 @@ def run(
     if folder:
         folder.event("end", last.step, last.epoch)
         display.end()
-    error = _write_peers(path, peers, last, images, config, placement)
+    error = _write_peers(path, peers, last, images, config, placement, teaching)
     # Also the wait for the files of all peers.
     unwritten = processes.largest(0 if error is None else 1 + processes.rank)
     memory = processes.largest(device_memory(placement.device))
+    if unwritten:
+        raise error or OSError(f"rank {unwritten - 1} could not write its peers below {path}")
     results = None
     if folder is not None:
         results = _results(checked, parameters, last, windows, config, placement, memory)
         text = results_markdown(results, config.as_dict(), command)
         write_text(folder.path / "results.md", text)
         folder.write("results.json", results)  # the last: it says that the run is done
-    if unwritten:
-        raise error or OSError(f"rank {unwritten - 1} could not write its peers below {path}")
     return results
 
 
@@ -242,12 +254,12 @@ def _write_peers(
     images: Data,
     config: Config,
     placement: Placement,
+    teaching: Teaching,
 ) -> OSError | None:
     """Write the folders of the peers that this process leads; return what prevented it."""
     for peer in peers:
         if not placement.leads(peer.name):
             continue
-        others = [name for name in placement.names if name != peer.name]
         try:
             write_peer(
                 path / "peers" / peer.name,
@@ -258,10 +270,12 @@ def _write_peers(
                 image_size=config.image_size,
                 dataset=config.dataset,
                 steps=last.step,
-                taught_by=others if config.kl_weight > 0 else [],
+                taught_by=teaching.teachers_of(peer.name),
             )
         except OSError as error:
             return error
+        except SafetensorError as error:  # the format's own, a full disk among them
+            return OSError(f"{path / 'peers' / peer.name} cannot be written: {error}")
     return None
 
 

@@ -30,6 +30,7 @@ address=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?run this with sbatch}" 
 threads=$((${SLURM_CPUS_PER_TASK:-1} / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
+begun=$(mktemp)
 # Pre-emption and scancel send SIGTERM, here too: let the run end by itself.
 trap : TERM
 # Without --signals-to-handle the launcher itself would die of SIGUSR1 and leave its workers behind.
@@ -53,7 +54,9 @@ state() { sed -n "s/^ *\"$1\": \"\([^\"]*\)\".*/\1/p" "$folder/status.json" 2>/d
 status=$(state status)
 reason=$(state reason)
 echo "the run in $folder is ${status:-not begun}${reason:+ ($reason)}; exit code $code"
-if [ "$status" = stopped ] && [ "$reason" != "stopped by SIGTERM" ]; then
+# What an earlier job has written counts for nothing.
+if [ "$status" = stopped ] && [ "$reason" != "stopped by SIGTERM" ] &&
+  [ "$folder/status.json" -nt "$begun" ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from dml_accel import cohort, frozen, links, losses, reference
-from dml_accel.batchnorm import nn
 from dml_accel.config import Config, UsageError
 from dml_accel.export import write_peer
 from dml_accel.schedules import train_step
+from dml_accel.teaching import Teaching
 from tests.conftest import Training, assert_same_state, tiny_config
 
 Build = Callable[..., Training]
@@ -137,7 +137,7 @@ def test_forward_passes_and_statistics_once_a_batch(
     train_step(t.step(0, 0.05))
     assert calls[0] == forwards
     for peer in t.peers:
-        norm = next(m for m in peer.module.modules() if isinstance(m, nn.BatchNorm2d))
+        norm = next(m for m in peer.module.modules() if isinstance(m, torch.nn.BatchNorm2d))
         assert norm.num_batches_tracked == batches
 
 
@@ -293,6 +293,19 @@ def test_a_matrix_that_is_none_is_one_line(tmp_path: Path, text: str, said: str)
 def test_links_that_cannot_be_are_refused(words: tuple, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         links.read(*words)
+
+
+def test_a_peer_knows_who_teaches_it() -> None:
+    def teachers(config: Config, known: list[str]) -> list[list[str]]:
+        weights = links.read(config.links, NAMES, known)
+        teaching = Teaching(config, NAMES, known, weights)
+        return [teaching.teachers_of(name) for name in NAMES]
+
+    assert teachers(Config(), ["frozen-0"])[0] == ["a-0", "c-0", "frozen-0"]
+    assert teachers(Config(links="ring"), []) == [["c-0"], ["b-0"], ["a-0"]]
+    only = Config(links="frozen", frozen_peers=("x",))
+    assert teachers(only, ["frozen-0"]) == [["frozen-0"]] * 3
+    assert teachers(Config(kl_weight=0.0), ["frozen-0"]) == [[]] * 3
 
 
 def test_weighted_links_equal_the_reference(training: Build, tmp_path: Path) -> None:
@@ -523,11 +536,13 @@ def test_a_run_folder_means_all_of_its_peers(teachers: list[Path], tmp_path: Pat
         ({"num_classes": 7, "label_names": None}, "tells 7 classes apart; these images have 10"),
         ({"pretrained_cfg": None}, "does not describe a network as timm does"),
         ({"architecture": "no_such_net"}, "timm knows no network 'no_such_net'"),
-        ({"architecture": "resnet8_cifar"}, "does not fit resnet8_cifar: "),
+        ({"architecture": "resnet8_cifar"}, "does not fit its network: "),
+        ({"architecture": "resnet110_cifar"}, "it has more than the .* tensors of model"),
+        ({"model_args": {"device": "cpu"}}, "'device' would lead"),
         ({"model_args": {"pretrained": True}}, "'pretrained' would lead to other files"),
         ({"model_args": {"checkpoint_path": "/x.pth"}}, "'checkpoint_path' would lead"),
         ({"model_args": {"pretrained_cfg": {"file": "x"}}}, "would lead to other files"),
-        ({"model_args": {"zero_init": 1}}, "cannot be built"),
+        ({"model_args": {"unheard_of": 1}}, "cannot be built"),
         ({"model_args": [1]}, "does not describe a network"),
     ],
     ids=str,

@@ -58,18 +58,22 @@ def test_runs_are_found_once_and_grouped_by_what_may_be_compared(runs: Path) -> 
         ({}, 2, "mutual"),
         ({"kl_weight": 0.0}, 2, "independent"),
         ({}, 1, "independent"),
-        ({"frozen_peers": ("x",)}, 1, "mutual"),
-        ({"frozen_peers": ("x",), "links": "frozen"}, 2, "distill"),
+        ({"frozen_peers": ("x",)}, 1, "mutual, of 01234567"),
+        ({"frozen_peers": ("x",), "links": "frozen"}, 2, "distill, of 01234567"),
+        ({"update": "sequential", "target": "mean-logit"}, 2, "sequential, target mean-logit"),
+        ({"kl_weight": 0.0, "update": "official"}, 2, "independent, official"),
+        ({"kl_weight": 0.0, "temperature": 3.0}, 2, "independent"),
         ({"update": "sequential"}, 2, "sequential"),
         ({"target": "mean-prob"}, 2, "mean-prob"),
         ({"labelled_fraction": 0.2}, 2, "semi"),
         ({"labelled_fraction": 0.2, "kl_images": "labelled"}, 2, "mutual"),
-        ({"links": "ring", "temperature": 3.0}, 3, "mutual, temperature 3.0, links ring"),
+        ({"links": "ring", "temperature": 3.0}, 3, "mutual, links ring, temperature 3.0"),
     ],
     ids=str,
 )
 def test_a_configuration_has_the_name_of_its_method(changes: dict, peers: int, method: str) -> None:
-    assert history.method_of(Config(**changes), peers) == method
+    teachers = {"frozen-0": "0123456789"} if "frozen_peers" in changes else {}
+    assert history.method_of(Config(**changes), peers, teachers) == method
 
 
 def test_curves_are_means_over_seeds_by_hand(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dml_accel import checkpoint, cli, engine, schedules, training
@@ -94,7 +95,7 @@ def dying(owner: Any, name: str, call: int) -> Iterator[None]:
             yield
 
 
-def killed(folder: Path, owner: Any, name: str, call: int) -> None:
+def killed(folder: Path, owner: Any, name: str, call: int, *words: str) -> None:
     """Leave what a killed process leaves: of status.json, too, it had no time to write more."""
 
     def leave(self: RunFolder, *_: object) -> None:
@@ -104,7 +105,7 @@ def killed(folder: Path, owner: Any, name: str, call: int) -> None:
 
     with dying(owner, name, call), pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "__exit__", leave)
-        train(folder)
+        train(folder, *words)
 
 
 @pytest.fixture
@@ -274,6 +275,79 @@ def test_a_run_can_be_made_longer(tmp_path: Path, straight: Path) -> None:
     assert train(tmp_path, "--epochs", "2") == 2  # fewer epochs would be another run
     assert train(tmp_path, "--max-steps", "8") == 0
     assert load(tmp_path / "results.json")["steps"] == 8
+    assert train(tmp_path) == 0
+    assert_same_run(tmp_path, straight)
+
+
+def test_a_run_that_is_past_the_steps_asked_for_is_left_untouched(
+    interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(interrupted)
+    assert train(interrupted, "--max-steps", "4") == 0
+    assert "has gone on to step-00000006, past the 4 steps asked for" in capsys.readouterr().err
+    given = interrupted / "checkpoints/step-00000006"
+    assert train(tmp_path / "new", "--resume", str(given), "--max-steps", "5") == 2
+    assert "has 6 steps behind it, and the flags ask for 5 in all" in capsys.readouterr().err
+    assert {k: v for k, v in content(interrupted).items() if k in before} == before
+
+
+def test_a_longer_run_does_not_show_the_results_of_the_shorter(tmp_path: Path) -> None:
+    assert train(tmp_path, "--max-steps", "7") == 0
+    killed(tmp_path, engine, "train_step", 2)
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "results.md").exists()
+    # What it had measured stays in the records.
+    assert [e["step"] for e in events(tmp_path) if e["event"] == "eval"] == [4, 7, 8]
+
+
+def test_a_run_that_goes_on_elsewhere_has_a_checkpoint_of_its_own_at_once(
+    interrupted: Path, tmp_path: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, given = tmp_path / "new", ("--resume", str(interrupted / "checkpoints/step-00000006"))
+    with pytest.MonkeyPatch.context() as patch:
+        on_call(patch, training, "_peer", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(new, *given) == 75
+    assert steps(new) == [6]
+    assert train(new) == 0
+    assert_same_run(new, straight)
+    # Killed before that, it is not mistaken for a run that begins.
+    other = tmp_path / "other"
+    killed(other, checkpoint, "finish", 1, *given)
+    assert train(other) == 2
+    assert "has no checkpoint of its own yet; --resume" in capsys.readouterr().err
+
+
+def test_a_stop_of_the_past_is_not_taken_for_one_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        on_call(patch, engine, "train_step", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(tmp_path) == 75
+
+    def broken(_: Any) -> None:
+        raise OSError("no network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Processes", broken)
+        assert train(tmp_path) == 1
+    assert load(tmp_path / "status.json") == {
+        "status": "failed",
+        "reason": "OSError: no network",
+        "step": 5,
+    }
+
+
+def test_peers_that_cannot_be_written_leave_no_finished_run(
+    tmp_path: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "write_peer", full)
+        assert train(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "cannot be written: I/O error: No space left" in said and "Traceback" not in said
+    assert not (tmp_path / "results.json").exists()
     assert train(tmp_path) == 0
     assert_same_run(tmp_path, straight)
 
