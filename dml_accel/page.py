@@ -191,7 +191,18 @@ def _between_peers(
             "Agreement of the peers",
             "Share of test images on which two peers predict the same class, mean over pairs.",
             partial(plots.curves, agreement, colour, "epoch", "agreement, %", 100.0),
-        )
+        ),
+        _picture(
+            "KL between the peers' posteriors",
+            "On the test images, mean over ordered pairs.",
+            partial(
+                plots.curves,
+                {m: over_epochs(runs, _mean_kl) for m, runs in methods.items()},
+                colour,
+                "epoch",
+                "nats",
+            ),
+        ),
     ]
     for method, runs in methods.items():
         ends = [list(run.evaluations())[-1][1]["kl"] for run in runs]
@@ -205,6 +216,10 @@ def _between_peers(
             )
         )
     return found
+
+
+def _mean_kl(test: dict[str, Any]) -> float | None:
+    return _mean(value for a, row in test["kl"].items() for b, value in row.items() if a != b)
 
 
 def _analyses(

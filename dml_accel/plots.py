@@ -153,7 +153,8 @@ def differences(record: dict[str, Any], title: str) -> Figure:
     axes.axvline(0, color="0.5", linewidth=1)
     axes.set_yticks(range(len(rows)), [_label(record, *row) for row in rows])
     axes.set_ylim(max(1, len(rows)) - 0.5, -0.5)  # the first row on top
-    axes.set_xlabel("top-1 minus independent, points (95% interval)")
+    wide = "top-1 minus independent, percentage points (95% interval)"
+    axes.set_xlabel(wide if title else "percentage points of top-1")
     if title:
         axes.set_title(title, fontsize="medium", wrap=True)
     return figure
