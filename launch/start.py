@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 DEMO = "--cohort resnet8*2 --dataset digits --epochs 8 --batch-size 16 --lr 0.05".split()
+# Two tests at a time, of one thread each: on networks of a test's size threads only wait.
+WORKERS = "-n 2 --dist loadgroup".split()
 LINT = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
 
 
@@ -43,7 +45,7 @@ def main(task: str, *words: str) -> int:
     python = str(BIN / "python")
     commands = {
         "demo": [[python, "train.py", *DEMO, *words]],
-        "test": [[python, "-m", "pytest", *words]],
+        "test": [[python, "-m", "pytest", *WORKERS, *words]],
         "train": [[python, "train.py", *words]],
         "lint": [[python, "-m", *tool] for tool in LINT],
     }
@@ -58,7 +60,11 @@ def main(task: str, *words: str) -> int:
     except subprocess.CalledProcessError as error:
         print(f"the installation failed (exit code {error.returncode})", file=sys.stderr)
         return 1
-    return max(subprocess.run(command, cwd=ROOT).returncode for command in commands[task])
+    environment = dict(os.environ)
+    if task == "test":
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    runs = (subprocess.run(command, cwd=ROOT, env=environment) for command in commands[task])
+    return max(run.returncode for run in runs)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,16 @@ from dml_accel.processes import Processes
 from dml_accel.schedules import Step
 from dml_accel.teaching import Teaching
 
+# accelerate launch listens at one port, so that tests that start it must not meet each other.
+USE_ACCELERATE = {"test_launchers", "test_processes", "test_resume"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let several workers share the tests file by file, and one have all that use that port."""
+    for item in items:
+        group = "accelerate" if item.path.stem in USE_ACCELERATE else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -30,6 +40,8 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("DML_CACHE", str(home / "images"))
         patch.setenv("HF_HOME", str(home / "hf"))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+        patch.setenv("PET_MASTER_PORT", str(29510 + int(worker)))  # torchrun's, of each worker
         # Both libraries read these variables when they are imported, which is before this line.
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
