@@ -36,7 +36,8 @@ def analysis(run: Run, images: int) -> dict[str, Any]:
 
     Args:
         run: a finished run, with the weights of its peers.
-        images: how many training and test images to use, at most.
+        images: how many training and test images to use, at least where there are so many: what
+            the folder holds of more images is as good.
 
     Returns:
         ``images``: how many of each split; ``peers``: {name: {``noise``: [{``sigma``,
@@ -59,7 +60,8 @@ def analysis(run: Run, images: int) -> dict[str, Any]:
     made_of = {name: folder.sha256 for name, folder in folders.items()}
     try:
         known = json.loads(path.read_text())
-        if (known["format"], known["at_most"], known["sha256"]) == (_FORMAT, images, made_of):
+        same = (known["format"], known["sha256"]) == (_FORMAT, made_of)
+        if same and known["at_most"] >= images:
             return dict(known)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there yet, or of something else: it is computed

@@ -54,7 +54,10 @@ class Checked:
     @property
     def teachers(self) -> dict[str, Any]:
         """What the files that the configuration names hold: weights' sha256, links by name."""
-        found = {name: folder.sha256 for name, folder in self.frozen.items()}
+        found = {
+            name: {"arch": folder.arch, "sha256": folder.sha256}
+            for name, folder in self.frozen.items()
+        }
         return {"frozen": found, "links": self.links}
 
 

@@ -76,6 +76,14 @@ _REPORT_EXAMPLES = """examples:
 """
 
 
+# Flags of another command, and what to write instead.
+_ELSEWHERE = {
+    ("compare", "--resume"): "the same command with the same --output-dir goes on by itself",
+    **dict.fromkeys((("compare", f"--{name}") for name in ("update", "target")), "use --methods"),
+    ("compare", "--kl-images"): "with --labelled-fraction, the method semi has KL on all images",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """Argparse that knows no abbreviations, names the nearest flag and says it in one line."""
 
@@ -92,6 +100,9 @@ def _parse(arguments: Sequence[str]) -> dict[str, typing.Any]:
     parser, commands = _parser()
     parsed, unknown = parser.parse_known_args(list(arguments))
     if unknown:
+        elsewhere = _ELSEWHERE.get((parsed.subcommand, unknown[0].split("=")[0]))
+        if elsewhere:
+            raise UsageError(f"{parsed.subcommand} has no {unknown[0]}: {elsewhere}")
         flags = list(commands[parsed.subcommand]._option_string_actions)
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"

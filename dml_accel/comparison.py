@@ -41,15 +41,19 @@ class Finished:
     description: dict[str, Any]
     seconds: float
     training_seconds: float
+    begun_elsewhere: bool
 
     @property
     def costs(self) -> dict[str, float | None]:
-        """Seconds, those of optimizer steps alone, images per second, mean top-1 a second."""
+        """Seconds, those of optimizer steps alone, images per second, mean top-1 a second.
+
+        None where a run begun from another's checkpoint does not know all of it.
+        """
         peers = self.results["peers"]
         top1 = sum(peer["test"]["top1"] for peer in peers) / len(peers)
-        taken = self.training_seconds
+        taken = None if self.begun_elsewhere else self.training_seconds
         return {
-            "seconds": self.seconds,
+            "seconds": None if self.begun_elsewhere else self.seconds,
             "training_seconds": taken,
             "images_per_second": self.results["throughput"]["images_per_second"],
             "top1_per_training_second": top1 / taken if taken else None,
@@ -66,6 +70,7 @@ def read(root: Path, sub: SubRun) -> Finished:
         json.loads((folder / "config.json").read_text()),
         _seconds(events),
         sum(event["seconds"] for event in events if event["event"] == "step"),
+        events[0]["event"] == "resume",
     )
 
 
@@ -144,6 +149,8 @@ def _scaled_down(config: Config, runs: Sequence[Finished], theirs: bool) -> list
         parts.append(f"{config.train_limit:,} training images")
     if config.max_steps is not None:
         parts.append(f"{config.max_steps:,} optimizer steps")
+    if config.labelled_fraction < 1:
+        parts.append(f"labels of {100 * config.labelled_fraction:g}% of them")
     if config.epochs < paper.epochs:
         parts.append(f"{config.epochs} of {paper.epochs} epochs")
     return parts

@@ -45,12 +45,18 @@ def comparison_markdown(record: dict[str, Any], plot: str) -> str:
 
 def comparison_title(record: dict[str, Any]) -> str:
     """Return one line: methods, networks, images, and what was scaled down."""
+    title = f"{' against '.join(record['methods'])}: {subject(record)}"
+    return title[:1].upper() + title[1:]
+
+
+def subject(record: dict[str, Any]) -> str:
+    """Return one line: networks, images, and what was scaled down."""
     cohorts = ", ".join(" + ".join(_nets(cohort)) for cohort in record["cohorts"])
     dataset = record["dataset"]
     where = Path(dataset).name if Path(dataset).is_dir() else dataset
     smaller = ", ".join(record["scaled_down"])
-    title = f"{' against '.join(record['methods'])}: {cohorts or 'nothing finished'} on {where}"
-    return title[:1].upper() + title[1:] + (f" (scaled down: {smaller})" if smaller else "")
+    title = f"{cohorts or 'nothing finished'} on {where}"
+    return title + (f" (scaled down: {smaller})" if smaller else "")
 
 
 DIFFERENCES_ARE = (

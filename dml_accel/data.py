@@ -199,7 +199,8 @@ def check_sizes(source: Source, config: Config) -> tuple[int, int]:
     trained = config.train_limit or left
     if round(config.labelled_fraction * trained) < 1:
         raise UsageError(
-            f"--labelled-fraction {config.labelled_fraction} of {trained} images is none"
+            f"--labelled-fraction {config.labelled_fraction} of {trained} images is none; at least "
+            "one needs a label"
         )
     if config.batch_size > trained:
         raise UsageError(

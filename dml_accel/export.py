@@ -35,6 +35,7 @@ def write_peer(
     dataset: str,
     steps: int,
     taught_by: list[str],
+    distilled: bool = False,
 ) -> None:
     """Write model.safetensors, config.json and README.md of one peer into ``folder``.
 
@@ -48,6 +49,7 @@ def write_peer(
         dataset: what it was trained on.
         steps: optimizer steps it took.
         taught_by: names of the peers that it learned from; none where it learned alone.
+        distilled: whether none of those learned with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned, because the format refuses tensors that share memory (tied weights).
@@ -59,7 +61,7 @@ def write_peer(
     os.replace(temporary, folder / "model.safetensors")
     config = timm_config(peer, classes, normalisation, image_size)
     write_json(folder / "config.json", config)
-    _card(peer, metrics, dataset, steps, taught_by).save(folder / "README.md")
+    _card(peer, metrics, dataset, steps, taught_by, distilled).save(folder / "README.md")
 
 
 def timm_config(
@@ -90,7 +92,12 @@ def timm_config(
 
 
 def _card(
-    peer: Peer, metrics: dict[str, Any], dataset: str, steps: int, taught_by: list[str]
+    peer: Peer,
+    metrics: dict[str, Any],
+    dataset: str,
+    steps: int,
+    taught_by: list[str],
+    distilled: bool,
 ) -> ModelCard:
     result = EvalResult(
         task_type="image-classification",
@@ -106,7 +113,9 @@ def _card(
         eval_results=[result],
     )
     how = "from the labels alone"
-    if taught_by:
+    if taught_by and distilled:
+        how = f"by distillation from {', '.join(taught_by)}, which did not learn meanwhile"
+    elif taught_by:
         how = f"together with {', '.join(taught_by)} by Deep Mutual Learning (CVPR 2018)"
     text = f"""---
 {about.to_yaml()}

@@ -1,6 +1,7 @@
 """Finished runs: found, grouped by what may be compared, followed over epochs."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from dml_accel import cohort
 from dml_accel.config import Config, UsageError
 from dml_accel.intervals import Summary, summarise
+from dml_accel.runfolder import saved_status
 
 # What tells runs of one comparison apart: who is trained how, and where.
 _MAY_DIFFER = frozenset(
@@ -74,13 +76,13 @@ class Run:
                 yield event["step"] / per_epoch, event["test"]
 
 
-def method_of(config: Config, peers: int, teachers: Mapping[str, str]) -> str:
+def method_of(config: Config, peers: int, teachers: Mapping[str, Mapping[str, str]]) -> str:
     """Name the way in which peers are trained, and all that is unusual about it.
 
     Args:
         config: the run's.
         peers: how many learn.
-        teachers: sha256 of the weights of those that only teach, by name.
+        teachers: ``arch`` and ``sha256`` of those that only teach, by name.
     """
     if config.kl_weight == 0 or (peers == 1 and not teachers):
         by_turns = config.update == "official" and peers > 1  # K batches a step all the same
@@ -89,7 +91,7 @@ def method_of(config: Config, peers: int, teachers: Mapping[str, str]) -> str:
     for other, field, is_it in (
         (config.update, "update", config.update != "simultaneous"),
         (config.target, "target", config.target != "peers"),
-        ("distill", "links", config.links == "frozen"),
+        ("distill", "links", config.links == "frozen" or (peers == 1 and bool(teachers))),
         ("semi", "kl_images", config.labelled_fraction < 1 and config.kl_images == "all"),
     ):
         if is_it:
@@ -104,7 +106,8 @@ def method_of(config: Config, peers: int, teachers: Mapping[str, str]) -> str:
         if mine[flag] != getattr(usual, flag) or flag == "kl_images"
     ]
     if teachers:
-        unusual.append("of " + " ".join(sha256[:8] for sha256 in teachers.values()))
+        known = [f"{one['arch']} ({one['sha256'][:8]})" for one in teachers.values()]
+        unusual.append("of " + " and ".join(known))
     return ", ".join([name, *unusual])
 
 
@@ -118,9 +121,11 @@ def find(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         if not path.is_dir():
             raise UsageError(f"{path} is no folder; name one of runs")
-        for file in sorted(path.rglob("results.json")):
-            folder = file.parent
-            if (folder / "metrics.jsonl").is_file() and folder.resolve() not in found:
+        for folder in sorted(file.parent for file in path.rglob("metrics.jsonl")):
+            if not (folder / "results.json").is_file():
+                state = saved_status(folder) or "not finished"
+                print(f"left out: the run in {folder} is {state}", file=sys.stderr)
+            elif folder.resolve() not in found:
                 found[folder.resolve()] = _read(folder)
     if not found:
         raise UsageError(

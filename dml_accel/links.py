@@ -94,7 +94,12 @@ def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> Wei
 
 def _refuse_names(where: str, found: Sequence[str], known: Sequence[str]) -> None:
     if sorted(found) != sorted(known):
-        raise UsageError(f"{where} names {', '.join(found) or 'nobody'}, not {', '.join(known)}")
+        hint = "" if found else "; cells are separated by commas"
+        if any(name.startswith("frozen-") for name in set(found) - set(known)):
+            hint = "; frozen-0, frozen-1, ... are those of --frozen-peers"
+        raise UsageError(
+            f"{where} names {', '.join(found) or 'nobody'}, not {', '.join(known)}{hint}"
+        )
 
 
 def _row(where: str, name: str, head: Sequence[str], cells: Sequence[str]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from dml_accel import comparison, comparison_report, plots
 from dml_accel.analysis import analysis, holds_weights
@@ -92,10 +93,16 @@ def _section(runs: Sequence[Run], images: int) -> Section:
     theirs = first.description["classes"] == 100 and "cifar100" in first.config.dataset
     record = comparison.record(first.config, plan, finished, theirs, "", {})
     more = len(runs) - len(kept)
-    note = f"{more} further runs of a method and seed that are here already are left out."
+    notes = [f"{more} more with the method and seed of one here: left out."] if more else []
+    elsewhere = [str(run.folder) for run in kept if run.events[0]["event"] == "resume"]
+    if elsewhere:
+        notes.append(
+            f"Begun from the checkpoint of another run, so that curves and cost lack their "
+            f"beginning: {', '.join(elsewhere)}."
+        )
     return Section(
-        title=comparison_report.comparison_title(record),
-        note=note if more else "",
+        title=comparison_report.subject(record),
+        note=" ".join(notes),
         table=comparison_report.comparison_table(record, "html"),
         published=comparison_report.published_table(record, "html"),
         accuracy=comparison_report.statistics_table(record, "top1", 100, "html"),
@@ -186,24 +193,28 @@ def _between_peers(
     agreement = {
         m: over_epochs(runs, lambda test: test["agreement"]) for m, runs in methods.items()
     }
-    found = [
-        _picture(
-            "Agreement of the peers",
-            "Share of test images on which two peers predict the same class, mean over pairs.",
-            partial(plots.curves, agreement, colour, "epoch", "agreement, %", 100.0),
-        ),
-        _picture(
-            "KL between the peers' posteriors",
-            "On the test images, mean over ordered pairs.",
-            partial(
-                plots.curves,
-                {m: over_epochs(runs, _mean_kl) for m, runs in methods.items()},
-                colour,
-                "epoch",
-                "nats",
+    found = (
+        []
+        if all(len(points) < 2 for points in agreement.values())
+        else [
+            _picture(
+                "Agreement of the peers",
+                "Share of test images on which two peers predict the same class, mean over pairs.",
+                partial(plots.curves, agreement, colour, "epoch", "agreement, %", 100.0),
             ),
-        ),
-    ]
+            _picture(
+                "KL between the peers' posteriors",
+                "On the test images, mean over ordered pairs.",
+                partial(
+                    plots.curves,
+                    {m: over_epochs(runs, _mean_kl) for m, runs in methods.items()},
+                    colour,
+                    "epoch",
+                    "nats",
+                ),
+            ),
+        ]
+    )
     for method, runs in methods.items():
         ends = [list(run.evaluations())[-1][1]["kl"] for run in runs]
         names = sorted(ends[0])
@@ -227,10 +238,9 @@ def _analyses(
 ) -> list[Picture]:
     known: dict[str, list[dict[str, Any]]] = {}
     try:
-        for m, runs in methods.items():
-            found = [analysis(run, images) for run in runs if holds_weights(run)]
-            if found:
-                known[m] = found
+        todo = [(m, run) for m, runs in methods.items() for run in runs if holds_weights(run)]
+        for m, run in tqdm(todo, "analysing", unit=" runs", disable=None):
+            known.setdefault(m, []).append(analysis(run, images))
     except UsageError as error:
         print(f"warning: no analyses, as {error}; --analyse 0 leaves them out", file=sys.stderr)
         return []

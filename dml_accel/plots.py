@@ -74,6 +74,8 @@ def curves(
             axes.fill_between(
                 [at for at, _, _ in banded], low, high, color=colour[name], alpha=0.18, linewidth=0
             )
+    low, high = axes.get_ylim()  # an interval of few seeds may reach where no value can be
+    axes.set_ylim(max(0.0, low), min(100.0, high) if scale == 100 else high)
     _legend(figure, len(found))
     return figure
 

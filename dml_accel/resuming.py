@@ -138,6 +138,8 @@ def find(config: Config, checked: Checked) -> Origin:
     peers = checked.names
     auto = config.resume == "auto"
     given = Path(str(config.output_dir if auto else config.resume))
+    if auto:
+        _refuse_another_start(config, given)
     if checkpoint.is_named(given):
         origin = _read(given, peers)
         if continues_in_place(config):
@@ -164,6 +166,17 @@ def find(config: Config, checked: Checked) -> Origin:
     return origin
 
 
+def _refuse_another_start(config: Config, given: Path) -> None:
+    """Compare with the config.json of the run: it tells more than peers that are not found."""
+    try:
+        saved = saved_config(given)
+    except UsageError:
+        return  # not there, or damaged: each checkpoint has the configuration, too
+    wrong = config.differences_from_start(saved)
+    wrong.pop("mixed_precision", None)
+    _refuse(given, wrong)
+
+
 def _read(path: Path, peers: Sequence[str]) -> Origin:
     try:
         return _verified(path, peers)
@@ -172,6 +185,13 @@ def _read(path: Path, peers: Sequence[str]) -> Origin:
 
 
 def _verified(path: Path, peers: Sequence[str]) -> Origin:
+    placement = checkpoint.read_state(path).get("placement")
+    others = placement.get("ranks") if isinstance(placement, dict) else None
+    if isinstance(others, dict) and set(others) != set(peers):
+        raise UsageError(
+            f"{path} is of the peers {', '.join(others)}, and not of {', '.join(peers)}; repeat its "
+            "--cohort"
+        )
     state = checkpoint.verify(path, peers)
     wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
     if not wrong:

@@ -90,6 +90,8 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
             origin = origin or find(config, checked)
             _refuse_to_go_back(origin, work.steps)
             folder.take_up(origin.state.get("step", 0))
+            if origin.path:
+                print(f"going on from {origin.path}", file=sys.stderr, flush=True)
         processes = Processes(config)
         with processes.watching():
             results = None
@@ -191,7 +193,8 @@ def run(
     if folder:
         folder.event("end", last.step, last.epoch)
         display.end()
-    error = _write_peers(path, peers, last, images, config, placement, teaching)
+    archs = {name: folder.arch for name, folder in checked.frozen.items()}
+    error = _write_peers(path, peers, last, images, config, placement, teaching, archs)
     # Also the wait for the files of all peers.
     unwritten = processes.largest(0 if error is None else 1 + processes.rank)
     memory = processes.largest(device_memory(placement.device))
@@ -255,6 +258,7 @@ def _write_peers(
     config: Config,
     placement: Placement,
     teaching: Teaching,
+    archs: dict[str, str],
 ) -> OSError | None:
     """Write the folders of the peers that this process leads; return what prevented it."""
     for peer in peers:
@@ -270,7 +274,8 @@ def _write_peers(
                 image_size=config.image_size,
                 dataset=config.dataset,
                 steps=last.step,
-                taught_by=teaching.teachers_of(peer.name),
+                taught_by=[archs.get(name, name) for name in teaching.teachers_of(peer.name)],
+                distilled=set(teaching.teachers_of(peer.name)) <= archs.keys(),
             )
         except OSError as error:
             return error

@@ -433,7 +433,8 @@ def test_a_missing_run_is_named() -> None:
 
 def test_every_method_is_a_folder_of_runs(tmp_path: Path) -> None:
     words = ["--cohort", "resnet8*2", "--seeds", "1", "--max-steps", "2"]
-    assert cli.main(["train", *TINY, "--max-steps", "1", "--output-dir", str(tmp_path / "t")]) == 0
+    teacher = ["--cohort", "resnet20", "--max-steps", "1", "--output-dir", str(tmp_path / "t")]
+    assert cli.main(["train", *TINY, *teacher]) == 0
     methods = "independent mutual sequential official mean-prob mean-logit distill semi".split()
     words += ["--methods", *methods, "--labelled-fraction", "0.5"]
     words += ["--frozen-peers", str(tmp_path / "t")]
@@ -465,7 +466,9 @@ def test_every_method_is_a_folder_of_runs(tmp_path: Path) -> None:
     # Those that are not semi-supervised learn from the labelled images alone.
     assert [m for m, on in values("kl_images").items() if on == "all"] == ["independent", "semi"]
     assert set(values("labelled_fraction").values()) == {0.5}
-    assert len(configs["distill"]["teachers"]["frozen"]["frozen-0"]) == 64
+    assert len(configs["distill"]["teachers"]["frozen"]["frozen-0"]["sha256"]) == 64
+    card = (folder / "distill/seed-0/peers/resnet8-0/README.md").read_text()
+    assert "by distillation from resnet20_cifar" in card
     text = (folder / "results.md").read_text()
     assert "deep ensemble" in text and "DML, authors' code - Ind." in text
     for cost in found["cohorts"][0]["cost"].values():
@@ -480,7 +483,12 @@ def test_every_method_is_a_folder_of_runs(tmp_path: Path) -> None:
         (["--frozen-peers", "x"], "--frozen-peers are the teachers of the method"),
         (["--methods", "semi"], "the method semi needs --labelled-fraction below 1"),
         (["--methods", "sequential", "--placement", "split"], "take turns"),
-        (["--update", "official"], "unknown argument --update"),
+        (["--update", "official"], "compare has no --update: use --methods"),
+        (["--resume", "auto"], "the same command with the same --output-dir goes on by itself"),
+        (
+            ["--cohort", "resnet8"],
+            "--cohort resnet8 is one network, which has nobody to learn with",
+        ),
         (["--kl-weight", "0", "--methods", "semi"], "makes every method independent"),
     ],
     ids=str,

@@ -58,8 +58,9 @@ def test_runs_are_found_once_and_grouped_by_what_may_be_compared(runs: Path) -> 
         ({}, 2, "mutual"),
         ({"kl_weight": 0.0}, 2, "independent"),
         ({}, 1, "independent"),
-        ({"frozen_peers": ("x",)}, 1, "mutual, of 01234567"),
-        ({"frozen_peers": ("x",), "links": "frozen"}, 2, "distill, of 01234567"),
+        ({"frozen_peers": ("x",)}, 1, "distill, of vit (01234567)"),
+        ({"frozen_peers": ("x",)}, 2, "mutual, of vit (01234567)"),
+        ({"frozen_peers": ("x",), "links": "frozen"}, 2, "distill, of vit (01234567)"),
         ({"update": "sequential", "target": "mean-logit"}, 2, "sequential, target mean-logit"),
         ({"kl_weight": 0.0, "update": "official"}, 2, "independent, official"),
         ({"kl_weight": 0.0, "temperature": 3.0}, 2, "independent"),
@@ -72,7 +73,8 @@ def test_runs_are_found_once_and_grouped_by_what_may_be_compared(runs: Path) -> 
     ids=str,
 )
 def test_a_configuration_has_the_name_of_its_method(changes: dict, peers: int, method: str) -> None:
-    teachers = {"frozen-0": "0123456789"} if "frozen_peers" in changes else {}
+    known = {"arch": "vit", "sha256": "0123456789"}
+    teachers = {"frozen-0": known} if "frozen_peers" in changes else {}
     assert history.method_of(Config(**changes), peers, teachers) == method
 
 

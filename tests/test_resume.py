@@ -248,7 +248,7 @@ def test_a_finished_run_is_left_untouched(
     [
         (["--lr", "0.1", "--seed", "3"], "made with lr 0.05 and not 0.1, seed 0 and not 3; repeat"),
         (["--epochs", "2"], "epochs 3 and not 2"),
-        (["--cohort", "resnet8*2"], "resnet8-1"),
+        (["--cohort", "resnet8*2"], "cohort ['wrn_16_2', 'resnet8'] and not ['resnet8*2']"),
         (["--mixed-precision", "bf16"], "mixed_precision no and not bf16"),
         (["--train-split", "test"], "does not apply to digits"),
     ],
