@@ -189,8 +189,8 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     others = placement.get("ranks") if isinstance(placement, dict) else None
     if isinstance(others, dict) and set(others) != set(peers):
         raise UsageError(
-            f"{path} is of the peers {', '.join(others)}, and not of {', '.join(peers)}; repeat its "
-            "--cohort"
+            f"{path} is of the peers {', '.join(others)}, and not of {', '.join(peers)}; repeat "
+            "its --cohort"
         )
     state = checkpoint.verify(path, peers)
     wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]

@@ -485,10 +485,6 @@ def test_every_method_is_a_folder_of_runs(tmp_path: Path) -> None:
         (["--methods", "sequential", "--placement", "split"], "take turns"),
         (["--update", "official"], "compare has no --update: use --methods"),
         (["--resume", "auto"], "the same command with the same --output-dir goes on by itself"),
-        (
-            ["--cohort", "resnet8"],
-            "--cohort resnet8 is one network, which has nobody to learn with",
-        ),
         (["--kl-weight", "0", "--methods", "semi"], "makes every method independent"),
     ],
     ids=str,
