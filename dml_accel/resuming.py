@@ -107,7 +107,7 @@ def nothing_to_do(config: Config, path: Path, steps: int) -> str:
         return ""
     if restarts() and saved_status(path) == "stopped":
         return f"{path} was stopped on request; --resume auto goes on with it"
-    newest = next(iter(checkpoint.named(path / CHECKPOINTS)), None)
+    newest = next(filter(_is_readable, checkpoint.named(path / CHECKPOINTS)), None)
     if newest and checkpoint.step_of(newest) > steps:
         _refuse(path, config.differences_from_start(saved_config(path)))
         return f"{path} has gone on to {newest.name}, past the {steps} steps asked for"
@@ -118,6 +118,14 @@ def nothing_to_do(config: Config, path: Path, steps: int) -> str:
         return ""
     _refuse(path, config.differences_from_start(saved_config(path)))
     return f"{path} has taken all of its {taken} steps: nothing to do"
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        checkpoint.read_state(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def find(config: Config, checked: Checked) -> Origin:
@@ -149,8 +157,10 @@ def find(config: Config, checked: Checked) -> Origin:
         found = checkpoint.named(root)
         if not (auto or found):
             raise UsageError(f"--resume {given} is no checkpoint, and there is none in {root}")
-        begun_from = saved_config(given).resume if (given / "config.json").exists() else None
-        if not found and begun_from not in (None, "auto"):
+        begun_from = None
+        if not found and (given / "config.json").exists():
+            begun_from = saved_config(given).resume
+        if begun_from not in (None, "auto"):
             raise UsageError(
                 f"--output-dir {given} was begun from {begun_from} and has no checkpoint of its "
                 f"own yet; --resume {begun_from} into another folder"
