@@ -204,6 +204,18 @@ def processor() -> str:
         return platform.processor()
 
 
+def surroundings() -> dict[str, Any]:
+    """Return what a result file says of machine and versions."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
 def table(found: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     step, start, first = found["step"], found["start"], found["input"]
@@ -264,12 +276,7 @@ def main() -> None:
         "input": input_cost(words.blocks),
         "step": step_cost(words.blocks, steps=5),
         "start": start_cost(words.images),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "versions": versions(),
-        "commit": commit(),
+        **surroundings(),
         "command": "python -m benchmarks"
         + (f" --images {words.images.name}" if words.images else ""),
     }

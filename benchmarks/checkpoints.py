@@ -8,8 +8,6 @@ checkpoint, which waits until it is on the disk that holds ``--folder``.
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import sys
 import tempfile
@@ -17,12 +15,11 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
 from scipy import stats
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.__main__ import BATCH, HERE, IMAGES, image_set, processor, timed
+from benchmarks.__main__ import BATCH, HERE, IMAGES, image_set, surroundings, timed
 from dml_accel import cohort, resuming
 from dml_accel.allocation import everywhere
 from dml_accel.cohort import Peer
@@ -30,7 +27,6 @@ from dml_accel.config import Config
 from dml_accel.engine import CheckpointRecord
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes
-from dml_accel.provenance import commit, versions
 from dml_accel.schedules import Step, train_step
 from dml_accel.teaching import Teaching
 
@@ -83,12 +79,7 @@ def main() -> None:
         "seconds": [{"step": step, "checkpoint": write} for step, write in pairs],
         "steps_per_epoch": per_epoch,
         "share_percent": {"mean": float(np.mean(shares)), "low": float(low), "high": float(high)},
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "versions": versions(),
-        "commit": commit(),
+        **surroundings(),
         "command": "python " + shlex.join(["-m", "benchmarks.checkpoints", *sys.argv[1:]]),
     }
     rows = [

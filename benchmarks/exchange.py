@@ -8,8 +8,6 @@ timed; its share is that of the step without the wait. Writes benchmarks/exchang
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import sys
 import time
@@ -21,7 +19,7 @@ import torch
 from scipy import stats
 from tabulate import tabulate
 
-from benchmarks.__main__ import HERE, image_set, processor
+from benchmarks.__main__ import HERE, image_set, surroundings
 from dml_accel import cohort
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
@@ -29,7 +27,6 @@ from dml_accel.launching import check_launch
 from dml_accel.losses import Targets
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes
-from dml_accel.provenance import commit, versions
 from dml_accel.schedules import Step, train_step
 from dml_accel.teaching import Teaching
 
@@ -101,13 +98,8 @@ def main() -> None:
                 ]
             )
         found |= {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            **surroundings(),
             "processes": processes.world_size,
-            "system": platform.platform(),
-            "versions": versions(),
-            "commit": commit(),
             "command": "torchrun --nproc_per_node 2 "
             + shlex.join(["-m", "benchmarks.exchange", *sys.argv[1:]]),
         }

@@ -7,6 +7,7 @@ Shape letters: K peers, N images, C classes.
 """
 
 import copy
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from dml_accel import data, frozen, sources
 from dml_accel.config import Config, UsageError
 from dml_accel.data import ImageSet
-from dml_accel.export import write_json
+from dml_accel.files import write_json
 from dml_accel.history import Run
 from dml_accel.keys import generator
 from dml_accel.metrics import ECE_BINS, finite
@@ -77,7 +78,7 @@ def analysis(run: Run, images: int) -> dict[str, Any]:
 
 def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any]:
     config = run.config
-    prepared = data.prepare(sources.read(config, quiet=True), config, torch.device("cpu"))
+    prepared = data.prepare(_source(_named_images(config)), config, torch.device("cpu"))
     if len(prepared.train) != run.description["images"]["train"]:
         raise UsageError(
             f"{run.folder} was trained on {run.description['images']['train']} images; "
@@ -99,6 +100,17 @@ def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any
             a: {b: _disagreement(logits[a], logits[b]) for b in logits} for a in logits
         },
     }
+
+
+def _named_images(config: Config) -> Config:
+    """Return the configuration with nothing but what names its images."""
+    names = ("dataset", "image_column", "label_column", "train_split", "test_split", "image_size")
+    return Config(**{name: getattr(config, name) for name in names})
+
+
+@functools.lru_cache(maxsize=1)  # runs of one comparison share their images
+def _source(config: Config) -> sources.Source:
+    return sources.read(config, quiet=True)
 
 
 def _some(images: ImageSet, most: int) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dml_accel.cohort import Peer
+from dml_accel.files import UnreadableError, read_at_most
 
 _FORMAT = 1
 _LARGEST_JSON = 16 * 2**20  # bytes; a forged file is not read into memory
@@ -302,13 +303,9 @@ def _refuse_constant(name: str) -> None:
 
 def _bytes(path: Path, most: int) -> bytes:
     try:
-        with open(path, "rb") as file:
-            content = file.read(most + 1)  # a file may be longer than it says, or without end
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > most:
-        raise CheckpointError(f"{path} has more than the {most:,} bytes that it may")
-    return content
+        return read_at_most(path, most)
+    except UnreadableError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _sha256(content: bytes) -> str:

@@ -22,7 +22,7 @@ from dml_accel.comparison_report import comparison_markdown, comparison_title
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import count
 from dml_accel.engine import DivergedError
-from dml_accel.export import write_text
+from dml_accel.files import write_text
 from dml_accel.launching import (
     Stop,
     check_launch,

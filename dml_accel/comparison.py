@@ -63,11 +63,25 @@ class Finished:
 def read(root: Path, sub: SubRun) -> Finished:
     """Read a finished sub-run below ``root``."""
     folder = root / sub.folder
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Finished(
+    return finished(
         sub,
         json.loads((folder / "results.json").read_text()),
         json.loads((folder / "config.json").read_text()),
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+    )
+
+
+def finished(
+    sub: SubRun,
+    results: dict[str, Any],
+    description: dict[str, Any],
+    events: Sequence[dict[str, Any]],
+) -> Finished:
+    """Return a sub-run with the content of its results.json, config.json and metrics.jsonl."""
+    return Finished(
+        sub,
+        results,
+        description,
         _seconds(events),
         sum(event["seconds"] for event in events if event["event"] == "step"),
         events[0]["event"] == "resume",

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dml_accel.cohort import PeerSpec, optimizer, parameter_count
 from dml_accel.config import Config
 from dml_accel.decoding import cache_dir
-from dml_accel.export import write_json
+from dml_accel.files import write_json
 
 _TIMED_STEPS = 5
 _TIMED_ROWS = 16

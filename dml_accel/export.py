@@ -1,6 +1,5 @@
 """One folder per trained peer, which timm loads as it stands: ``local-dir:<folder>``."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,7 @@ from safetensors.torch import save_file
 
 from dml_accel.cohort import Peer, parameter_count
 from dml_accel.data import Normalisation
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the whole file or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+from dml_accel.files import write_json
 
 
 def write_peer(

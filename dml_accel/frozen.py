@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from dml_accel import cohort
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data, Normalisation
+from dml_accel.files import UnreadableError, read_at_most
 from dml_accel.placement import Placement
 
 _LARGEST_JSON = 16 * 2**20  # bytes
@@ -259,22 +260,12 @@ def _three(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content = _bytes(path, _LARGEST_JSON)
     try:
-        found = json.loads(content)
+        found = json.loads(read_at_most(path, _LARGEST_JSON))
+    except UnreadableError as error:
+        raise UsageError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no JSON object")
     return found
-
-
-def _bytes(path: Path, most: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            content = file.read(most + 1)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > most:
-        raise UsageError(f"{path} has more than the {most:,} bytes that it may")
-    return content

@@ -68,6 +68,11 @@ class Run:
         """The network of each peer."""
         return [peer["name"].rpartition("-")[0] for peer in self.description["peers"]]
 
+    @property
+    def ends_with(self) -> dict[str, Any]:
+        """The test metrics of its last evaluation."""
+        return list(self.evaluations())[-1][1]
+
     def evaluations(self) -> Iterator[tuple[float, dict[str, Any]]]:
         """Yield the epoch, counted from the start, and the test metrics of each evaluation."""
         per_epoch = self.description["images"]["train"] // self.config.batch_size

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from dml_accel import comparison, comparison_report, plots
-from dml_accel.analysis import analysis, holds_weights
+from dml_accel.analysis import NOISE, analysis, holds_weights
 from dml_accel.comparison import BASELINE, SubRun
 from dml_accel.config import UsageError
-from dml_accel.export import write_text
+from dml_accel.files import write_text
 from dml_accel.history import (
     Run,
     by_method,
@@ -30,7 +30,7 @@ from dml_accel.history import (
     over_epochs,
     recipe_of,
 )
-from dml_accel.intervals import summarise
+from dml_accel.intervals import Summary, summarise
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 
@@ -76,20 +76,29 @@ def write_page(runs: Sequence[Run], path: Path, images: int) -> None:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_TEMPLATE.read_text())
-    growth = _growth(groups)
-    write_text(path, template.render(sections=sections, growth=growth, runs=len(runs)))
+    text = template.render(
+        sections=sections,
+        growth=_growth(groups),
+        runs=len(runs),
+        differences_are=comparison_report.DIFFERENCES_ARE,
+    )
+    write_text(path, text)
 
 
 def _section(runs: Sequence[Run], images: int) -> Section:
     first = runs[0]
     kept = list({(run.method, run.config.seed): run for run in reversed(runs)}.values())[::-1]
-    plan = [
-        SubRun(run.cohort, run.method, run.config.seed, str(run.folder.resolve()), run.config)
-        for run in kept
-    ]
     methods = list(by_method(kept))
-    plan.sort(key=lambda sub: (methods.index(sub.method), sub.seed))
-    finished = [comparison.read(Path("/"), sub) for sub in plan]
+    finished = [
+        comparison.finished(
+            SubRun(run.cohort, run.method, run.config.seed, str(run.folder.resolve()), run.config),
+            run.results,
+            run.description,
+            run.events,
+        )
+        for run in sorted(kept, key=lambda run: (methods.index(run.method), run.config.seed))
+    ]
+    plan = [one.sub for one in finished]
     theirs = first.description["classes"] == 100 and "cifar100" in first.config.dataset
     record = comparison.record(first.config, plan, finished, theirs, "", {})
     more = len(runs) - len(kept)
@@ -137,7 +146,7 @@ def _pictures(runs: Sequence[Run], record: dict[str, Any], images: int) -> list[
             )
         )
     found += _curves(methods, colour)
-    found += _between_peers(methods, colour)
+    found += _divergences(methods)
     if images:
         found += _analyses(methods, colour, images)
     return found
@@ -168,6 +177,22 @@ def _curves(methods: Mapping[str, Sequence[Run]], colour: Mapping[str, str]) -> 
         ("KL term in training", "What peers still teach each other.", kl, "nats", 1.0),
         ("Entropy of the posteriors on the test images", band, entropy, "nats", 1.0),
     ]
+    if len(next(iter(methods.values()))[0].nets) > 1:
+        agreement = {
+            m: over_epochs(runs, lambda test: test["agreement"]) for m, runs in methods.items()
+        }
+        between = {m: over_epochs(runs, _mean_kl) for m, runs in methods.items()}
+        same = "Share of test images on which two peers predict the same class, mean over pairs."
+        rows += [
+            ("Agreement of the peers", same, agreement, "agreement, %", 100.0),
+            (
+                "KL between the peers' posteriors",
+                "On the test images, mean over ordered pairs.",
+                between,
+                "nats",
+                1.0,
+            ),
+        ]
     return [
         _picture(title, text, partial(plots.curves, lines, colour, "epoch", y, scale))
         for title, text, lines, y, scale in rows
@@ -184,49 +209,26 @@ def _mean(values: Any) -> float | None:
     return None if None in known or not known else statistics.fmean(known)
 
 
-def _between_peers(
-    methods: Mapping[str, Sequence[Run]], colour: Mapping[str, str]
-) -> list[Picture]:
-    """Draw agreement over epochs, and the K x K divergences at the end."""
-    if len(next(iter(methods.values()))[0].nets) < 2:
-        return []
-    agreement = {
-        m: over_epochs(runs, lambda test: test["agreement"]) for m, runs in methods.items()
-    }
-    found = (
-        []
-        if all(len(points) < 2 for points in agreement.values())
-        else [
-            _picture(
-                "Agreement of the peers",
-                "Share of test images on which two peers predict the same class, mean over pairs.",
-                partial(plots.curves, agreement, colour, "epoch", "agreement, %", 100.0),
-            ),
-            _picture(
-                "KL between the peers' posteriors",
-                "On the test images, mean over ordered pairs.",
-                partial(
-                    plots.curves,
-                    {m: over_epochs(runs, _mean_kl) for m, runs in methods.items()},
-                    colour,
-                    "epoch",
-                    "nats",
-                ),
-            ),
-        ]
-    )
-    for method, runs in methods.items():
-        ends = [list(run.evaluations())[-1][1]["kl"] for run in runs]
-        names = sorted(ends[0])
-        means = [[_mean(end[a][b] for end in ends) or 0.0 for b in names] for a in names]
-        found.append(
-            _picture(
-                f"KL between posteriors at the end: {method}",
-                "Row teaches column: KL(row || column) on the test images, mean over seeds.",
-                partial(plots.matrix, means, names, "nats"),
-            )
+def _divergences(methods: Mapping[str, Sequence[Run]]) -> list[Picture]:
+    """Draw the K x K divergences at the end, a picture for each method."""
+    return [
+        _picture(
+            f"KL between posteriors at the end: {method}",
+            "Row teaches column: KL(row || column) on the test images, mean over seeds.",
+            partial(plots.matrix, *_mean_table([run.ends_with["kl"] for run in runs]), "nats"),
         )
-    return found
+        for method, runs in methods.items()
+        if len(runs[0].nets) > 1
+    ]
+
+
+def _mean_table(
+    tables: Sequence[dict[str, dict[str, float | None]]],
+) -> tuple[list[list[float]], list[str]]:
+    """Return the means of tables {row: {column: value}} and the names of rows and columns."""
+    names = sorted(tables[0])
+    means = [[_mean(one[a][b] for one in tables) or 0.0 for b in names] for a in names]
+    return means, names
 
 
 def _mean_kl(test: dict[str, Any]) -> float | None:
@@ -247,23 +249,11 @@ def _analyses(
     if not known:
         return []
 
-    def noise(name: str) -> dict[str, plots.Curve]:
-        return {
-            m: [
-                (
-                    row["sigma"],
-                    summarise(
-                        [
-                            _mean(peer["noise"][place][name] for peer in one["peers"].values())
-                            for one in found
-                        ]
-                    ),
-                )
-                for place, row in enumerate(next(iter(found[0]["peers"].values()))["noise"])
-            ]
-            for m, found in known.items()
-        }
+    def noise(metric: str) -> dict[str, plots.Curve]:
+        places = [(sigma, partial(_noisy, metric, at)) for at, sigma in enumerate(NOISE)]
+        return _over_peers(known, places)
 
+    quantiles = [(float(mark), partial(_quantile, mark)) for mark in (10, 25, 50, 75, 90)]
     sigma, drawn = "standard deviation of the noise", "Gaussian noise on every weight, 3 draws."
     return [
         _picture(
@@ -279,7 +269,15 @@ def _analyses(
         _picture(
             "Entropy of single posteriors",
             "Quantiles over the test images, mean over peers and seeds.",
-            partial(plots.curves, _entropies(known), colour, "quantile, %", "nats", 1.0, "o-"),
+            partial(
+                plots.curves,
+                _over_peers(known, quantiles),
+                colour,
+                "quantile, %",
+                "nats",
+                1.0,
+                "o-",
+            ),
         ),
         *_disagreements(known),
         _picture(
@@ -290,33 +288,35 @@ def _analyses(
     ]
 
 
-def _entropies(known: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, plots.Curve]:
-    return {
-        m: [
-            (
-                float(mark),
-                summarise(
-                    [
-                        _mean(peer["entropy"][f"q{mark}"] for peer in one["peers"].values())
-                        for one in found
-                    ]
-                ),
-            )
-            for mark in (10, 25, 50, 75, 90)
-        ]
-        for m, found in known.items()
-    }
+def _noisy(metric: str, place: int, peer: dict[str, Any]) -> float | None:
+    value: float | None = peer["noise"][place][metric]
+    return value
+
+
+def _quantile(mark: int, peer: dict[str, Any]) -> float | None:
+    value: float | None = peer["entropy"][f"q{mark}"]
+    return value
+
+
+def _over_peers(
+    known: Mapping[str, Sequence[dict[str, Any]]],
+    places: Sequence[tuple[float, Callable[[dict[str, Any]], float | None]]],
+) -> dict[str, plots.Curve]:
+    """Return at each place the mean over peers of a value, summarised over the runs' analyses."""
+
+    def summary(found: Sequence[dict[str, Any]], value: Callable[..., float | None]) -> Summary:
+        return summarise([_mean(map(value, one["peers"].values())) for one in found])
+
+    return {m: [(at, summary(found, value)) for at, value in places] for m, found in known.items()}
 
 
 def _disagreements(known: Mapping[str, Sequence[dict[str, Any]]]) -> list[Picture]:
+    text = "Share of test images on which two peers predict other classes, mean over seeds."
     pictures = []
     for m, found in known.items():
-        tables = [one["disagreement"] for one in found]
-        names = sorted(tables[0])
+        means, names = _mean_table([one["disagreement"] for one in found])
         if len(names) > 1:
-            means = [[_mean(one[a][b] for one in tables) or 0.0 for b in names] for a in names]
             draw = partial(plots.matrix, means, names, "share of images")
-            text = "Share of test images on which two peers predict other classes, mean over seeds."
             pictures.append(_picture(f"Disagreement: {m}", text, draw))
     return pictures
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from dml_accel.config import Config, UsageError
-from dml_accel.export import write_json, write_text
+from dml_accel.files import write_json, write_text
 from dml_accel.launching import StoppedError
 
 _TRACES_OF_A_RUN = (

@@ -164,13 +164,13 @@ def _sequential(step: Step, asks: Callable[[], Sequence[bool]]) -> tuple[Tensor,
     if teaching.is_on:
         lessons = teaching.lessons(teaching.rounded(torch.stack(logits)))
         frozen = step.frozen_lessons(x)
-    means = []
-    for place in _turns(step):
+    means, turns = [], _turns(step)
+    for place in turns:
         targets = None if lessons is None else _targets_of(place, lessons, frozen, teaching)
         losses, found = step.losses(logits[place][None], y, targets, step.number)
         step.backward(losses, [peers[place]])
         means.append(_update(step, place, found))
-        if lessons is not None and place != _turns(step)[-1]:  # nobody learns from the last again
+        if lessons is not None and place != turns[-1]:  # nobody learns from the last again
             with peers[place].keeping_buffers():
                 again = step.predict(peers[place], x, 0)
             lessons[place] = teaching.lessons(teaching.rounded(again[None]))[0]

@@ -22,7 +22,8 @@ from dml_accel.engine import (
     fit,
     steps_to_take,
 )
-from dml_accel.export import write_peer, write_text
+from dml_accel.export import write_peer
+from dml_accel.files import write_text
 from dml_accel.launching import Stop, StoppedError, check_launch, launched_rank
 from dml_accel.placement import Placement
 from dml_accel.planning import predict, this_machine

@@ -9,6 +9,7 @@ PACKAGE = ROOT / "dml_accel"
 # A file imports only from those above it; the README lists them in this order.
 ORDER = [
     "config",
+    "files",
     "keys",
     "decoding",
     "sources",

@@ -1,0 +1,38 @@
+"""Files that appear whole or not at all, and files of strangers, which are read up to a bound."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class UnreadableError(RuntimeError):
+    """A file cannot be read, or is longer than it may be; the text names it."""
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write under a temporary name, then rename: a reader sees the whole file or none."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(content)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_at_most(path: Path, most: int) -> bytes:
+    """Return a file's content of ``most`` bytes or less; one may be longer than it says.
+
+    Raises:
+        UnreadableError: it cannot be read, or is longer.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > most:
+        raise UnreadableError(f"{path} has more than the {most:,} bytes that it may")
+    return content
