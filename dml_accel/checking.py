@@ -14,6 +14,7 @@ from dml_accel import cohort, data, frozen, links
 from dml_accel.allocation import everywhere
 from dml_accel.batchnorm import check_spanning
 from dml_accel.cohort import PeerSpec
+from dml_accel.compiling import pays
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import Cost, count, timed
 from dml_accel.frozen import PeerFolder
@@ -122,6 +123,27 @@ def agreed_ranks(
     ranks = json.loads(processes.text_of_first(text))
     _check_batch_norm(config, checked.modules, ranks)
     return ranks
+
+
+def agreed_compilation(
+    config: Config, checked: Checked, processes: Processes, steps: int, known: bool | None
+) -> bool:
+    """Return whether to compile: as asked, as decided before, or as the first process measures.
+
+    Args:
+        config: the run.
+        checked: its networks.
+        processes: those that share it.
+        steps: optimizer steps to come, of this run or of several alike.
+        known: what ``auto`` was decided to be before; None where it was not.
+    """
+    if config.compile != "auto":
+        return config.compile == "on"
+    if known is None:
+        first = processes.rank == 0
+        known = first and pays(checked.specs, checked.modules, config, steps, processes.accelerator)
+        processes.release_networks()
+    return processes.agreed(known)
 
 
 def _with_times(

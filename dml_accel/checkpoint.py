@@ -275,6 +275,13 @@ def _unpack(peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> Non
     for place, value in (values | rest["optimizer"]).items():
         index, _, name = place.partition(".")
         state.setdefault(int(index), {})[name] = value
+    # Fused kernels read weights and what belongs to them in the order of memory, and do not look
+    # whether both lie there alike.
+    weights_of = [weight for group in peer.optimizer.param_groups for weight in group["params"]]
+    for index, weight in enumerate(weights_of):
+        for name, value in state.get(index, {}).items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                state[index][name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
     peer.optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
     if rest["scaler"]:
         peer.scaler.load_state_dict(rest["scaler"])

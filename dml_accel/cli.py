@@ -24,7 +24,7 @@ from dml_accel.engine import DivergedError
 from dml_accel.launching import StoppedError, launched_processes, launched_rank
 from dml_accel.page import write_page
 from dml_accel.planning import this_machine
-from dml_accel.processes import ProcessLostError
+from dml_accel.processes import MemoryShortError, ProcessLostError
 from dml_accel.provenance import command_line
 from dml_accel.report import results_table
 from dml_accel.resuming import NotKeptError
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launched_rank() == 0:
             print(error, file=sys.stderr, flush=True)
         return _leave(_STOPPED)
-    except (DivergedError, NotKeptError, ProcessLostError, OSError) as error:
+    except (DivergedError, MemoryShortError, NotKeptError, ProcessLostError, OSError) as error:
         if getattr(error, "speaks", launched_rank() == 0 or isinstance(error, OSError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, DivergedError) and launched_rank():

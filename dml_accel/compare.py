@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel import cohort, comparison, plots, sources
-from dml_accel.checking import Checked, check
+from dml_accel.checking import Checked, agreed_compilation, check
 from dml_accel.comparison import SubRun
 from dml_accel.comparison_report import comparison_markdown, comparison_title
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import count
-from dml_accel.engine import DivergedError
+from dml_accel.data import check_sizes
+from dml_accel.engine import DivergedError, steps_to_take
 from dml_accel.files import write_text
 from dml_accel.launching import (
     Stop,
@@ -41,6 +42,7 @@ from dml_accel.runfolder import (
     is_done,
     remedy_of_a_stop,
     saved_config,
+    saved_description,
     saved_status,
 )
 from dml_accel.sources import Source
@@ -170,6 +172,9 @@ def compare(
             if processes.agreed(bool(root and _was_stopped(root.path, plan))):
                 processes.close()
                 return None
+            compiles = config.compile == "on"
+            if config.compile == "auto":
+                compiles = _compiles(plan, unfinished, source, processes, root)
             for place, sub in enumerate(plan):
                 if processes.agreed(sub not in unfinished):
                     continue
@@ -190,6 +195,7 @@ def compare(
                             origin,
                             title,
                             costs[sub.cohort],
+                            compiles,
                         )
                 except DivergedError as error:  # in all processes alike; the others go on
                     failed[sub.folder] = str(error)
@@ -200,6 +206,23 @@ def compare(
                     _write(root, config, plan, source, command, failed)
             processes.close()
         return (root.path, _write(root, config, plan, source, command, failed)) if root else None
+
+
+def _compiles(
+    plan: Sequence[SubRun],
+    unfinished: Sequence[SubRun],
+    source: Source,
+    processes: Processes,
+    root: LockedFolder | None,
+) -> bool:
+    """Decide once for all runs, so that methods differ in nothing else; what was decided stays."""
+    known = None
+    for folder in [root.path / sub.folder for sub in plan] if root else []:
+        with contextlib.suppress(UsageError):
+            known = bool(saved_description(folder)["compiled"])
+    steps = [steps_to_take(sub.config, check_sizes(source, sub.config)[0]) for sub in unfinished]
+    first = plan[0].config
+    return agreed_compilation(first, check(first, source), processes, sum(steps), known)
 
 
 def _was_stopped(root: Path, plan: Sequence[SubRun]) -> bool:

@@ -25,6 +25,11 @@ _LEAVES_THE_RESULT_ALONE = frozenset(
         "resume",
         "save_every",
         "keep_checkpoints",
+        "compile",
+        "compile_mode",
+        "memory_format",
+        "low_memory",
+        "threads",
     }
 )
 
@@ -176,6 +181,38 @@ class Config:
         "(default: what accelerate launch says, else no)",
         choices=("no", "bf16", "fp16"),
     )
+    compile: str = flag(
+        "off",
+        "compile each network that one process trains: alone, on; auto tries it and compiles where "
+        "the run is long enough to repay it, by measured times",
+        nargs="?",
+        const="on",
+        choices=("off", "on", "auto"),
+    )
+    compile_mode: str = flag(
+        "default",
+        "torch.compile's: reduce-overhead uses CUDA graphs, max-autotune tries more kernels",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+    memory_format: str | None = flag(
+        None,
+        "how images and weights lie in memory (default: channels_last on a CPU, where it is "
+        "faster, else contiguous)",
+        choices=("contiguous", "channels_last"),
+    )
+    low_memory: bool = flag(
+        False,
+        "one network's activations at a time: all predict first, then each predicts again and "
+        "learns; the same result for a third more work",
+    )
+    threads: int | None = flag(
+        None,
+        "threads of each process on a CPU (default: with several processes, an equal share of "
+        "this machine's cores; else OMP_NUM_THREADS, or all)",
+    )
+    tf32: bool = flag(
+        False, "TF32 for all products of matrices on CUDA: faster, with 10 bits of mantissa"
+    )
     batch_norm: str = flag(
         "group",
         "with several processes, batch statistics of all of them, as in one process, or each "
@@ -252,7 +289,7 @@ class Config:
             _require(0 <= finite[name] < 1, name, finite[name], "at least 0 and below 1")
         for name in ("temperature", "clip_norm", "timeout"):
             _require(finite.get(name, 1) > 0, name, finite.get(name), "above 0")
-        for name in ("max_steps", "train_limit"):
+        for name in ("max_steps", "train_limit", "threads"):
             _require(finite.get(name, 1) >= 1, name, finite.get(name), "at least 1")
         _require(8 <= self.image_size <= 4096, "image_size", self.image_size, "8 to 4096 pixels")
         _require(self.timeout <= 10**6, "timeout", self.timeout, "at most 1000000 minutes")
@@ -296,6 +333,15 @@ class Config:
                 self.update == "sequential" and self.grad_accum > 1,
                 "--update sequential predicts a batch again after each update: it goes with "
                 "--grad-accum 1 alone",
+            ),
+            (
+                self.low_memory and in_turn,
+                f"--low-memory cuts the step of --update simultaneous; {self.update} predicts for "
+                "its own order",
+            ),
+            (
+                self.tf32 and self.float64,
+                "--tf32 shortens single precision; --float64 has none of it",
             ),
             (
                 self.update == "official" and self.target != "peers",

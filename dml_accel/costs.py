@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dml_accel.cohort import PeerSpec, optimizer, parameter_count
 from dml_accel.config import Config
+from dml_accel.data import memory_format
 from dml_accel.decoding import cache_dir
 from dml_accel.files import write_json
 
@@ -107,9 +108,11 @@ def timed(
 
 
 def _seconds(module: nn.Module, config: Config, device: torch.device) -> float:
-    module = copy.deepcopy(module).to(device)
+    layout = memory_format(config, device)
+    module = copy.deepcopy(module).to(device).to(memory_format=layout)
     weight, size = next(module.parameters()), config.image_size
     images = torch.randn(_TIMED_ROWS, 3, size, size, dtype=weight.dtype, device=device)
+    images = images.contiguous(memory_format=layout)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision or "")
     sgd, seconds = optimizer(module, config), []
     for _ in range(_TIMED_STEPS + 1):  # the first one warms up

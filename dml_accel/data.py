@@ -54,6 +54,7 @@ class ImageSet:
         device: where batches are made.
         dtype: of the images in a batch.
         labelled: rows whose labels are used, int64; None for all.
+        memory_format: of the images in a batch.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ImageSet:
         device: torch.device,
         dtype: torch.dtype,
         labelled: Tensor | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         n, size = split.images.shape[:2]
         pixels = torch.zeros(n, size, size, _BYTES_PER_PIXEL, dtype=torch.uint8)
@@ -74,9 +76,10 @@ class ImageSet:
         self._labels = split.labels.to(device).clone()
         self._is_labelled: Tensor | None = None
         if labelled is not None:
-            self._is_labelled = torch.zeros(n, dtype=torch.bool)
-            self._is_labelled[labelled] = True
-            self._labels[(~self._is_labelled).to(device)] = -1
+            is_labelled = torch.zeros(n, dtype=torch.bool)
+            is_labelled[labelled] = True
+            self._is_labelled = is_labelled.to(device)
+            self._labels[~self._is_labelled] = -1
         self._size, self._pad = size, size // 8
         self._augment, self._seed, self._device, self._dtype = augment, seed, device, dtype
         self._windows = _reflected_windows(size, self._pad).to(device)
@@ -85,7 +88,7 @@ class ImageSet:
         self._scale = 1 / (torch.tensor(normalisation.std, dtype=torch.float64) * 255).view(shape)
         self._mean = self._mean.to(dtype).to(device)
         self._scale = self._scale.to(dtype).to(device)
-        self._epoch = -1
+        self._memory_format, self._epoch = memory_format, -1
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -103,10 +106,10 @@ class ImageSet:
             images [hi - lo, 3, S, S] and labels [hi - lo], -1 where a label is not to be used.
         """
         rows = self._rows_of(step, batch_size)[lo:hi]
-        top, left, flip = (drawn[rows].to(self._device) for drawn in self._draws)
+        top, left, flip = (drawn[rows] for drawn in self._draws)
         columns = self._windows[left]
         columns = torch.where(flip[:, None], columns.flip(1), columns)
-        return self._gather(rows.to(self._device), self._windows[top], columns)
+        return self._gather(rows, self._windows[top], columns)
 
     def label_weight(self, step: int, batch_size: int) -> Tensor | None:
         """Return rows of a batch over labelled rows of it, on the device (0 for no labelled ones).
@@ -115,12 +118,12 @@ class ImageSet:
         """
         if self._is_labelled is None:
             return None
-        labelled = int(self._is_labelled[self._rows_of(step, batch_size)].sum())
-        weight = batch_size / labelled if labelled else 0.0
-        return torch.tensor(weight, dtype=self._dtype).to(self._device, non_blocking=True)
+        labelled = self._is_labelled[self._rows_of(step, batch_size)].sum()
+        weight = torch.where(labelled > 0, batch_size / labelled.clamp(min=1).double(), 0.0)
+        return weight.to(self._dtype)
 
     def _rows_of(self, step: int, batch_size: int) -> Tensor:
-        """Return the images of a whole batch, drawing its epoch's order."""
+        """Return the images of a whole batch, on the device, drawing its epoch's order."""
         per_epoch = len(self) // batch_size
         self._draw(step // per_epoch)
         start = (step % per_epoch) * batch_size
@@ -141,14 +144,16 @@ class ImageSet:
         if self._epoch == epoch:
             return
         n, generate = len(self), generator("order and augmentation", self._seed, epoch)
-        self._order = torch.randperm(n, generator=generate)
+        order = torch.randperm(n, generator=generate)
         top, left = torch.randint(0, 2 * self._pad + 1, (2, n), generator=generate)
         flip = torch.rand(n, generator=generate) < 0.5
         if self._augment == "none":
             top, left = torch.full_like(top, self._pad), torch.full_like(left, self._pad)
         if self._augment != "crop-flip":
             flip = torch.zeros_like(flip)
-        self._draws, self._epoch = (top, left, flip), epoch
+        # Once an epoch, so that no step waits for a copy.
+        self._order, *draws = (drawn.to(self._device) for drawn in (order, top, left, flip))
+        self._draws, self._epoch = draws, epoch
 
     def _gather(self, rows: Tensor, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
         """Read pixels [B, S, S] at heights ``ys`` [B, S] and columns ``xs`` [B, S], normalised."""
@@ -156,8 +161,9 @@ class ImageSet:
         flat = (start[:, :, None] + xs[:, None, :]).view(-1)
         pixels = self._pixels.index_select(0, flat).view(torch.uint8)
         pixels = pixels.view(len(rows), self._size, self._size, _BYTES_PER_PIXEL)
-        # Contiguous before the conversion: normalising the permuted view takes three times as long.
-        images = pixels[..., :_CHANNELS].permute(0, 3, 1, 2).contiguous().to(self._dtype)
+        images = pixels[..., :_CHANNELS].permute(0, 3, 1, 2)
+        # Dense before the conversion: normalising a view with holes takes three times as long.
+        images = images.contiguous(memory_format=self._memory_format).to(self._dtype)
         return images.sub_(self._mean).mul_(self._scale), self._labels[rows]
 
 
@@ -177,6 +183,17 @@ class Data:
     test: ImageSet
     classes: tuple[str, ...]
     normalisation: Normalisation
+
+
+def memory_format(config: Config, device: torch.device) -> torch.memory_format:
+    """Return how images and weights lie in memory.
+
+    On a CPU channels last is 15 to 30% faster in single and half precision for all networks of
+    ours; in double precision depthwise convolutions are half as fast. GPUs were not measured.
+    """
+    default = device.type == "cpu" and not config.float64
+    asked = config.memory_format or ("channels_last" if default else "contiguous")
+    return torch.channels_last if asked == "channels_last" else torch.contiguous_format
 
 
 def check_sizes(source: Source, config: Config) -> tuple[int, int]:
@@ -252,6 +269,7 @@ def prepare(source: Source, config: Config, device: torch.device) -> Data:
             device=device,
             dtype=torch.float64 if config.float64 else torch.float32,
             labelled=labelled,
+            memory_format=memory_format(config, device),
         )
 
     return Data(

@@ -107,7 +107,10 @@ def check_launch(config: Config) -> None:
         if environment.get(variable, "").lower() == "true":
             raise UsageError(f"{plugin} does not fit a cohort of networks; launch without it")
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise UsageError("compilation is not supported; launch without --dynamo_backend")
+        raise UsageError(
+            "the launcher's --dynamo_backend compiles without the run's knowing; launch without it "
+            "and give train.py --compile"
+        )
     if int(environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)) > 1:
         raise UsageError(
             "gradient accumulation is a flag of training: --grad-accum, and not of the launcher"
@@ -118,6 +121,8 @@ def check_launch(config: Config) -> None:
         raise UsageError("fp16 needs a GPU (a CPU would compute in fp32); use bf16 or no")
     if config.float64 and precision != "no":
         raise UsageError(f"--float64 and mixed precision {precision} exclude each other")
+    if config.tf32 and (on_cpu or not torch.cuda.is_available()):
+        raise UsageError("--tf32 is for CUDA GPUs; leave it out here")
     if config.float64 and not on_cpu and not torch.cuda.is_available():
         raise UsageError("--float64: Apple GPUs have no double precision; add --cpu")
     least = config.batch_size // config.grad_accum

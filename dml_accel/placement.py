@@ -11,7 +11,7 @@ Shape letters: K peers of the cohort, k of them here, B our rows of a batch, C c
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dml_accel.batchnorm import span_group
+from dml_accel.compiling import switched, tried
 from dml_accel.config import Config
+from dml_accel.data import memory_format
 from dml_accel.keys import bounds
 from dml_accel.losses import Targets
 from dml_accel.processes import Processes
@@ -70,47 +72,63 @@ class Placement:
         widths = [len(held) for held in self.ranks.values()]
         self._narrowest, self._widest = min(widths), max(widths)
         self._spans_batch_norm = config.batch_norm == "group" and len(self._members) > 1
-        self._image_size = config.image_size
-        self._exchange = config.exchange
+        self._config = config
 
-    def prepare(self, module: nn.Module) -> nn.Module:
+    def prepare(self, module: nn.Module, name: str = "", compiled: bool = False) -> nn.Module:
         """Move one of our networks to the device, in place, and wrap it for training.
 
         Args:
             module: the bare network; its batch norms span the peer's processes afterwards,
                 unless the configuration says ``local``.
+            name: of the peer.
+            compiled: whether to compile it; where that fails, it is said and the eager network
+                taken. Not for a peer of several processes.
 
         Returns:
             What to call in training.
         """
         if self._spans_batch_norm:
             span_group(module, self._group)
-        module = self.processes.accelerator.prepare_model(module, evaluation_mode=True)
-        if len(self._members) == 1:
-            return module
+        module.to(memory_format=memory_format(self._config, self.device))
+        accelerator = self.processes.accelerator
+        with switched(accelerator, compiled and self.is_alone, self._config.compile_mode):
+            net = accelerator.prepare_model(module, evaluation_mode=True)
+        if self.is_alone:
+            return tried(net, name, self._settle)
         # Buffers need no broadcast before each step: training never reads running statistics.
         net = DistributedDataParallel(
-            module,
+            net,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             process_group=self._group,
             **_NO_BUFFERS,
         )
-        self._settle(net, module)
+        self._settle(net)
         return net
 
-    def _settle(self, net: nn.Module, module: nn.Module) -> None:
-        """Take one backward pass without effect.
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process trains the peers that are trained here."""
+        return len(self._members) == 1
 
-        After its first, DDP rearranges its buckets and so the order of its sums. A run that goes on
-        from a checkpoint would take that pass at another step than one that was never stopped.
+    def _settle(self, net: nn.Module) -> None:
+        """Take a backward pass without effect with each number of rows that will come.
+
+        It compiles what is to be. After its first, DDP rearranges its buckets and so the order of
+        its sums: a run that goes on from a checkpoint would take that pass at another step than one
+        that was never stopped.
         """
-        before = [buffer.clone() for buffer in module.buffers()]
-        like = next(module.parameters())
-        images = like.new_zeros(2, 3, self._image_size, self._image_size)
-        net(images).sum().backward()
+        config = self._config
+        parts = bounds(config.batch_size, config.grad_accum)
+        counts = {hi - lo for lo, hi in (self.rows(stop - start) for start, stop in parts)}
+        before = [buffer.clone() for buffer in net.buffers()]
+        like = next(net.parameters())
+        for count in sorted(counts):
+            images = like.new_zeros(count, 3, config.image_size, config.image_size)
+            images = images.to(memory_format=memory_format(config, self.device))
+            net(images).sum().backward()
         net.zero_grad()
         with torch.no_grad():
-            for buffer, value in zip(module.buffers(), before, strict=True):
+            for buffer, value in zip(net.buffers(), before, strict=True):
                 buffer.copy_(value)
 
     def scaler(self) -> torch.amp.GradScaler:
@@ -164,7 +182,7 @@ class Placement:
         """
         logits = teaching.rounded(logits)
         own, all_here = teaching.lessons(logits), len(self.mine) == len(self.names)
-        if not all_here and self._exchange == "sum":
+        if not all_here and self._config.exchange == "sum":
             lo, hi = self.rows(count)
             whole = own.new_zeros(count, own.shape[-1])
             whole[lo:hi] = own.sum(0)
@@ -213,6 +231,13 @@ class Placement:
         if self.processes.world_size > 1:
             dist.all_reduce(sums)
         return sums
+
+    def named(self, names: Iterable[str]) -> list[str]:
+        """Return the peers that any process names, in name order."""
+        ours = set(names)
+        word = torch.tensor([float(name in ours) for name in self.names], device=self.device)
+        found = self.sum_over_rows(word).tolist()
+        return [name for name, count in zip(self.names, found, strict=True) if count]
 
     def of_all_peers(self, ours: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         """Add up over all processes, in one exchange, what each step ends with.

@@ -90,6 +90,7 @@ def predict(
     item = 8 if config.float64 else 4
     parts = [stop - start for start, stop in bounds(config.batch_size, config.grad_accum)]
     busy, sent, memory = ([0.0] * world_size for _ in range(3))
+    activations: list[list[float]] = [[] for _ in range(world_size)]
     for name, held in ranks.items():
         cost, width = costs[name], len(held)
         seconds = cost.seconds or (1 + _BACKWARD) * cost.macs / machine.macs_per_second
@@ -100,7 +101,10 @@ def predict(
             busy[rank] += messages * machine.latency
             sent[rank] += grouped
             copies = _STATE + (width > 1)  # buckets of gradients to average
-            memory[rank] += copies * item * cost.parameters + max(rows) * cost.activation_bytes
+            memory[rank] += copies * item * cost.parameters
+            activations[rank].append(max(rows) * cost.activation_bytes)
+    together = max if config.low_memory else sum
+    memory = [a + together(b) for a, b in zip(memory, activations, strict=True)]
     exchanged, messages = _exchange_bytes(ranks, config, classes, parts, item, world_size)
     exchange = max(exchanged) / machine.bandwidth + messages * machine.latency
     return Prediction(

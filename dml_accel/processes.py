@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -61,6 +61,7 @@ class Processes:
             self.accelerator = Accelerator(
                 cpu=config.cpu or (launched > 1 and stays_on_cpu(config)),
                 mixed_precision=config.mixed_precision,
+                dynamo_plugin=TorchDynamoPlugin(backend="no"),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
             )
         except RuntimeError as error:
@@ -79,6 +80,11 @@ class Processes:
                 f"launched as {launched} processes but only {self.world_size} found each other; "
                 "add --cpu to the flags of train.py"
             )
+        threads = _threads(config, launched)
+        if threads and self.device.type == "cpu":
+            torch.set_num_threads(threads)
+        if config.tf32:
+            torch.set_float32_matmul_precision("high")
         # The same run twice is the same bit for bit: cuDNN may not choose otherwise.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self._closing = threading.Event()
@@ -219,6 +225,51 @@ class Processes:
         self._closing.set()
         if self._beating.is_alive():
             self._beating.join()
+
+
+class MemoryShortError(RuntimeError):
+    """There was no memory for a tensor; the text names the way out."""
+
+    speaks = True  # it is each process's own
+
+
+@contextlib.contextmanager
+def remedy_of_short_memory(config: Config) -> Iterator[None]:
+    """Say what needs less memory where it runs short.
+
+    Raises:
+        MemoryShortError: in place of the error of torch or Python.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not memory_ran_short(error):
+            raise
+        ways = [] if config.low_memory else ["--low-memory keeps one network's activations at once"]
+        ways.append(
+            f"--grad-accum {2 * config.grad_accum} halves the part that is computed at once"
+        )
+        raise MemoryShortError(
+            f"memory ran short: {'; '.join(ways)} (batch norm sees the part alone), and so does a "
+            f"smaller --batch-size ({config.batch_size})"
+        ) from error
+
+
+def memory_ran_short(error: BaseException) -> bool:
+    """Whether an error says that there was no memory for a tensor."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "DefaultCPUAllocator" in _first_line(error)
+
+
+def _threads(config: Config, launched: int) -> int | None:
+    """Return how many threads this process computes with on a CPU; None leaves it as it is.
+
+    Launchers give each of several processes one thread, however many cores there are.
+    """
+    if config.threads or launched == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return config.threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", launched)))
 
 
 def _is_of_the_exchange(error: RuntimeError) -> bool:

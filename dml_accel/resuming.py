@@ -35,6 +35,7 @@ _STATE = {
     "images": int,
     "classes": int,
     "teachers": dict,
+    "compiled": list,
 }
 
 
@@ -380,12 +381,15 @@ def keep(
             ) from problem
 
 
-def description(config: Config, checked: Checked, placement: Placement) -> dict[str, Any]:
-    """Return what a checkpoint says about its run."""
+def description(
+    config: Config, checked: Checked, placement: Placement, compiled: list[str]
+) -> dict[str, Any]:
+    """Return what a checkpoint says about its run; ``compiled`` names its compiled peers."""
     return {
         "config": config.as_dict(),
         "world_size": placement.processes.world_size,
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "versions": versions(),
+        "compiled": compiled,
         **_beside_the_config(config, checked),
     }

@@ -242,14 +242,24 @@ def is_done(path: Path) -> bool:
         raise UsageError(f"{path / 'results.json'} cannot be read: {error.strerror}") from error
 
 
+def saved_description(path: Path) -> dict[str, Any]:
+    """Return the content of config.json of the run in a folder.
+
+    Raises:
+        UsageError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads((path / "config.json").read_text())
+        found["config"], found["compiled"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path / 'config.json'} cannot be read: {error}") from error
+    return dict(found)
+
+
 def saved_config(path: Path) -> Config:
     """Return the configuration of the run in a folder.
 
     Raises:
         UsageError: config.json cannot be read.
     """
-    try:
-        values = json.loads((path / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path / 'config.json'} cannot be read: {error}") from error
-    return Config.from_dict(values)
+    return Config.from_dict(saved_description(path)["config"])

@@ -1,6 +1,7 @@
 """One optimizer step, by three update schedules. Each returns named parts; none knows the method.
 
-    simultaneous   forward all, exchange, backward all, step all
+    simultaneous   forward all, exchange, backward all, step all (with --low-memory: predict all,
+                   exchange, then each forward and backward, step all)
     sequential     predict all; each peer in turn is updated and predicts the same batch again
                    (Algorithm 1 of the paper: 2K - 1 forward passes)
     official       each peer in turn is updated on a batch of its own, predicted by all (the
@@ -105,6 +106,12 @@ class Step:
         index = self.placement.index
         torch.manual_seed(key("dropout", self.config.seed, self.number, part, peer.name, index))
 
+    def targets(self, logits: Tensor, x: Tensor, count: int) -> Targets | None:
+        """Return what our peers are taught on our rows of a part of ``count`` rows; None for 0."""
+        if not self.teaching.is_on:
+            return None
+        return self.placement.targets(logits, count, self.teaching, self.frozen_lessons(x))
+
     def frozen_lessons(self, x: Tensor) -> Tensor | None:
         """Return what the frozen peers teach on our rows, [F, B, C + 2]; None without any."""
         if not (self.frozen and self.teaching.is_on):
@@ -129,7 +136,7 @@ def train_step(step: Step, asks: Callable[[], Sequence[bool]] = list) -> tuple[T
 
 
 def _simultaneous(step: Step, asks: Callable[[], Sequence[bool]]) -> tuple[Tensor, Tensor]:
-    peers, placement, teaching = step.peers, step.placement, step.teaching
+    peers, placement = step.peers, step.placement
     for peer in peers:
         peer.begin(step.lr)
     sums = []
@@ -137,20 +144,49 @@ def _simultaneous(step: Step, asks: Callable[[], Sequence[bool]]) -> tuple[Tenso
     for number, part in enumerate(parts):
         x, y = step.rows(step.number, part)
         with placement.micro_batch([peer.net for peer in peers], part is parts[-1]):
-            logits = torch.stack([step.forward(peer, x, number) for peer in peers])
-            targets = None
-            if teaching.is_on:
-                count = part[1] - part[0]
-                targets = placement.targets(logits, count, teaching, step.frozen_lessons(x))
-            losses, found = step.losses(logits, y, targets, step.number)
-            step.backward(losses, peers)
-        sums.append(found)
+            learn = _in_turn if _takes_turns(step) else _together
+            sums.append(learn(step, x, y, number, part[1] - part[0]))
     means, asked = placement.of_all_peers(torch.stack(sums).sum(0), torch.tensor(asks()))
     means /= step.config.batch_size
     finite = means[:, 0].isfinite()
     for peer in peers:
         peer.update(finite[placement.names.index(peer.name)], step.config.clip_norm)
     return means, asked
+
+
+def _takes_turns(step: Step) -> bool:
+    # Where nobody teaches, nothing has to be predicted first: less memory for the same work.
+    return step.config.low_memory or not step.teaching.is_on
+
+
+def _together(step: Step, x: Tensor, y: Tensor, part: int, count: int) -> Tensor:
+    """Forward all, then backward all; return sums of the parts of all peers' losses, [k, P]."""
+    logits = torch.stack([step.forward(peer, x, part) for peer in step.peers])
+    targets = step.targets(logits, x, count)
+    losses, sums = step.losses(logits, y, targets, step.number)
+    step.backward(losses, step.peers)
+    return sums
+
+
+def _in_turn(step: Step, x: Tensor, y: Tensor, part: int, count: int) -> Tensor:
+    """As ``_together``, with the activations of one peer at a time: targets come first."""
+    targets = None
+    if step.teaching.is_on:
+        targets = step.targets(torch.stack([_look(step, p, x, part) for p in step.peers]), x, count)
+    sums = []
+    for place, peer in enumerate(step.peers):
+        logits = step.forward(peer, x, part)[None]
+        its_own = Targets(*(taught[place : place + 1] for taught in targets)) if targets else None
+        losses, found = step.losses(logits, y, its_own, step.number)
+        step.backward(losses, [peer])
+        sums.append(found)
+        del logits, losses  # or they would live on beside the next peer's
+    return torch.cat(sums)
+
+
+def _look(step: Step, peer: Peer, x: Tensor, part: int) -> Tensor:
+    with peer.keeping_buffers():
+        return step.predict(peer, x, part)
 
 
 def _sequential(step: Step, asks: Callable[[], Sequence[bool]]) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_compiled_module
 from safetensors import SafetensorError
 from torch import nn
 
 from dml_accel import cohort, data, frozen, sources
-from dml_accel.checking import Checked, agreed_ranks, check
+from dml_accel.checking import Checked, agreed_compilation, agreed_ranks, check
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data
@@ -27,7 +28,7 @@ from dml_accel.files import write_text
 from dml_accel.launching import Stop, StoppedError, check_launch, launched_rank
 from dml_accel.placement import Placement
 from dml_accel.planning import predict, this_machine
-from dml_accel.processes import Processes
+from dml_accel.processes import Processes, remedy_of_short_memory
 from dml_accel.progress import (
     Display,
     Window,
@@ -125,6 +126,7 @@ def run(
     origin: Origin,
     label: str = "",
     image_cost: float = 1.0,
+    compiles: bool | None = None,
 ) -> dict[str, Any] | None:
     """Train one cohort with processes that are already together.
 
@@ -139,11 +141,13 @@ def run(
         origin: in the first process, what ``resuming.find`` returned.
         label: what the display calls the run.
         image_cost: see ``workload``.
+        compiles: ``checking.agreed_compilation``'s decision for several runs (default: decide).
 
     Returns:
         The content of results.json in the first process.
 
     Raises:
+        MemoryShortError: there was no memory for a tensor.
         StoppedError: a stop was asked for, and the run can go on from a checkpoint.
         DivergedError: a peer is lost.
         NotKeptError: a checkpoint could not be written.
@@ -159,12 +163,16 @@ def run(
     teachers = frozen.prepare(checked.frozen, images, config, placement)
     teaching = Teaching(config, checked.names, list(checked.frozen), checked.links)
     parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
-    mine = [spec for spec in checked.specs if spec.name in placement.mine]
-    peers = [_peer(spec, checked.modules[spec.name], config, placement) for spec in mine]
-    checked.modules.clear()
+    start = origin.start(path / CHECKPOINTS)
+    if compiles is None:
+        steps = steps_to_take(config, len(images.train)) - start.step
+        known = bool(origin.state["compiled"]) if origin.path else None
+        compiles = agreed_compilation(config, checked, processes, steps, known)
+    with remedy_of_short_memory(config):
+        peers = _peers(checked, config, placement, compiles)
+    compiled = placement.named(peer.name for peer in peers if is_compiled_module(peer.net))
     load(origin, peers, processes)
     windows = Windows(placement.names, len(images.train) // config.batch_size)
-    start = origin.start(path / CHECKPOINTS)
     recorder = None
     if folder is not None:
         work = workload(config, checked.source, image_cost, start.step)
@@ -173,18 +181,20 @@ def run(
         folder.begin(
             step if origin.path else None, evaluation_follows(config, len(images.train), step)
         )
-        folder.write("config.json", _description(config, checked, placement, images, command))
+        about = _description(config, checked, placement, images, command)
+        folder.write("config.json", about | {"compiled": compiled})
         folder.event("resume" if origin.path else "start", step, step // windows.steps_per_epoch)
         recorder = _Recorder(folder, windows, display)
-    state = description(config, checked, placement)
+    state = description(config, checked, placement, compiled)
     try:
         records = fit(peers, images, config, placement, start, stop, teaching, teachers)
-        for record in records:
-            if isinstance(record, CheckpointRecord):
-                keep(path / CHECKPOINTS, record, peers, state, config, placement)
-            if recorder:
-                recorder.take(record)
-            last = record
+        with remedy_of_short_memory(config):
+            for record in records:
+                if isinstance(record, CheckpointRecord):
+                    keep(path / CHECKPOINTS, record, peers, state, config, placement)
+                if recorder:
+                    recorder.take(record)
+                last = record
     except StoppedError as stopped:
         if folder:
             folder.status("stopped", str(stopped))
@@ -238,8 +248,25 @@ def _images_of_a_step(config: Config, placement: Placement) -> int:
     return config.batch_size * (len(placement.names) if config.update == "official" else 1)
 
 
-def _peer(spec: PeerSpec, module: nn.Module, config: Config, placement: Placement) -> Peer:
-    net = placement.prepare(module)
+def _peers(checked: Checked, config: Config, placement: Placement, compiles: bool) -> list[Peer]:
+    """Return the peers that are trained here, their networks taken out of ``checked``."""
+    mine = [spec for spec in checked.specs if spec.name in placement.mine]
+    if compiles and placement.processes.rank == 0:
+        shared = [name for name, ranks in placement.ranks.items() if len(ranks) > 1]
+        if shared:
+            why = "processes that share a network exchange between its layers"
+            print(f"--compile: {', '.join(shared)} run eagerly, as {why}", file=sys.stderr)
+        if len(shared) < len(placement.names):
+            print("compiling, which takes minutes the first time", file=sys.stderr, flush=True)
+    peers = [_peer(spec, checked.modules[spec.name], config, placement, compiles) for spec in mine]
+    checked.modules.clear()
+    return peers
+
+
+def _peer(
+    spec: PeerSpec, module: nn.Module, config: Config, placement: Placement, compiles: bool
+) -> Peer:
+    net = placement.prepare(module, spec.name, compiles)
     return Peer(spec, module, net, cohort.optimizer(module, config), placement.scaler())
 
 

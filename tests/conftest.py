@@ -119,7 +119,7 @@ class Training:
 
     def _peer(self, spec: cohort.PeerSpec) -> Peer:
         module = cohort.build(spec, self.config, len(self.data.classes))
-        net = self.placement.prepare(module)
+        net = self.placement.prepare(module, spec.name, self.config.compile == "on")
         optimizer = cohort.optimizer(module, self.config)
         return Peer(spec, module, net, optimizer, self.placement.scaler())
 

@@ -25,11 +25,17 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def peer(name: str, optimizer: str = "sgd", width: int = 4) -> Peer:
+def peer(
+    name: str,
+    optimizer: str = "sgd",
+    width: int = 4,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Peer:
     torch.manual_seed(len(name))
     net = nn.Sequential(
         nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(4 * width, 5)
     )
+    net.to(memory_format=layout)
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0)
     return Peer(PeerSpec(name, "none"), net, net, OPTIMIZERS[optimizer](net.parameters()), scaler)
 
@@ -68,14 +74,17 @@ def written(tmp_path: Path) -> tuple[Path, list[Peer]]:
 # ---------------------------------------------------------------- what is read is what was written
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_going_on_from_a_checkpoint_is_never_having_stopped(tmp_path: Path, optimizer: str) -> None:
-    straight = peer("a-0", optimizer)
+def test_going_on_from_a_checkpoint_is_never_having_stopped(
+    tmp_path: Path, optimizer: str, layout: torch.memory_format
+) -> None:
+    straight = peer("a-0", optimizer, layout=layout)
     learn(straight, 7)
-    first = peer("a-0", optimizer)
+    first = peer("a-0", optimizer, layout=layout)
     learn(first, 4)
     folder = saved(tmp_path, [first], 4)
-    second = peer("a-0", optimizer)
+    second = peer("a-0", optimizer, layout=layout)
     learn(second, 1, start=100)  # another history, all of which must be replaced
     state = load_peers(folder, [second])
     assert state["step"] == 4 and state["config"] == {"seed": 0}

@@ -1,9 +1,12 @@
 """Data: augmentation as in the paper, keyed per image and epoch; the split to choose by."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dml_accel import data
 from dml_accel.config import UsageError
 from dml_accel.data import ImageSet, Normalisation, held_out
 from dml_accel.decoding import Split
@@ -212,3 +215,52 @@ def test_slices_differ_by_at_most_one_row() -> None:
 def test_keys_tell_apart_what_differs() -> None:
     draws = [torch.rand(1, generator=generator(*k)).item() for k in (("a", 1), ("a", 2), ("a1",))]
     assert len(set(draws)) == 3
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_channels_last_batches_hold_the_same_images(digits: Source) -> None:
+    plain, last = (
+        data.prepare(digits, tiny_config(memory_format=name), torch.device("cpu")).train
+        for name in ("contiguous", "channels_last")
+    )
+    for (a, _), (b, _) in (
+        (plain.batch(7, 8, 2, 8), last.batch(7, 8, 2, 8)),
+        (plain.rows(3, 9), last.rows(3, 9)),
+    ):
+        assert torch.equal(a, b)
+        assert a.is_contiguous() and b.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "expected"),
+    [
+        ("cpu", {"float64": False}, torch.channels_last),
+        ("cpu", {}, torch.contiguous_format),  # double precision
+        ("cuda", {"float64": False}, torch.contiguous_format),
+        ("cuda", {"float64": False, "memory_format": "channels_last"}, torch.channels_last),
+        ("cpu", {"float64": False, "memory_format": "contiguous"}, torch.contiguous_format),
+    ],
+)
+def test_the_memory_format_follows_device_and_precision(
+    device: str, changes: dict, expected: torch.memory_format
+) -> None:
+    assert data.memory_format(tiny_config(**changes), torch.device(device)) == expected
+
+
+def test_no_step_copies_to_the_device(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An accelerator would wait for each copy: only an epoch's first batch may make them.
+    images = data.prepare(digits, tiny_config(labelled_fraction=0.5), torch.device("cpu")).train
+    images.batch(0, 8, 0, 8)
+    monkeypatch.setattr(torch.Tensor, "to", _only_its_precision(torch.Tensor.to))
+    images.batch(1, 8, 0, 8)
+    images.label_weight(1, 8)
+
+
+def _only_its_precision(to: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def checked(tensor: torch.Tensor, *words: object, **named: object) -> torch.Tensor:
+        assert not named and all(isinstance(word, torch.dtype) for word in words), words
+        return to(tensor, *words, **named)
+
+    return checked

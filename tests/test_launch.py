@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dml_accel import processes
 from dml_accel.config import UsageError
 from dml_accel.launching import check_launch
 from tests.conftest import tiny_config
@@ -31,6 +32,7 @@ REFUSED = {
     "FSDP": (ACCELERATE | {"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP does not fit"),
     "DeepSpeed": (ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed does not fit"),
     "fp8": ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "mixed precision fp8 is not supported"),
+    "TF32 without a GPU": ({}, {"tf32": True, "float64": False}, "--tf32 is for CUDA GPUs"),
     "fp16 from the launcher": (
         {"ACCELERATE_MIXED_PRECISION": "fp16"},
         {"float64": False},
@@ -45,7 +47,7 @@ REFUSED = {
     "compilation": (
         ACCELERATE | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
         {},
-        "launch without --dynamo_backend",
+        "launch without it and give train.py --compile",
     ),
     "accumulation by the launcher": (
         ACCELERATE | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"},
@@ -113,3 +115,31 @@ def test_double_precision_is_refused_on_apple_gpus(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError, match="Apple GPUs have no double precision; add --cpu"):
         check_launch(tiny_config(cpu=False))
     check_launch(tiny_config(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("launched", "environment", "threads", "expected"),
+    [
+        (1, {}, None, None),  # as torch finds it
+        (1, {}, 3, 3),
+        (2, {"LOCAL_WORLD_SIZE": "2"}, None, 6),
+        (2, {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, None, 6),  # what launchers set
+        (2, {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "4"}, None, None),  # what a user sets
+        (2, {"LOCAL_WORLD_SIZE": "1"}, None, 12),  # another machine
+        (24, {"LOCAL_WORLD_SIZE": "24"}, None, 1),
+        (2, {"LOCAL_WORLD_SIZE": "2"}, 5, 5),
+    ],
+)
+def test_processes_share_the_cores_of_their_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    launched: int,
+    environment: dict,
+    threads: int | None,
+    expected: int | None,
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes._threads(tiny_config(threads=threads), launched) == expected

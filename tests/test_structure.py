@@ -26,6 +26,7 @@ ORDER = [
     "allocation",
     "launching",
     "processes",
+    "compiling",
     "placement",
     "frozen",
     "schedules",

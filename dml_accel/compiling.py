@@ -1,0 +1,160 @@
+"""Compilation of networks by torch.compile: whether it pays, and what happens where it fails.
+
+Compiled and eager kernels add up in different orders: a compiled run equals the eager one as two
+partitions equal each other, and itself bit for bit.
+"""
+
+import contextlib
+import copy
+import logging
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend, is_compiled_module
+from torch import nn
+
+from dml_accel.cohort import PeerSpec, optimizer
+from dml_accel.config import Config
+from dml_accel.data import memory_format
+from dml_accel.processes import memory_ran_short
+
+_SHORTEST = 600.0  # seconds: compiling one network takes from 20 seconds to minutes
+_TIMED_STEPS = 5
+
+
+@contextlib.contextmanager
+def switched(accelerator: Accelerator, on: bool, mode: str) -> Iterator[None]:
+    """Let Accelerate's dynamo plugin compile, or not, what is prepared within the context."""
+    plugin = accelerator.state.dynamo_plugin
+    plugin.backend = DynamoBackend.INDUCTOR if on else DynamoBackend.NO
+    plugin.mode, plugin.dynamic = mode, False
+    if on:
+        _configure()
+    try:
+        yield
+    finally:
+        plugin.backend = DynamoBackend.NO
+
+
+def _configure() -> None:
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
+    # Dropout draws what it draws in an eager run; the key is set before each forward pass.
+    inductor.fallback_random = True
+    # Every peer and every size of a part of a batch is one: running out of them must not be silent.
+    dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 256, True
+    dynamo.accumulated_recompile_limit = 1024
+    # Machines without a GPU are told on every start that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def tried(net: nn.Module, name: str, attempt: Callable[[nn.Module], object]) -> nn.Module:
+    """Return a network that was prepared for compilation, or its eager one where it fails, aloud.
+
+    Args:
+        net: the network; one that is not compiled is returned as it is.
+        name: of the peer.
+        attempt: a pass through it, without effect, that compiles it.
+
+    Raises:
+        RuntimeError, MemoryError: memory ran short, which is no fault of the compiler's.
+    """
+    if not is_compiled_module(net):
+        return net
+    try:
+        attempt(net)
+    except Exception as error:  # every part of the compiler raises its own kinds
+        if memory_ran_short(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"--compile: {name} runs eagerly, as compiling it fails: {reason}", file=sys.stderr)
+        return typing.cast(nn.Module, net._orig_mod)
+    return net
+
+
+def pays(
+    specs: Sequence[PeerSpec],
+    modules: Mapping[str, nn.Module],
+    config: Config,
+    steps: int,
+    accelerator: Accelerator,
+) -> bool:
+    """Try out, for ``--compile auto``, whether compiling saves more than it takes; say so.
+
+    Each architecture is timed once, eagerly and compiled, step by step in turns. What was compiled
+    stays in torch's own cache, so that the run itself need not do it again.
+
+    Args:
+        specs: the peers that could be compiled.
+        modules: their networks, left as they are.
+        config: batch and precision.
+        steps: optimizer steps of the run, or of all runs together.
+        accelerator: device and precision.
+    """
+    eager, compiled, compiling = 0.0, 0.0, 0.0
+    known: dict[str, tuple[float, float, float]] = {}
+    for spec in specs:
+        key = repr((spec.arch, spec.arguments))
+        if key not in known:
+            trial = _Trial(modules[spec.name], config, accelerator)
+            if steps * len(specs) * trial.eager < _SHORTEST:
+                print("--compile auto: off, the run is too short to repay it", file=sys.stderr)
+                return False
+            known[key] = trial.compare(spec.name)
+        eager, compiled = eager + known[key][0], compiled + known[key][1]
+    compiling = sum(seconds for _, _, seconds in known.values())
+    saved = steps * (eager - compiled)
+    print(
+        f"--compile auto: {'on' if saved > compiling else 'off'}, {1e3 * eager:.0f} ms a step "
+        f"eagerly, {1e3 * compiled:.0f} ms compiled, {compiling:.0f} s to compile, {steps} steps",
+        file=sys.stderr,
+        flush=True,
+    )
+    return saved > compiling
+
+
+class _Trial:
+    """One network's step, timed on copies of it."""
+
+    def __init__(self, module: nn.Module, config: Config, accelerator: Accelerator) -> None:
+        self._module, self._config, self._accelerator = module, config, accelerator
+        self._eager = self._prepared(compiled=False)
+        self._step(*self._eager)
+        self.eager = self._step(*self._eager)
+
+    def _prepared(self, compiled: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        config = self._config
+        module = copy.deepcopy(self._module)
+        module.to(memory_format=memory_format(config, self._accelerator.device))
+        with switched(self._accelerator, compiled, config.compile_mode):
+            net = self._accelerator.prepare_model(module, evaluation_mode=True)
+        return net, optimizer(module, config)
+
+    def _step(self, net: nn.Module, sgd: torch.optim.Optimizer) -> float:
+        config, device = self._config, self._accelerator.device
+        size, rows = config.image_size, config.batch_size // config.grad_accum
+        like = next(net.parameters())
+        images = like.new_empty(rows, 3, size, size).normal_()
+        images = images.contiguous(memory_format=memory_format(config, device))
+        start = time.perf_counter()
+        sgd.zero_grad()
+        net(images).float().logsumexp(1).mean().backward()
+        sgd.step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
+
+    def compare(self, name: str) -> tuple[float, float, float]:
+        """Return seconds of an eager step, of a compiled one, and those that compiling took."""
+        net, sgd = self._prepared(compiled=True)
+        start = time.perf_counter()
+        net = tried(net, name, lambda net: self._step(net, sgd))
+        compiling = time.perf_counter() - start
+        times = [(self._step(*self._eager), self._step(net, sgd)) for _ in range(_TIMED_STEPS)]
+        return median(a for a, _ in times), median(b for _, b in times), compiling
