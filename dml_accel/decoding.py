@@ -6,6 +6,7 @@ cache. Nothing that is read can execute code: Arrow, image files and safetensors
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -58,6 +59,28 @@ def to_rgb(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def opened(file: str | Path | IO[bytes]) -> Iterator[Image.Image]:
+    """Open one image, which may be a stranger's: its first frame, of a bounded number of pixels.
+
+    Raises:
+        Exception: of many kinds, where it is none, or has more pixels than Pillow's bound. That is
+            seen in its header, before anything of its size is allocated.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a curious tag is no reason to speak
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file, formats=_formats()) as picture:
+            yield picture
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return Pillow's formats but PostScript, which it would hand to another program to run."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def cache_dir() -> Path:
@@ -147,28 +170,26 @@ def decode(
     images = np.empty((len(raw), size, size, 3), np.uint8)
     if not (quiet or sys.stderr.isatty()):
         print(f"decoding {len(raw):,} images of split {split!r}", file=sys.stderr, flush=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for row, record in enumerate(
-            tqdm(raw, f"decoding {split}", disable=quiet or None, unit=" images")
-        ):
-            stored = record[column] or {}
-            content: bytes | None = stored.get("bytes")
-            path: Any = stored.get("path")
-            try:
-                if content is None and path is None:
-                    raise ValueError("the row is empty")
-                if content is None and not any(_is_inside(path, root) for root in roots):
-                    raise ValueError("the file that the row names is outside the data set")
-                with Image.open(io.BytesIO(content) if content is not None else path) as picture:
-                    images[row] = to_rgb(picture, size)
-            except Exception as error:  # Pillow raises many kinds for files it cannot parse
-                # A buffer's address says nothing to a reader.
-                reason = str(error).split(" <_io.BytesIO")[0]
-                where = f" ({path})" if path else ""
-                raise UsageError(
-                    f"image {row} of split {split!r}{where} cannot be read: {reason}"
-                ) from error
+    for row, record in enumerate(
+        tqdm(raw, f"decoding {split}", disable=quiet or None, unit=" images")
+    ):
+        stored = record[column] or {}
+        content: bytes | None = stored.get("bytes")
+        path: Any = stored.get("path")
+        try:
+            if content is None and path is None:
+                raise ValueError("the row is empty")
+            if content is None and not any(_is_inside(path, root) for root in roots):
+                raise ValueError("the file that the row names is outside the data set")
+            with opened(io.BytesIO(content) if content is not None else path) as picture:
+                images[row] = to_rgb(picture, size)
+        except Exception as error:  # Pillow raises many kinds for files it cannot parse
+            # A buffer's address says nothing to a reader.
+            reason = str(error).split(" <_io.BytesIO")[0]
+            where = f" ({path})" if path else ""
+            raise UsageError(
+                f"image {row} of split {split!r}{where} cannot be read: {reason}"
+            ) from error
     return torch.from_numpy(images)
 
 
