@@ -62,23 +62,27 @@ def to_rgb(image: Image.Image, size: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def opened(file: str | Path | IO[bytes]) -> Iterator[Image.Image]:
-    """Open one image, which may be a stranger's: its first frame, of a bounded number of pixels.
-
-    Raises:
-        Exception: of many kinds, where it is none, or has more pixels than Pillow's bound. That is
-            seen in its header, before anything of its size is allocated.
-    """
+def bounded_pixels() -> Iterator[None]:
+    """Let Pillow refuse an image of more pixels than its bound, which it sees in the header."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a curious tag is no reason to speak
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file, formats=_formats()) as picture:
-            yield picture
+        yield
+
+
+def opened(file: str | Path | IO[bytes]) -> Image.Image:
+    """Open an image, which may be a stranger's; use it within ``bounded_pixels``.
+
+    Raises:
+        Exception: of many kinds, where it is none.
+    """
+    return Image.open(file, formats=_formats())
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Return Pillow's formats but PostScript, which it would hand to another program to run."""
+    Image.preinit()  # the usual ones come first
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 
@@ -170,26 +174,27 @@ def decode(
     images = np.empty((len(raw), size, size, 3), np.uint8)
     if not (quiet or sys.stderr.isatty()):
         print(f"decoding {len(raw):,} images of split {split!r}", file=sys.stderr, flush=True)
-    for row, record in enumerate(
-        tqdm(raw, f"decoding {split}", disable=quiet or None, unit=" images")
-    ):
-        stored = record[column] or {}
-        content: bytes | None = stored.get("bytes")
-        path: Any = stored.get("path")
-        try:
-            if content is None and path is None:
-                raise ValueError("the row is empty")
-            if content is None and not any(_is_inside(path, root) for root in roots):
-                raise ValueError("the file that the row names is outside the data set")
-            with opened(io.BytesIO(content) if content is not None else path) as picture:
-                images[row] = to_rgb(picture, size)
-        except Exception as error:  # Pillow raises many kinds for files it cannot parse
-            # A buffer's address says nothing to a reader.
-            reason = str(error).split(" <_io.BytesIO")[0]
-            where = f" ({path})" if path else ""
-            raise UsageError(
-                f"image {row} of split {split!r}{where} cannot be read: {reason}"
-            ) from error
+    with bounded_pixels():
+        for row, record in enumerate(
+            tqdm(raw, f"decoding {split}", disable=quiet or None, unit=" images")
+        ):
+            stored = record[column] or {}
+            content: bytes | None = stored.get("bytes")
+            path: Any = stored.get("path")
+            try:
+                if content is None and path is None:
+                    raise ValueError("the row is empty")
+                if content is None and not any(_is_inside(path, root) for root in roots):
+                    raise ValueError("the file that the row names is outside the data set")
+                with opened(io.BytesIO(content) if content is not None else path) as picture:
+                    images[row] = to_rgb(picture, size)
+            except Exception as error:  # Pillow raises many kinds for files it cannot parse
+                # A buffer's address says nothing to a reader.
+                reason = str(error).split(" <_io.BytesIO")[0]
+                where = f" ({path})" if path else ""
+                raise UsageError(
+                    f"image {row} of split {split!r}{where} cannot be read: {reason}"
+                ) from error
     return torch.from_numpy(images)
 
 
