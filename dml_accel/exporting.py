@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,8 @@ def _onnx_config(chosen: Trained, like: PeerFolder, output: str) -> dict[str, An
 
 def _card(chosen: Trained, name: str, usage: str, library: str, tags: list[str]) -> Any:
     """Return a model card with what the run's own records say, as far as they say it."""
-    archs = ", ".join(f"`{folder.arch}`" for folder in chosen.folders.values())
+    nets = Counter(folder.arch for folder in chosen.folders.values())
+    archs = ", ".join(f"`{arch}`" + f" x {n}" * (n > 1) for arch, n in nets.items())
     config = chosen.run.get("config")
     dataset = config.get("dataset") if isinstance(config, dict) else None
     together = name == ENSEMBLE
