@@ -99,20 +99,8 @@ def evaluate(
         device: of the networks.
         about: what else evaluation.json is to tell.
     """
+    sums, hits, pairs = _counted(networks, split, device, len(trained.classes))
     names, classes = networks.names, len(trained.classes)
-    sums = no_sums(len(names), device)
-    hits = torch.zeros(len(names) + 1, classes, dtype=torch.int64)
-    pairs = torch.zeros(classes**2 if classes <= _MOST_CLASSES else 0, dtype=torch.int64)
-    with tqdm(total=len(split), desc="evaluating", unit=" images", disable=None) as progress:
-        for images, labels in zip(split.images.split(ROWS), split.labels.split(ROWS), strict=True):
-            logits = networks.logits(images)
-            sums += batch_sums(logits, labels.to(device))
-            best = best_five(log_posteriors(logits))[1][..., 0].cpu()
-            for row, guesses in enumerate(best):
-                hits[row] += torch.bincount(labels[guesses == labels], minlength=classes)
-            if len(pairs):
-                pairs += torch.bincount(labels * classes + best[-1], minlength=len(pairs))
-            progress.update(len(labels))
     found = finish(sums, names, classes)
     matrix = pairs.view(classes, classes) if len(pairs) else None
     counts = torch.bincount(split.labels, minlength=classes).tolist()
@@ -120,7 +108,7 @@ def evaluate(
         "format": 1,
         **about,
         "device": str(device),
-        "mixed_precision": trained.precision,
+        "mixed_precision": networks.precision,
         "peers": [
             {
                 "name": name,
@@ -138,6 +126,27 @@ def evaluate(
         "versions": versions(),
     }
     return Evaluation(record, matrix, trained.classes)
+
+
+def _counted(
+    networks: Networks, split: Split, device: torch.device, classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of metrics, hits of each class [K + 1, C], and confusions, flat [C C]."""
+    names = networks.names
+    sums = no_sums(len(names), device)
+    hits = torch.zeros(len(names) + 1, classes, dtype=torch.int64)
+    pairs = torch.zeros(classes**2 if classes <= _MOST_CLASSES else 0, dtype=torch.int64)
+    with tqdm(total=len(split), desc="evaluating", unit=" images", disable=None) as progress:
+        for images, labels in zip(split.images.split(ROWS), split.labels.split(ROWS), strict=True):
+            logits = networks.logits(images)
+            sums += batch_sums(logits, labels.to(device))
+            best = best_five(log_posteriors(logits))[1][..., 0].cpu()
+            for row, guesses in enumerate(best):
+                hits[row] += torch.bincount(labels[guesses == labels], minlength=classes)
+            if len(pairs):
+                pairs += torch.bincount(labels * classes + best[-1], minlength=len(pairs))
+            progress.update(len(labels))
+    return sums, hits, pairs
 
 
 def _classes(

@@ -148,7 +148,7 @@ class Networks:
         self.modules = [module.to(device) for module in self.modules]
         # fp16 is for accelerators: what was trained there in it answers in single precision here.
         suits = device.type != "cpu" or trained.precision != "fp16"
-        self._half = _HALF.get(trained.precision) if suits else None
+        self.precision = trained.precision if suits else "no"
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -178,6 +178,6 @@ class Networks:
         return torch.stack([answer.to(wide) for answer in answers])
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._half is None:
+        if self.precision == "no":
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._half)
+        return torch.autocast(self._device.type, dtype=_HALF[self.precision])

@@ -59,6 +59,14 @@ def add_commands(add: Add) -> dict[str, argparse.ArgumentParser]:
     Args:
         add: from name, short text, description and examples to a parser.
     """
+    return {
+        "evaluate": _add_evaluate(add),
+        "predict": _add_predict(add),
+        "export": _add_export(add),
+    }
+
+
+def _add_evaluate(add: Add) -> argparse.ArgumentParser:
     evaluating = add("evaluate", "measure trained networks", _EVALUATE, _EVALUATE_EXAMPLES)
     _add_source(evaluating, "RUN|PEER", "a run folder, or peers/<name> of one")
     evaluating.add_argument(
@@ -77,7 +85,10 @@ def add_commands(add: Add) -> dict[str, argparse.ArgumentParser]:
         "RUN or PEER)",
     )
     evaluating.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    return evaluating
 
+
+def _add_predict(add: Add) -> argparse.ArgumentParser:
     answering = add("predict", "say what is in images", _PREDICT, _PREDICT_EXAMPLES)
     _add_source(answering, "RUN|PEER", "a run folder, or peers/<name> of one")
     answering.add_argument(
@@ -94,7 +105,10 @@ def add_commands(add: Add) -> dict[str, argparse.ArgumentParser]:
         "table on a terminal, else jsonl)",
     )
     answering.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    return answering
 
+
+def _add_export(add: Add) -> argparse.ArgumentParser:
     exporting_ = add("export", "a network as a folder of its own", _EXPORT, _EXPORT_EXAMPLES)
     _add_source(exporting_, "RUN", "a run folder, or peers/<name> of one")
     exporting_.add_argument(
@@ -106,7 +120,7 @@ def add_commands(add: Add) -> dict[str, argparse.ArgumentParser]:
     exporting_.add_argument(
         "--format", choices=exporting.FORMATS, default="safetensors", help="(default: safetensors)"
     )
-    return {"evaluate": evaluating, "predict": answering, "export": exporting_}
+    return exporting_
 
 
 def _add_source(parser: argparse.ArgumentParser, name: str, text: str) -> None:
