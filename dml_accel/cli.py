@@ -29,6 +29,8 @@ from dml_accel.provenance import command_line
 from dml_accel.report import results_table
 from dml_accel.resuming import NotKeptError
 from dml_accel.training import train
+from dml_accel.using import add_commands
+from dml_accel.using import run as use
 
 _SECONDS_FOR_RANK_0 = 20.0
 _STOPPED = 75  # what schedulers know as "try again": sysexits.h's EX_TEMPFAIL
@@ -234,7 +236,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         "analysis.json of each run; 0 leaves them out (default: 1000)",
     )
     commands_ = {"train": training, "compare": comparing, "plan": planning, "report": reporting}
-    return parser, commands_
+    return parser, commands_ | add_commands(add)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         values = _parse(sys.argv[1:] if arguments is None else arguments)
         todo = {"train": _train, "compare": _compare, "plan": _plan, "report": _report}
-        return todo[values.pop("subcommand")](values)
+        command = values.pop("subcommand")
+        return todo[command](values) if command in todo else use(command, values)
     except StoppedError as error:
         if launched_rank() == 0:
             print(error, file=sys.stderr, flush=True)

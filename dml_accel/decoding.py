@@ -6,6 +6,7 @@ cache. Nothing that is read can execute code: Arrow, image files and safetensors
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -58,6 +59,32 @@ def to_rgb(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def bounded_pixels() -> Iterator[None]:
+    """Let Pillow refuse an image of more pixels than its bound, which it sees in the header."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a curious tag is no reason to speak
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def opened(file: str | Path | IO[bytes]) -> Image.Image:
+    """Open an image, which may be a stranger's; use it within ``bounded_pixels``.
+
+    Raises:
+        Exception: of many kinds, where it is none.
+    """
+    return Image.open(file, formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return Pillow's formats but PostScript, which it would hand to another program to run."""
+    Image.preinit()  # the usual ones come first
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def cache_dir() -> Path:
@@ -147,8 +174,7 @@ def decode(
     images = np.empty((len(raw), size, size, 3), np.uint8)
     if not (quiet or sys.stderr.isatty()):
         print(f"decoding {len(raw):,} images of split {split!r}", file=sys.stderr, flush=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with bounded_pixels():
         for row, record in enumerate(
             tqdm(raw, f"decoding {split}", disable=quiet or None, unit=" images")
         ):
@@ -160,7 +186,7 @@ def decode(
                     raise ValueError("the row is empty")
                 if content is None and not any(_is_inside(path, root) for root in roots):
                     raise ValueError("the file that the row names is outside the data set")
-                with Image.open(io.BytesIO(content) if content is not None else path) as picture:
+                with opened(io.BytesIO(content) if content is not None else path) as picture:
                     images[row] = to_rgb(picture, size)
             except Exception as error:  # Pillow raises many kinds for files it cannot parse
                 # A buffer's address says nothing to a reader.

@@ -1,6 +1,7 @@
 """One folder per trained peer, which timm loads as it stands: ``local-dir:<folder>``."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,42 +88,77 @@ def _card(
     taught_by: list[str],
     distilled: bool,
 ) -> ModelCard:
-    result = EvalResult(
-        task_type="image-classification",
-        dataset_type=dataset,
-        dataset_name=dataset,
-        metric_type="accuracy",
-        metric_value=metrics["top1"],
-    )
-    about = ModelCardData(
-        library_name="timm",
-        tags=["image-classification", "timm", *["deep-mutual-learning"] * bool(taught_by)],
-        model_name=peer.name,
-        eval_results=[result],
-    )
     how = "from the labels alone"
     if taught_by and distilled:
         how = f"by distillation from {', '.join(taught_by)}, which did not learn meanwhile"
     elif taught_by:
         how = f"together with {', '.join(taught_by)} by Deep Mutual Learning (CVPR 2018)"
-    text = f"""---
-{about.to_yaml()}
----
+    return model_card(
+        peer.name,
+        f"A `{peer.spec.arch}` with {parameter_count(peer.module):,} parameters, trained on "
+        f"`{dataset}`\n{how}.",
+        TIMM_USAGE,
+        metrics=metrics,
+        dataset=dataset,
+        steps=steps,
+        library="timm",
+        tags=["timm", *["deep-mutual-learning"] * bool(taught_by)],
+    )
 
-# {peer.name}
 
-A `{peer.spec.arch}` with {parameter_count(peer.module):,} parameters, trained on `{dataset}`
-{how}.
-
-Top-1 accuracy on the test split after the last of {steps:,} steps: {100 * metrics["top1"]:.2f}%
-({metrics["n"]:,} images).
-
-```python
+TIMM_USAGE = """```python
 import timm
 import dml_accel  # registers the *_cifar networks with timm
 
 net = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
-```
-"""
-    return ModelCard(text)
+```"""
+
+
+def model_card(
+    name: str,
+    text: str,
+    usage: str,
+    *,
+    metrics: Mapping[str, Any] | None,
+    dataset: str | None,
+    steps: int | None,
+    library: str,
+    tags: list[str],
+) -> ModelCard:
+    """Return a model card with the metadata that the hub reads.
+
+    Args:
+        name: of the model.
+        text: what it is.
+        usage: how it is used.
+        metrics: on the test split; None where they are not known.
+        dataset: what it was trained on; None where that is not known.
+        steps: optimizer steps it took; None where that is not known.
+        library: that loads it.
+        tags: beside that of its task.
+    """
+    results, reached = None, ""
+    if metrics and dataset:
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                metric_type="accuracy",
+                metric_value=metrics["top1"],
+            )
+        ]
+        last = f"after the last of {steps:,} steps" if steps else "at the end"
+        reached = (
+            f"\nTop-1 accuracy on the test split {last}: {100 * metrics['top1']:.2f}%\n"
+            f"({metrics['n']:,} images).\n"
+        )
+    about = ModelCardData(
+        library_name=library,
+        pipeline_tag="image-classification",
+        tags=["image-classification", *tags],
+        model_name=name,
+        eval_results=results,
+    )
+    return ModelCard(f"---\n{about.to_yaml()}\n---\n\n# {name}\n\n{text}\n{reached}\n{usage}\n")

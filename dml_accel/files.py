@@ -22,6 +22,16 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def can_be_made(folder: Path) -> bool:
+    """Whether files could be written into a folder that is there, or could be made."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False
+
+
 def read_at_most(path: Path, most: int) -> bytes:
     """Return a file's content of ``most`` bytes or less; one may be longer than it says.
 

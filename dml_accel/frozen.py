@@ -59,19 +59,20 @@ class PeerFolder:
 
 
 def folders_of(path: Path) -> list[Path]:
-    """Return the folders of peers that a path means: itself, or those of all peers of a run.
+    """Return the folders of peers that a path means: itself, all peers of a run, or those in it.
 
     Raises:
         UsageError: it is neither.
     """
     if (path / "model.safetensors").is_file():
         return [path]
-    found = sorted(p.parent for p in path.glob("peers/*/model.safetensors"))
-    if not found:
-        raise UsageError(
-            f"{path} holds no trained peer (model.safetensors), nor peers/<name> of a finished run"
-        )
-    return found
+    for pattern in ("peers/*/model.safetensors", "*/model.safetensors"):
+        found = sorted(file.parent for file in path.glob(pattern))
+        if found:
+            return found
+    raise UsageError(
+        f"{path} holds no trained peer (model.safetensors), nor peers/<name> of a finished run"
+    )
 
 
 def read(path: Path) -> PeerFolder:
@@ -81,7 +82,7 @@ def read(path: Path) -> PeerFolder:
         UsageError: a file is missing, too large, or not what it should be; it is named.
     """
     file, weights = path / "config.json", path / "model.safetensors"
-    described = _json(file)
+    described = read_json(file)
     try:
         with open(weights, "rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
@@ -116,7 +117,7 @@ def read(path: Path) -> PeerFolder:
 
 
 def build(folder: PeerFolder) -> nn.Module:
-    """Build the network of a peer's folder, with its weights, on the CPU.
+    """Build the network of a peer's folder, with its weights and in their precision, on the CPU.
 
     Raises:
         UsageError: timm does not accept the arguments, or the weights are of another network.
@@ -130,12 +131,14 @@ def build(folder: PeerFolder) -> nn.Module:
 
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: one.get_shape() for name, one in slices.items()}
             # Nothing is allocated, nor built without end, before the sizes are known to fit.
             with torch.device("meta"), _at_most_parameters(len(found)):
                 _require_fit(make(), found, path)
-            net = make()
-            net.load_state_dict({name: file.get_tensor(name) for name in found})
+            double = any(one.get_dtype() == "F64" for one in slices.values())
+            net, weights = make(), {name: file.get_tensor(name) for name in found}
+            net.load_state_dict(weights)
     except UsageError:
         raise
     except (SafetensorError, OSError) as error:
@@ -147,6 +150,8 @@ def build(folder: PeerFolder) -> nn.Module:
     if reason:
         size = folder.image_size
         raise UsageError(f"{folder.path} cannot take {size} x {size} images ({reason})")
+    if double:
+        net.double().load_state_dict(weights)
     return net.eval()
 
 
@@ -248,7 +253,7 @@ def prepare(
     prepared = []
     for name, folder in folders.items():
         net = build(folder).requires_grad_(False)
-        net = net.double() if config.float64 else net
+        net = net.double() if config.float64 else net.float()
         net = placement.processes.accelerator.prepare_model(net, evaluation_mode=True).eval()
         prepared.append(Frozen(name, folder, net, images.normalisation))
     return prepared
@@ -259,7 +264,12 @@ def _three(values: Sequence[float]) -> tuple[float, ...]:
     return red, green, blue
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file of bounded size, which may be a stranger's.
+
+    Raises:
+        UsageError: it cannot be read, or is no such thing.
+    """
     try:
         found = json.loads(read_at_most(path, _LARGEST_JSON))
     except UnreadableError as error:

@@ -25,6 +25,22 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def log_posteriors(logits_KBC: Tensor) -> Tensor:
+    """Return the log posterior of every peer and, last, of the ensemble, [K + 1, B, C]."""
+    log_p = F.log_softmax(logits_KBC.to(_wide(logits_KBC.device)), dim=-1)
+    ensemble = log_p.logsumexp(0, keepdim=True) - math.log(len(logits_KBC))
+    return torch.cat([log_p, ensemble])
+
+
+def best_five(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest values [..., 5] of the last dimension and their places, best first.
+
+    Fewer where there are fewer classes. Ties are broken as in all that is reported.
+    """
+    found = log_p.topk(min(5, log_p.shape[-1]), dim=-1)
+    return found.values, found.indices
+
+
 def batch_sums(logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
     """Return the sums that ``finish`` turns into metrics, as one flat vector to be added up.
 
@@ -33,19 +49,17 @@ def batch_sums(logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
         labels_B: classes, int64.
     """
     wide = _wide(logits_KBC.device)
-    peers, rows, classes = logits_KBC.shape
-    log_p = F.log_softmax(logits_KBC.to(wide), dim=-1)
-    ensemble = log_p.logsumexp(0, keepdim=True) - math.log(peers)
-    everyone = torch.cat([log_p, ensemble])
+    peers, rows, _ = logits_KBC.shape
+    everyone = log_posteriors(logits_KBC)
     label = labels_B.expand(peers + 1, -1)[..., None]
     nll = -everyone.gather(2, label)[..., 0]
-    top = everyone.topk(min(5, classes), dim=-1)
-    hits = top.indices == label
-    confidence = top.values[..., 0].exp()
-    flat = log_p.reshape(peers, -1)
+    log_confidence, guesses = best_five(everyone)
+    hits = guesses == label
+    confidence = log_confidence[..., 0].exp()
+    flat = everyone[:peers].reshape(peers, -1)
     p = flat.exp()
     cross = -(p @ flat.T)  # [K, K]: H(p_l, p_k), so that KL(p_l || p_k) = cross[l, k] - cross[l, l]
-    best = top.indices[:peers, :, 0]
+    best = guesses[:peers, :, 0]
     same = (best[:, None] == best[None]).to(wide).sum(-1)
     return torch.cat(
         [

@@ -173,3 +173,33 @@ def _label(record: dict[str, Any], cohort: dict[str, Any], summary: dict[str, An
     where = f"{cohort['cohort']}: " if len(record["cohorts"]) > 1 else ""
     name = summary["name"].removesuffix("_cifar")
     return f"{where}{name}, {summary['method']} (n = {summary['difference']['top1']['n']})"
+
+
+def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+    """Draw what share of each class (rows) is taken for which (columns).
+
+    Up to 100 classes are named, up to 20 have the number of images in each cell.
+    """
+    shares = [[count / max(1, sum(line)) for count in line] for line in counts]
+    side = min(14.0, 3.5 + 0.3 * len(classes))
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if len(classes) <= 100:
+        size = 9 if len(classes) <= 30 else 6
+        # Names may be a stranger's: "$" would begin mathematics.
+        names = [name.replace("$", r"\$")[:24] for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(names)), names, fontsize=size)
+    if len(classes) <= 20:
+        for row, line in enumerate(counts):
+            for column, count in enumerate(line):
+                ink = "white" if shares[row][column] > 0.5 else "black"
+                if count:
+                    axes.text(
+                        column, row, str(count), ha="center", va="center", color=ink, fontsize=8
+                    )
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("class")
+    figure.colorbar(image, label="share of the class", shrink=0.8)
+    return figure

@@ -35,6 +35,11 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
+def printable(text: str) -> str:
+    """Return a stranger's text as a terminal may show it: one line, no control sequences."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
 def results_markdown(results: dict[str, Any], config: dict[str, Any], command: str) -> str:
     """Return results.md: the table, and what it takes to repeat it."""
     agreement = ""

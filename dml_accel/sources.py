@@ -44,8 +44,26 @@ def read(config: Config, quiet: bool = False) -> Source:
                     f"--{name.replace('_', '-')} does not apply to digits; leave it out"
                 )
         return _digits(config.image_size)
+    flags = (config.train_split, "--train-split"), (config.test_split, "--test-split")
+    (train, test), classes = _read_splits(config, flags, quiet)
+    return Source(train, test, classes)
+
+
+def read_test(config: Config, quiet: bool = False) -> tuple[Split, tuple[str, ...]]:
+    """Read the split to report on alone, and the names of the classes; see ``read``."""
+    if config.dataset == "digits":
+        source = read(config, quiet)
+        return source.test, source.classes
+    (test,), classes = _read_splits(config, ((config.test_split, "--test-split"),), quiet)
+    return test, classes
+
+
+def _read_splits(
+    config: Config, flags: tuple[tuple[str, str], ...], quiet: bool
+) -> tuple[list[Split], tuple[str, ...]]:
+    """Read some splits, each with the flag that names it, and the classes, the same in all."""
     splits = _open(config.dataset, quiet)
-    features = [_split(splits, name, flag).features for name, flag in _split_flags(config)]
+    features = [_split(splits, name, flag).features for name, flag in flags]
     image = _image_column(features[0], config.image_column)
     label = _label_column(features[0], config.label_column)
     for other in features[1:]:
@@ -57,20 +75,12 @@ def read(config: Config, quiet: bool = False) -> Source:
     classes = tuple(features[0][label].names)
     if len(classes) < 2:
         raise UsageError(f"column {label!r} has {len(classes)} class; at least 2 are needed")
-    train, test = (
-        decoded(
-            splits[name],
-            name,
-            image,
-            label,
-            len(classes),
-            config.image_size,
-            quiet,
-            _roots(config.dataset),
-        )
-        for name in (config.train_split, config.test_split)
-    )
-    return Source(train, test, classes)
+    size, roots = config.image_size, _roots(config.dataset)
+    read = [
+        decoded(splits[name], name, image, label, len(classes), size, quiet, roots)
+        for name, _ in flags
+    ]
+    return read, classes
 
 
 # ---------------------------------------------------------------- finding the set
@@ -146,10 +156,6 @@ def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _split_flags(config: Config) -> tuple[tuple[str, str], ...]:
-    return (config.train_split, "--train-split"), (config.test_split, "--test-split")
 
 
 def _split(splits: Any, name: str, flag: str) -> Any:

@@ -58,6 +58,11 @@ def real_images() -> Path:
     return Path(folder)
 
 
+def real_dataset() -> str:
+    """What --dataset names: real CIFAR-100 images where there are some, else digits."""
+    return os.environ.get("DML_TEST_DATA") or "digits"
+
+
 def tiny_config(**changes: object) -> Config:
     """A run of seconds on digits, in double precision so that equality means something."""
     settings = {

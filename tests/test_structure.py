@@ -50,6 +50,12 @@ ORDER = [
     "history",
     "analysis",
     "page",
+    "trained",
+    "evaluation",
+    "predicting",
+    "onnx_model",
+    "exporting",
+    "using",
     "cli",
 ]
 FRAME = {"__init__", "__main__"}
