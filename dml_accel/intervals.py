@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+import scipy  # scipy.stats itself is imported where it is first used, which takes a second
 
 CONFIDENCE = 0.95
 _ROUNDING = 1e-12  # equal numbers may differ by so much after a subtraction
@@ -47,7 +47,9 @@ def summarise(values: Sequence[float | None]) -> Summary:
     sd = statistics.stdev(known)
     if sd <= _ROUNDING * max(map(abs, known)):
         return Summary(len(known), mean, 0.0, mean, mean)
-    low, high = stats.t.interval(CONFIDENCE, len(known) - 1, loc=mean, scale=stats.sem(known))
+    low, high = scipy.stats.t.interval(
+        CONFIDENCE, len(known) - 1, loc=mean, scale=scipy.stats.sem(known)
+    )
     return Summary(len(known), mean, sd, float(low), float(high))
 
 
@@ -61,5 +63,5 @@ def paired_difference(
     found = summarise(differences)
     p = None
     if found.sd:
-        p = float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
+        p = float(scipy.stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
     return Difference(found.n, found.mean, found.sd, found.low, found.high, p)

@@ -3,6 +3,8 @@
 The page stands alone: nothing in it is loaded from elsewhere.
 """
 
+from __future__ import annotations
+
 import json
 import statistics
 import sys
@@ -10,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from matplotlib.figure import Figure
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 from dml_accel import comparison, comparison_report, plots
 from dml_accel.analysis import NOISE, analysis, holds_weights

@@ -1,13 +1,15 @@
 """Pictures of results."""
 
+from __future__ import annotations
+
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.figure import Figure
+if TYPE_CHECKING:  # imported where something is drawn: that takes a second
+    from matplotlib.figure import Figure
 
 from dml_accel.intervals import Summary
 
@@ -15,6 +17,12 @@ _SIZE = (4.4, 3.1)  # inches: readable on a phone's width, too
 _COLOURS = ("#4c78a8", "#e4572e", "#54a24b", "#b279a2", "#f2a900", "#72b7b2", "#9d755d", "#8c8c8c")
 _INK = {"light": "#222222", "dark": "#e6e6e6"}
 Curve = Sequence[tuple[float, Summary]]
+
+
+def _figure(**options: Any) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
@@ -39,6 +47,8 @@ def as_uri(draw: Callable[[], Figure], theme: str) -> str:
         ),
     }
     content = io.BytesIO()
+    import matplotlib
+
     with matplotlib.rc_context(style):
         draw().savefig(content, format="svg", facecolor="none", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
@@ -94,7 +104,7 @@ def calibration(
 
 def matrix(values: Sequence[Sequence[float]], names: Sequence[str], what: str) -> Figure:
     """Draw a table of numbers as colours, each number in its cell, rows to columns."""
-    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure = _figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="viridis")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
@@ -109,7 +119,7 @@ def matrix(values: Sequence[Sequence[float]], names: Sequence[str], what: str) -
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure = _figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -142,7 +152,7 @@ def differences(record: dict[str, Any], title: str) -> Figure:
         and summary["difference"]["top1"]["mean"] is not None
     ]
     width = 8 if title else _SIZE[0]  # without a title it stands on a page
-    figure = Figure(figsize=(width, 1.6 + 0.4 * max(1, len(rows))), layout="constrained")
+    figure = _figure(figsize=(width, 1.6 + 0.4 * max(1, len(rows))), layout="constrained")
     axes = figure.add_subplot()
     for place, (_, summary) in enumerate(rows):
         found = summary["difference"]["top1"]
@@ -182,7 +192,7 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
     """
     shares = [[count / max(1, sum(line)) for count in line] for line in counts]
     side = min(14.0, 3.5 + 0.3 * len(classes))
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    figure = _figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if len(classes) <= 100:
