@@ -1,6 +1,6 @@
 """Who is measured beside whom: tables of names and options, part by part."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.measuring import BATCH, MEMORY_KEPT
@@ -135,10 +135,11 @@ def growth() -> list[Competitor]:
     found += [
         _small("classes", c, 1, 2.0, cohort=["resnet8*4"], classes=c) for c in (100, 1000, 10_000)
     ]
-    found += [
-        _small("batch", b, 1, 4 * BATCH / b, cohort=["resnet8*2"], batch_size=b)
-        for b in (BATCH, 256, 1024)
-    ]
+    for series, variables in (("batch", {}), ("batch, memory kept", MEMORY_KEPT)):
+        for size in (BATCH, 256, 1024):
+            options = {"cohort": ["resnet8*2"], "batch_size": size}
+            one = _small(series, size, 1, 4 * BATCH / size, **options)
+            found.append(replace(one, environment=variables))
     options, about = {"peers": many, "classes": 100}, {"whose": "losses", "of": f"peers: {many}"}
     found.append(Competitor(f"losses of {many} peers", "losses", options, about, share=100.0))
     return found

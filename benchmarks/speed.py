@@ -86,7 +86,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE, help="folder (default: benchmarks)")
     words = parser.parse_args()
     path = words.output / "speed.json"
+    words.output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if words.write and not found:
+        parser.error(f"there is no {path} to write from; measure first, without --write")
     if not words.write:
         images = str(words.images.resolve()) if words.images else None
         # Decoded once, so that no competitor does it.

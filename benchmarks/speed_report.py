@@ -22,6 +22,7 @@ _SERIES = {
     "peers in 2 processes": ("More peers, 2 processes of 1 thread", True),
     "classes": ("More classes, 4 peers", False),
     "batch": ("Larger batches, 2 peers", True),
+    "batch, memory kept": ("Larger batches, 2 peers, memory kept", True),
 }
 
 
@@ -236,10 +237,10 @@ as fast as its trainer can be made from outside.
     if "growth" in found:
         grown = series(found["growth"]).get("peers", [])
         if len(grown) > 1:
-            change = beyond(grown[-1], grown[0], linear=True).as_change()
+            most, few = (one["about"]["x"] for one in (grown[-1], grown[0]))
             text += (
-                f"\nA step of {grown[-1]['about']['x']} ResNet-8 takes {change} of what would be "
-                f"linear in their number more.\n"
+                f"\nA step of {most} ResNet-8 takes {beyond(grown[-1], grown[0], linear=True)} "
+                f"times as long as {most / few:g} steps of {few}.\n"
             )
     if text:
         text += "\n![images per second](benchmarks/speed.png)\n\n"

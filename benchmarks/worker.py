@@ -6,6 +6,8 @@ It answers each line of its input, a block {"lead": steps, "steps": n}, by one l
 the ``n`` steps took, without those that lead to them. Of several processes the first one listens.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import datasets  # noqa: F401  # what reads images imports it late; it belongs to the imports here
 import torch
 import torch.distributed as dist
 
@@ -53,6 +56,12 @@ def blocks(speaks: bool) -> Iterator[list[int]]:
         yield word.tolist()
 
 
+def return_memory() -> None:
+    """Give the system what is free, for many to idle; the steps that lead to a block take it."""
+    with contextlib.suppress(AttributeError):  # the C library is another one
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def answering() -> TextIO:
     """Return the output; whatever else prints goes to the log."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -67,14 +76,15 @@ def main() -> None:
     answers = answering()
     device, imported, started = torch.device("cpu"), resident(), time.perf_counter()
     steps = KINDS[asked["kind"]](asked["images"], **asked["options"])
-    prepared = time.perf_counter()
-    steps(_WARM_UP)
-    found = {"prepared_s": prepared - started, "warm_up_s": time.perf_counter() - prepared}
+    prepared_s = time.perf_counter() - started
+    found = {"prepared_s": prepared_s, "warm_up_s": timed(lambda: steps(_WARM_UP))}
+    return_memory()
     if speaks:
         print(json.dumps(found), file=answers)
     for lead, count in blocks(speaks):
         steps(lead)
         seconds = timed(lambda count=count: steps(count))
+        return_memory()
         if speaks:
             memory = device_memory(device) - imported
             print(json.dumps({"seconds": seconds, "memory_bytes": memory}), file=answers)
