@@ -98,12 +98,11 @@ def others() -> list[Competitor]:
 
 def limits() -> list[Competitor]:
     """Our whole steps beside what they cannot beat."""
-    limit = {mode: f"networks alone, {name}" for name, (_, of) in LIMITS.items() for mode in of}
     found = []
-    for mode, name in limit.items():
-        ours = _ours(mode)
-        about = ours.about | {"limit": name}
-        found.append(Competitor(ours.name, ours.kind, ours.options, about))
+    for name, (_, modes) in LIMITS.items():
+        for ours in map(_ours, modes):
+            about = ours.about | {"limit": f"networks alone, {name}"}
+            found.append(replace(ours, about=about))
     for name, (options, _) in LIMITS.items():
         about = {"whose": "limit", "bf16": options.get("bf16", False)}
         found.append(Competitor(f"networks alone, {name}", "networks", options, about))

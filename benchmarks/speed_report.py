@@ -9,13 +9,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmarks.measuring import BATCH, HERE, Ratio, ratio
+from benchmarks.measuring import BATCH, HERE, MEMORY_KEPT, Ratio, ratio
 from dml_accel.files import write_text
 from dml_accel.plots import colours, save
 
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 Reading = dict[str, Any]
+_VARIABLES = " ".join(f"`{name}={value}`" for name, value in MEMORY_KEPT.items())
 # What grows in each series of cohorts of ResNet-8, and whether a step should grow with it.
 _SERIES = {
     "peers": ("More peers, 1 process of 2 threads", True),
@@ -92,7 +93,7 @@ A ResNet-32 pair, 100 classes, batch 64, 32 x 32, random crop and flip; whole st
 input, {part["images"]}. Times as fast as others: geometric mean over the blocks, with its 95%
 interval. pytorch-dml's fastest is the fastest "tuned" row. Memory is the peak above what the
 imports take, of the first process; start is from the imports to the fourth step, compilation with
-it.
+it. "Memory kept" is with {_VARIABLES}: the C library then keeps what a step frees.
 
 {tabulate(rows, headers, tablefmt="github", disable_numparse=True)}
 """
