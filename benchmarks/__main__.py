@@ -11,14 +11,12 @@ import argparse
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import datasets
@@ -26,45 +24,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import stats
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks.measuring import (
+    BATCH,
+    HERE,
+    IMAGES,
+    build_peers,
+    image_set,
+    ratio,
+    surroundings,
+    timed,
+)
 from dml_accel import cohort, decoding
 from dml_accel.allocation import everywhere
-from dml_accel.cohort import Peer
 from dml_accel.config import Config
-from dml_accel.data import ImageSet, Normalisation
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes
-from dml_accel.provenance import commit, versions
 from dml_accel.schedules import Step, train_step
 from dml_accel.teaching import Teaching
-
-HERE = Path(__file__).parent
-IMAGES = 50_000  # CIFAR-100's training split
-BATCH = 64
-
-
-def timed(work: Callable[[], Any]) -> float:
-    """Return the seconds that ``work`` takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def image_set() -> ImageSet:
-    """Return as many images as CIFAR-100 has, of noise: gathering pixels costs the same."""
-    pixels = torch.randint(0, 256, (IMAGES, 32, 32, 3), dtype=torch.uint8)
-    split = decoding.Split(pixels, torch.randint(0, 100, (IMAGES,)))
-    return ImageSet(
-        split,
-        Normalisation.of(pixels[:100]),
-        augment="crop-flip",
-        seed=0,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
 
 
 def input_cost(blocks: int) -> dict[str, Any]:
@@ -87,16 +66,7 @@ def step_cost(blocks: int, steps: int) -> dict[str, Any]:
     names = [spec.name for spec in cohort.parse(config.cohort)]
     placement = Placement(config, Processes(config), everywhere(names, 1))
     images, teaching = image_set(), Teaching(config, names)
-
-    def build() -> list[Peer]:
-        peers = []
-        for spec in cohort.parse(config.cohort):
-            module = cohort.build(spec, config, 100)
-            net, optimizer = placement.prepare(module), cohort.optimizer(module, config)
-            peers.append(Peer(spec, module, net, optimizer, placement.scaler()))
-        return peers
-
-    ours, bare = build(), build()
+    ours, bare = build_peers(config, placement), build_peers(config, placement)
     x, y = images.batch(0, BATCH, 0, BATCH)
 
     def whole() -> None:
@@ -119,16 +89,14 @@ def step_cost(blocks: int, steps: int) -> dict[str, Any]:
         order = (whole, networks_alone) if block % 2 else (networks_alone, whole)
         took = {work: timed(work) for work in order}
         pairs.append((took[whole] / steps, took[networks_alone] / steps))
-    ratios = np.log([a / b for a, b in pairs])
-    low, high = stats.t.interval(
-        0.95, len(ratios) - 1, loc=np.mean(ratios), scale=stats.sem(ratios)
-    )
+    whole_s, alone_s = zip(*pairs, strict=True)
+    found = ratio(whole_s, alone_s)
     return {
-        "step_ms": 1e3 * median(a for a, _ in pairs),
-        "networks_alone_ms": 1e3 * median(b for _, b in pairs),
+        "step_ms": 1e3 * median(whole_s),
+        "networks_alone_ms": 1e3 * median(alone_s),
         "ratio_median": median(a / b for a, b in pairs),
-        "ratio_mean": float(np.exp(mean(ratios))),
-        "ratio_95": [float(np.exp(low)), float(np.exp(high))],
+        "ratio_mean": found.mean,
+        "ratio_95": [found.low, found.high],
         "blocks": blocks,
         "steps_per_block": steps,
     }
@@ -169,7 +137,7 @@ def start_cost(images: Path | None) -> dict[str, Any]:
         dataset = datasets.load_dataset(str(folder / "set"), split="train")
         label = "fine_label" if "fine_label" in dataset.features else "label"
         image = next(n for n, f in dataset.features.items() if isinstance(f, datasets.Image))
-        decoding = timed(lambda: decoding.decode(dataset, "train", image, 32))
+        decoding_s = timed(lambda: decoding.decode(dataset, "train", image, 32))
         command = [sys.executable, "train.py", "--dataset", str(folder / "set"), "--cpu"]
         command += ["--label-column", label, "--cohort", "resnet32*2", "--max-steps", "4"]
         first_steps = []
@@ -185,34 +153,13 @@ def start_cost(images: Path | None) -> dict[str, Any]:
             first_steps.append(json.loads(lines[1])["time"] - started)
             peak = json.loads((run / "results.json").read_text())["peak_memory_bytes"]
     return {
-        "decoding_s": decoding,
+        "decoding_s": decoding_s,
         "images": IMAGES,
         "kind": kind,
         "first_step_s": median(first_steps[1:]),
         "first_step_with_decoding_s": first_steps[0],
         "peak_memory_gb": peak / 1e9,
         "runs": len(first_steps) - 1,
-    }
-
-
-def processor() -> str:
-    """Return the processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def surroundings() -> dict[str, Any]:
-    """Return what a result file says of machine and versions."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "versions": versions(),
-        "commit": commit(),
     }
 
 

@@ -19,10 +19,17 @@ from scipy import stats
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.__main__ import BATCH, HERE, IMAGES, image_set, surroundings, timed
+from benchmarks.measuring import (
+    BATCH,
+    HERE,
+    IMAGES,
+    build_peers,
+    image_set,
+    surroundings,
+    timed,
+)
 from dml_accel import cohort, resuming
 from dml_accel.allocation import everywhere
-from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.engine import CheckpointRecord
 from dml_accel.placement import Placement
@@ -36,14 +43,10 @@ _STEPS = 5  # of a block
 def measure(blocks: int, root: Path) -> list[tuple[float, float]]:
     """Return the seconds of a step and of a checkpoint, block by block."""
     config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
-    specs = cohort.parse(config.cohort)
-    placement = Placement(config, Processes(config), everywhere([s.name for s in specs], 1))
-    images, peers = image_set(), []
-    teaching = Teaching(config, [spec.name for spec in specs])
-    for spec in specs:
-        module = cohort.build(spec, config, 100)
-        net, optimizer = placement.prepare(module), cohort.optimizer(module, config)
-        peers.append(Peer(spec, module, net, optimizer, placement.scaler()))
+    names = [spec.name for spec in cohort.parse(config.cohort)]
+    placement = Placement(config, Processes(config), everywhere(names, 1))
+    images, teaching = image_set(), Teaching(config, names)
+    peers = build_peers(config, placement)
 
     def steps() -> None:
         for step in range(_STEPS):

@@ -19,9 +19,8 @@ import torch
 from scipy import stats
 from tabulate import tabulate
 
-from benchmarks.__main__ import HERE, image_set, surroundings
+from benchmarks.measuring import HERE, build_peers, image_set, surroundings
 from dml_accel import cohort
-from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.launching import check_launch
 from dml_accel.losses import Targets
@@ -61,13 +60,10 @@ def measure(exchange: str, steps: int, processes: Processes) -> list[float]:
     placement = TimedPlacement(config, processes, {spec.name: [i] for i, spec in enumerate(specs)})
     images, shares = image_set(), []
     teaching = Teaching(config, [spec.name for spec in specs])
-    (spec,) = [spec for spec in specs if spec.name in placement.mine]
-    module = cohort.build(spec, config, 100)
-    net = placement.prepare(module)
-    peer = Peer(spec, module, net, cohort.optimizer(module, config), placement.scaler())
+    peers = build_peers(config, placement)
     for step in range(_WARM_UP + steps):
         started = time.perf_counter()
-        train_step(Step([peer], (), images, step, 0.1, config, placement, teaching))
+        train_step(Step(peers, (), images, step, 0.1, config, placement, teaching))
         whole = time.perf_counter() - started - placement.waited
         shares.append(placement.exchanged / whole)
     return shares[_WARM_UP:]

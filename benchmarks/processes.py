@@ -18,18 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-from scipy import stats
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.__main__ import HERE, processor
+from benchmarks.measuring import HERE, MEMORY_KEPT, processor, ratio
 from dml_accel.provenance import commit, versions
 
 BIN = Path(sys.executable).parent
-# glibc returns large blocks to the system at once and faults them in again at the next step;
-# with these thresholds it keeps them.
-KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 TOGETHER = ["--placement", "replicate"]
 # name: processes, threads of each, environment, flags
 VARIANTS: dict[str, tuple[int, int, dict[str, str], list[str]]] = {
@@ -43,8 +38,8 @@ VARIANTS: dict[str, tuple[int, int, dict[str, str], list[str]]] = {
         {},
         [*TOGETHER, "--batch-norm", "local"],
     ),
-    "1 process, 2 threads, memory kept": (1, 2, KEEP, []),
-    "2 processes, a network in each, memory kept": (2, 1, KEEP, ["--placement", "split"]),
+    "1 process, 2 threads, memory kept": (1, 2, MEMORY_KEPT, []),
+    "2 processes, a network in each, memory kept": (2, 1, MEMORY_KEPT, ["--placement", "split"]),
 }
 BASE = next(iter(VARIANTS))
 FLAGS = "--cohort resnet32*2 --dataset digits --batch-size 64 --max-steps 16 --cpu".split()
@@ -73,12 +68,8 @@ def summary(seconds: dict[str, list[float]]) -> list[list[str]]:
     """Return a table row per variant: median step, ratio to the base with its 95% interval."""
     rows = []
     for name, values in seconds.items():
-        logs = np.log(np.array(values) / np.array(seconds[BASE]))
-        ratio = "1"
-        if name != BASE:
-            low, high = stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs))
-            ratio = f"{np.exp(logs.mean()):.2f} ({np.exp(low):.2f} to {np.exp(high):.2f})"
-        rows.append([name, f"{1e3 * median(values):.0f} ms", f"{64 / median(values):.0f}", ratio])
+        times = "1" if name == BASE else str(ratio(values, seconds[BASE]))
+        rows.append([name, f"{1e3 * median(values):.0f} ms", f"{64 / median(values):.0f}", times])
     return rows
 
 

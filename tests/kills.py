@@ -27,7 +27,7 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.__main__ import HERE, processor
+from benchmarks.measuring import HERE, processor
 from dml_accel.provenance import commit, versions
 from tests.test_launchers import BIN, ROOT, environment, workers
 

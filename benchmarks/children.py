@@ -1,0 +1,139 @@
+"""Processes that measure in turn: while one works, the others wait for their input."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.competitors import THREADS, Competitor
+from benchmarks.measuring import HERE
+
+_LEAD = 1  # steps before each block that are not timed: another process had the caches
+_SECONDS_TO_END = 60
+
+
+class ChildError(RuntimeError):
+    """A competitor cannot be measured; the text is the last line that it printed."""
+
+
+class Child:
+    """A competitor's process, or the first of several.
+
+    Args:
+        competitor: what to measure.
+        images: the folder of images, or None for noise.
+        log: the file that it prints to.
+    """
+
+    def __init__(self, competitor: Competitor, images: str | None, log: Path) -> None:
+        asked = {"kind": competitor.kind, "images": images, "options": competitor.options}
+        command = [sys.executable]
+        if competitor.processes > 1:
+            count = str(competitor.processes)
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+        command += ["-m", "benchmarks.worker", json.dumps(asked)]
+        environment = {
+            "OMP_NUM_THREADS": str(THREADS // competitor.processes),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no idle processes of the compiler
+            **competitor.environment,
+        }
+        self._log = log
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(
+                command,
+                cwd=HERE.parent,
+                env=os.environ | environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+
+    def answer(self) -> dict[str, Any]:
+        """Return the next line that it answers.
+
+        Raises:
+            ChildError: it has ended instead.
+        """
+        assert self._process.stdout, "a pipe"
+        line = self._process.stdout.readline()
+        if not line:
+            said = [text.strip() for text in self._log.read_text().splitlines() if text.strip()]
+            errors = [text for text in said if "Error" in text]
+            raise ChildError((errors or said or ["it said nothing"])[-1])
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def block(self, steps: int) -> dict[str, Any]:
+        """Let it take some steps; return the seconds and the bytes of memory at its peak."""
+        assert self._process.stdin, "a pipe"
+        with contextlib.suppress(BrokenPipeError):  # its last words are in its log
+            self._process.stdin.write(json.dumps({"lead": _LEAD, "steps": steps}) + "\n")
+            self._process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin and self._process.stdout, "pipes"
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+def measure(
+    competitors: Sequence[Competitor], images: str | None, blocks: int, steps: int, logs: Path
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure all in alternating blocks; every other one in reverse, so that drift favours nobody.
+
+    Args:
+        competitors: of one part.
+        images: the folder.
+        blocks: how many of each.
+        steps: of a block, times a competitor's own share.
+        logs: folder of what they print.
+
+    Yields:
+        After each block all readings so far, a record for each competitor; one that cannot be
+        measured has ``failed`` in it.
+    """
+    with contextlib.ExitStack() as stack:
+        records, running = [], {}
+        for place, one in enumerate(tqdm(competitors, "starting", disable=None)):
+            record = {
+                "name": one.name,
+                "kind": one.kind,
+                "options": one.options,
+                "about": one.about,
+                "processes": one.processes,
+                "threads": THREADS // one.processes,
+                "environment": one.environment,
+                "steps": max(1, round(steps * one.share)),
+                "seconds": [],
+            }
+            records.append(record)
+            child = Child(one, images, logs / f"{place}.log")
+            stack.callback(child.close)
+            try:
+                # One after the other: two that start at once would look slow to start.
+                record |= child.answer()
+                running[one.name] = (child, record)
+            except ChildError as error:
+                record["failed"] = str(error)
+                print(f"{one.name} is left out: {error}", file=sys.stderr)
+        for block in tqdm(range(blocks), "blocks", disable=None):
+            for child, record in list(running.values())[:: -1 if block % 2 else 1]:
+                found = child.block(record["steps"])
+                record["seconds"].append(found["seconds"])
+                record["memory_bytes"] = found["memory_bytes"]
+            yield records
