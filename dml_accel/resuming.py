@@ -35,6 +35,7 @@ _STATE = {
     "images": int,
     "classes": int,
     "teachers": dict,
+    "starts": dict,
 }
 
 
@@ -90,6 +91,14 @@ def continues_in_place(config: Config) -> bool:
         return config.resume == "auto"
     given, folder = Path(str(config.resume)).resolve(), Path(config.output_dir).resolve()
     return given == folder or given.parent == folder / CHECKPOINTS
+
+
+def has_checkpoint(config: Config) -> bool:
+    """Whether ``--resume`` leads to a checkpoint, good or not: then no peer starts anew."""
+    if config.resume is None:
+        return False
+    given = Path(str(config.output_dir if config.resume == "auto" else config.resume))
+    return checkpoint.is_named(given) or bool(checkpoint.named(given / CHECKPOINTS))
 
 
 def nothing_to_do(config: Config, path: Path, steps: int) -> str:
@@ -203,6 +212,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
             "its --cohort"
         )
     state = checkpoint.verify(path, peers)
+    state.setdefault("starts", {})  # older ones have none
     wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
     if not wrong:
         if not _is_a_placement(state["placement"].get("ranks"), state["world_size"], peers):
@@ -387,5 +397,6 @@ def description(config: Config, checked: Checked, placement: Placement) -> dict[
         "world_size": placement.processes.world_size,
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "versions": versions(),
+        "starts": checked.starts,
         **_beside_the_config(config, checked),
     }

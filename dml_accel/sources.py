@@ -99,7 +99,7 @@ def _open(dataset: str, quiet: bool) -> Any:
         raise UsageError(f"--dataset {dataset!r} is no folder; name the one that holds the images")
     if not present and (dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1):
         raise UsageError(f"--dataset {dataset}: there is no such folder")
-    if not present and not _hub_answers():
+    if not present and not hub_answers():
         # The library would retry for half a minute; offline it uses what is cached, at once.
         datasets.config.HF_HUB_OFFLINE = True
         import huggingface_hub.constants
@@ -125,7 +125,7 @@ def _open(dataset: str, quiet: bool) -> Any:
         raise UsageError(f"--dataset {dataset} cannot be read: {_root_cause(error)}") from error
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub answers at all, within seconds (any HTTP status is an answer)."""
     import huggingface_hub.constants as hub
 

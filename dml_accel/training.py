@@ -1,6 +1,7 @@
 """One run from its configuration to its folder: everything is checked, then trained, then kept."""
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from dml_accel.resuming import (
     continues_in_place,
     description,
     find,
+    has_checkpoint,
     keep,
     load,
     nothing_to_do,
@@ -75,7 +77,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     goes_on = continues_in_place(config)
     folder = RunFolder(config.output_dir, cohort.label(names), goes_on) if speaks else None
     source = sources.read(config, quiet=not speaks)
-    checked = check(config, source)
+    checked = check(config, source, begins=not has_checkpoint(config))
     work = workload(config, source)
     nothing = nothing_to_do(config, folder.path, work.steps) if folder else ""
     origin = find(config, checked) if folder and not (goes_on or nothing) else None
@@ -151,6 +153,7 @@ def run(
     forget_peak_memory(processes.device)
     path = Path(processes.text_of_first(str(folder.path.resolve()) if folder else ""))
     origin = origin.agreed(processes)
+    checked = _with_starts(checked, origin)
     ranks = origin.ranks(config, processes.world_size)
     placement = Placement(
         config, processes, ranks or agreed_ranks(config, checked, processes, path)
@@ -174,6 +177,8 @@ def run(
             step if origin.path else None, evaluation_follows(config, len(images.train), step)
         )
         folder.write("config.json", _description(config, checked, placement, images, command))
+        if not origin.path:
+            _say_starts(checked)
         folder.event("resume" if origin.path else "start", step, step // windows.steps_per_epoch)
         recorder = _Recorder(folder, windows, display)
     state = description(config, checked, placement)
@@ -231,6 +236,31 @@ def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int
     passes = {"simultaneous": 3.0, "sequential": 3 + (peers - 1) / peers, "official": 2.0 + peers}
     step = passes[config.update] * config.batch_size * image_cost
     return Workload(steps, step, evaluations, evaluated * image_cost, taken)
+
+
+def _with_starts(checked: Checked, origin: Origin) -> Checked:
+    """Return what the peers started from once, where the run goes on from a checkpoint.
+
+    Raises:
+        UsageError: the checkpoint that the networks were checked for is gone.
+    """
+    if origin.path:
+        return dataclasses.replace(checked, starts=origin.state["starts"])
+    missing = [
+        s.name for s in checked.specs if s.start is not None and s.name not in checked.starts
+    ]
+    if missing:
+        raise UsageError(f"the checkpoint that holds {', '.join(missing)} is gone; start again")
+    return checked
+
+
+def _say_starts(checked: Checked) -> None:
+    classes = len(checked.source.classes)
+    for name, start in checked.starts.items():
+        new = f"; its classifier is new: {classes} classes, and not {start['classes']}"
+        if start["classes"] == classes:
+            new = ""
+        print(f"{name} starts from {start['source']}{new}", file=sys.stderr, flush=True)
 
 
 def _images_of_a_step(config: Config, placement: Placement) -> int:
@@ -291,7 +321,11 @@ def _description(
     return {
         "format": 1,
         "config": config.as_dict(),
-        "peers": [{"name": spec.name, "arch": spec.arch} for spec in checked.specs],
+        "peers": [
+            {"name": spec.name, "arch": spec.arch}
+            | ({"start": checked.starts[spec.name]} if spec.name in checked.starts else {})
+            for spec in checked.specs
+        ],
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "teachers": checked.teachers,
         "classes": len(images.classes),

@@ -15,6 +15,7 @@ ORDER = [
     "sources",
     "data",
     "networks",
+    "pretrained",
     "losses",
     "reference",
     "metrics",
