@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from dml_accel import cohort, data, frozen, sources
+from dml_accel import cohort, data, frozen, sources, trackers
 from dml_accel.checking import Checked, agreed_ranks, check
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
 from dml_accel.config import Config, UsageError
@@ -53,6 +53,7 @@ from dml_accel.resuming import (
 from dml_accel.runfolder import RunFolder, remedy_of_a_stop
 from dml_accel.sources import Source
 from dml_accel.teaching import Teaching
+from dml_accel.trackers import Trackers
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
@@ -179,6 +180,13 @@ def run(
         folder.write("config.json", _description(config, checked, placement, images, command))
         if not origin.path:
             _say_starts(checked)
+        told = Trackers(
+            trackers.check(config.log_with),
+            folder.path,
+            config.as_dict(),
+            step if origin.path else None,
+        )
+        folder.tell(told)
         folder.event("resume" if origin.path else "start", step, step // windows.steps_per_epoch)
         recorder = _Recorder(folder, windows, display)
     state = description(config, checked, placement)
@@ -211,6 +219,7 @@ def run(
         results = _results(checked, parameters, last, windows, config, placement, memory)
         text = results_markdown(results, config.as_dict(), command)
         write_text(folder.path / "results.md", text)
+        told.text("results", text, last.step)
         folder.write("results.json", results)  # the last: it says that the run is done
     return results
 

@@ -25,6 +25,7 @@ ORDER = [
     "teaching",
     "batchnorm",
     "allocation",
+    "trackers",
     "launching",
     "processes",
     "placement",
