@@ -42,6 +42,7 @@ ORDER = [
     "checking",
     "resuming",
     "training",
+    "api",
     "intervals",
     "published",
     "comparison",
