@@ -100,6 +100,16 @@ def check(config: Config, source: Source, begins: bool = True) -> Checked:
     return Checked(specs, source, modules, costs, known, weights, recorded)
 
 
+def say_starts(checked: Checked) -> None:
+    """Say which trained weights peers start from, a line each."""
+    classes = len(checked.source.classes)
+    for name, start in checked.starts.items():
+        new = ""
+        if start["classes"] != classes:
+            new = f"; its classifier is new: {classes} classes, and not {start['classes']}"
+        print(f"{name} starts from {start['source']}{new}", file=sys.stderr, flush=True)
+
+
 def _check_batch_norm(
     config: Config, modules: dict[str, nn.Module], ranks: dict[str, list[int]]
 ) -> None:

@@ -4,6 +4,7 @@ A checkpoint is verified, and its configuration compared, before anything of the
 is written by all processes together, or by none.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -307,6 +308,21 @@ def _beside_the_config(config: Config, checked: Checked) -> dict[str, Any]:
         "classes": len(checked.source.classes),
         "teachers": checked.teachers,
     }
+
+
+def with_starts(checked: Checked, origin: Origin) -> Checked:
+    """Return what the peers started from once, where the run goes on from a checkpoint.
+
+    Raises:
+        UsageError: the checkpoint for which no weights to start from were read is gone.
+    """
+    if origin.path:
+        return dataclasses.replace(checked, starts=origin.state["starts"])
+    begun = checked.starts.keys()
+    missing = [s.name for s in checked.specs if s.start is not None and s.name not in begun]
+    if missing:
+        raise UsageError(f"the checkpoint that holds {', '.join(missing)} is gone; start again")
+    return checked
 
 
 def load(origin: Origin, peers: Sequence[Peer], processes: Processes) -> None:

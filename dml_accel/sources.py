@@ -54,7 +54,7 @@ def read(config: Config, quiet: bool = False) -> Source:
                 f"columns {image!r} and {label!r} of split {config.test_split!r} are not those of "
                 f"{config.train_split!r}: both need the same image column and the same classes"
             )
-    classes = tuple(features[0][label].names)
+    classes = _classes(splits[config.train_split], label)
     if len(classes) < 2:
         raise UsageError(f"column {label!r} has {len(classes)} class; at least 2 are needed")
     train, test = (
@@ -63,7 +63,7 @@ def read(config: Config, quiet: bool = False) -> Source:
             name,
             image,
             label,
-            len(classes),
+            classes,
             config.image_size,
             quiet,
             _roots(config.dataset),
@@ -182,7 +182,8 @@ def _label_column(features: Any, wanted: str | None) -> str:
 
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if wanted is not None:
-        _require_column(features, wanted, "--label-column", classes, "classes")
+        values = [name for name, kind in features.items() if _may_be_classes(kind)]
+        _require_column(features, wanted, "--label-column", [*classes, *values], "classes")
         return wanted
     for name in classes if len(classes) == 1 else ("fine_label", "label"):
         if name in classes:
@@ -191,6 +192,23 @@ def _label_column(features: Any, wanted: str | None) -> str:
         f"{len(classes)} columns hold classes ({', '.join(classes) or 'none'}; all columns: "
         f"{', '.join(features)}); name one with --label-column"
     )
+
+
+def _may_be_classes(kind: Any) -> bool:
+    """Whether values of a column may be taken for classes, where the user says so."""
+    import datasets
+
+    whole = ("int", "uint", "bool", "string", "large_string")
+    return isinstance(kind, datasets.Value) and str(kind.dtype).startswith(whole)
+
+
+def _classes(split: Any, label: str) -> tuple[str, ...]:
+    """Return the names of the classes: the column's own, else the values that are trained on."""
+    names = getattr(split.features[label], "names", None)
+    if names is not None:
+        return tuple(names)
+    values = sorted(value for value in split.unique(label) if value is not None)
+    return tuple(map(str, values))
 
 
 def _require_column(features: Any, name: str, flag: str, usable: list[str], what: str) -> None:

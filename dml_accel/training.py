@@ -1,7 +1,6 @@
 """One run from its configuration to its folder: everything is checked, then trained, then kept."""
 
 import contextlib
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dml_accel import cohort, data, frozen, sources, trackers
-from dml_accel.checking import Checked, agreed_ranks, check
+from dml_accel.checking import Checked, agreed_ranks, check, say_starts
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data
@@ -49,6 +48,7 @@ from dml_accel.resuming import (
     keep,
     load,
     nothing_to_do,
+    with_starts,
 )
 from dml_accel.runfolder import RunFolder, remedy_of_a_stop
 from dml_accel.sources import Source
@@ -154,7 +154,7 @@ def run(
     forget_peak_memory(processes.device)
     path = Path(processes.text_of_first(str(folder.path.resolve()) if folder else ""))
     origin = origin.agreed(processes)
-    checked = _with_starts(checked, origin)
+    checked = with_starts(checked, origin)
     ranks = origin.ranks(config, processes.world_size)
     placement = Placement(
         config, processes, ranks or agreed_ranks(config, checked, processes, path)
@@ -179,7 +179,7 @@ def run(
         )
         folder.write("config.json", _description(config, checked, placement, images, command))
         if not origin.path:
-            _say_starts(checked)
+            say_starts(checked)
         told = Trackers(
             trackers.check(config.log_with),
             folder.path,
@@ -245,31 +245,6 @@ def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int
     passes = {"simultaneous": 3.0, "sequential": 3 + (peers - 1) / peers, "official": 2.0 + peers}
     step = passes[config.update] * config.batch_size * image_cost
     return Workload(steps, step, evaluations, evaluated * image_cost, taken)
-
-
-def _with_starts(checked: Checked, origin: Origin) -> Checked:
-    """Return what the peers started from once, where the run goes on from a checkpoint.
-
-    Raises:
-        UsageError: the checkpoint that the networks were checked for is gone.
-    """
-    if origin.path:
-        return dataclasses.replace(checked, starts=origin.state["starts"])
-    missing = [
-        s.name for s in checked.specs if s.start is not None and s.name not in checked.starts
-    ]
-    if missing:
-        raise UsageError(f"the checkpoint that holds {', '.join(missing)} is gone; start again")
-    return checked
-
-
-def _say_starts(checked: Checked) -> None:
-    classes = len(checked.source.classes)
-    for name, start in checked.starts.items():
-        new = f"; its classifier is new: {classes} classes, and not {start['classes']}"
-        if start["classes"] == classes:
-            new = ""
-        print(f"{name} starts from {start['source']}{new}", file=sys.stderr, flush=True)
 
 
 def _images_of_a_step(config: Config, placement: Placement) -> int:

@@ -54,7 +54,7 @@ def test_networks_of_ones_own_learn_as_shown(
 
 
 def test_there_is_no_python_that_is_not_run() -> None:
-    assert README.count("```python") == 2
+    assert README.count("```python") == 3  # that of a data set is run where sets are read
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
