@@ -254,6 +254,12 @@ def test_refused_in_one_line_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_weight_without_a_place_is_not_lost_with_the_classifier(peer: Path) -> None:
+    text = _incomplete(peer)
+    with pytest.raises(UsageError, match=r"does not fit resnet8_cifar: .*bn1\.weight"):
+        built(text, classes=3)
+
+
 def test_a_run_named_for_a_peer_is_told_its_peers(run: Path) -> None:
     with pytest.raises(UsageError, match=r"it is a run, name one of its peers: .*/resnet8-0$"):
         pretrained.read("resnet8_cifar", str(run))
