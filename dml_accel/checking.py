@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dml_accel import cohort, data, frozen, links
+from dml_accel import cohort, data, frozen, links, pretrained
 from dml_accel.allocation import everywhere
 from dml_accel.batchnorm import check_spanning
 from dml_accel.cohort import PeerSpec
@@ -38,6 +38,7 @@ class Checked:
         costs: of each peer, where there are several processes to share them.
         frozen: the folders of peers that only teach, by name.
         links: who learns from whom; None where all do from all alike.
+        starts: trained weights that peers start from, by name, as they are recorded.
     """
 
     specs: list[PeerSpec]
@@ -46,6 +47,7 @@ class Checked:
     costs: dict[str, Cost]
     frozen: dict[str, PeerFolder]
     links: Weights | None
+    starts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -62,8 +64,14 @@ class Checked:
         return {"frozen": found, "links": self.links}
 
 
-def check(config: Config, source: Source) -> Checked:
+def check(config: Config, source: Source, begins: bool = True) -> Checked:
     """Build the networks; refuse a configuration that does not fit them or the images.
+
+    Args:
+        config: the run's.
+        source: its images.
+        begins: whether the networks are to hold the weights that they start from; a run that goes
+            on from a checkpoint has no use for them, and they may be gone.
 
     Raises:
         UsageError: see the text.
@@ -74,13 +82,33 @@ def check(config: Config, source: Source) -> Checked:
     weights = links.read(config.links, [spec.name for spec in specs], list(known))
     for folder in known.values():
         frozen.build(folder)
-    modules = {spec.name: cohort.build(spec, config, len(source.classes)) for spec in specs}
+    starts = {
+        spec.name: pretrained.read(spec.arch, spec.start)
+        for spec in specs
+        if begins and spec.start is not None
+    }
+    modules = {
+        spec.name: cohort.build(spec, config, len(source.classes), starts.get(spec.name))
+        for spec in specs
+    }
+    cohort.refuse_twins(modules)
     world_size, costs = launched_processes(), {}
     if world_size > 1:
         costs = {name: count(module, config.image_size) for name, module in modules.items()}
         ranks, _ = choose(costs, world_size, config, len(source.classes), this_machine())
         _check_batch_norm(config, modules, ranks)
-    return Checked(specs, source, modules, costs, known, weights)
+    recorded = {name: start.record() for name, start in starts.items()}
+    return Checked(specs, source, modules, costs, known, weights, recorded)
+
+
+def say_starts(checked: Checked) -> None:
+    """Say which trained weights peers start from, a line each."""
+    classes = len(checked.source.classes)
+    for name, start in checked.starts.items():
+        new = ""
+        if start["classes"] != classes:
+            new = f"; its classifier is new: {classes} classes, and not {start['classes']}"
+        print(f"{name} starts from {start['source']}{new}", file=sys.stderr, flush=True)
 
 
 def _check_batch_norm(

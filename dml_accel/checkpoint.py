@@ -25,11 +25,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dml_accel.cohort import Peer
-from dml_accel.files import UnreadableError, read_at_most
+from dml_accel.files import LARGEST_JSON, UnreadableError, read_at_most
 
 _FORMAT = 1
-_LARGEST_JSON = 16 * 2**20  # bytes; a forged file is not read into memory
-_LARGEST_HEADER = 16 * 2**20
+_LARGEST_HEADER = 16 * 2**20  # bytes
 _STATE = "state.json"
 _SCALER = set(torch.amp.GradScaler("cpu").state_dict())
 
@@ -152,7 +151,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged or of another format.
     """
     path = folder / _STATE
-    content = _bytes(path, _LARGEST_JSON)
+    content = _bytes(path, LARGEST_JSON)
     state = _parse(path, content)
     as_written = _dump(state) == content
     given = state.pop("sha256", None)
@@ -221,7 +220,7 @@ def _read_peer(
 
 def _read_rest(folder: Path, state: dict[str, Any], name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
-    content = _bytes(path, _LARGEST_JSON)
+    content = _bytes(path, LARGEST_JSON)
     if _sha256(content) != state["files"].get(path.name):
         raise _damaged(path)
     return _parse(path, content)

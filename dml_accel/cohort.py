@@ -8,9 +8,10 @@ import ast
 import contextlib
 import copy
 import difflib
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dml_accel import networks
+from dml_accel import networks, pretrained
 from dml_accel.config import Config, UsageError
 from dml_accel.keys import key
+from dml_accel.pretrained import LEADS_ELSEWHERE, Weights
 
 DEFAULT_NET = "resnet32"
 SHORT_NAMES = tuple(name.removesuffix("_cifar") for name in networks.default_cfgs)
@@ -28,11 +30,15 @@ SHORT_NAMES = tuple(name.removesuffix("_cifar") for name in networks.default_cfg
 
 @dataclass(frozen=True)
 class PeerSpec:
-    """A peer before it is built: ``name`` in this cohort, timm's ``arch`` and its arguments."""
+    """A peer before it is built: ``name`` in this cohort, timm's ``arch`` and its arguments.
+
+    ``start`` says which trained weights it starts from (``pretrained.read``); None: untrained.
+    """
 
     name: str
     arch: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
 
 
 @dataclass
@@ -135,9 +141,9 @@ def parse(cohort: Sequence[str]) -> list[PeerSpec]:
             raise UsageError(f"--cohort {text!r} asks for {times} peers; at least 1 is needed")
         arch = net if prefix else f"{net}_cifar"
         _require_known(arch, net, bool(prefix))
+        known, start = _arguments(text, arguments)
         for _ in range(int(times or 1)):
-            name = f"{net}-{count[net]}"
-            specs.append(PeerSpec(name, arch, _arguments(text, arguments)))
+            specs.append(PeerSpec(f"{net}-{count[net]}", arch, dict(known), start))
             count[net] += 1
     return specs
 
@@ -163,11 +169,23 @@ def _require_known(arch: str, net: str, from_timm: bool) -> None:
     )
 
 
-def _arguments(text: str, arguments: str) -> dict[str, Any]:
-    pairs = [part.split("=", 1) for part in arguments.split(",") if part.strip()]
+def _arguments(text: str, arguments: str) -> tuple[dict[str, Any], str | None]:
+    """Return a network's arguments, and the trained weights that it is to start from."""
+    words = (part.strip() for part in arguments.split(","))
+    pairs = [(f"{word}=True" if word == "pretrained" else word).split("=", 1) for word in words]
+    pairs = [pair for pair in pairs if pair != [""]]
     if any(len(pair) != 2 for pair in pairs):
         raise UsageError(f"--cohort {text!r}: write arguments as [key=value,key=value]")
-    return {name.strip(): _literal(value.strip()) for name, value in pairs}
+    found = {name.strip(): value.strip() for name, value in pairs}
+    given = found.pop("pretrained", "False")
+    start = {"true": pretrained.HUB, "false": None}.get(given.lower(), given)
+    for name in found:
+        if any(part in name for part in LEADS_ELSEWHERE):
+            raise UsageError(
+                f"--cohort {text!r}: {name} is not the network's; trained weights are pretrained, "
+                "or pretrained=FOLDER_OR_FILE"
+            )
+    return {name: _literal(value) for name, value in found.items()}, start
 
 
 def _literal(text: str) -> Any:
@@ -177,16 +195,30 @@ def _literal(text: str) -> Any:
         return text  # a plain word, as in global_pool=max
 
 
-def build(spec: PeerSpec, config: Config, classes: int) -> nn.Module:
-    """Build the untrained network of one peer on the CPU, in the run's precision.
+def build(
+    spec: PeerSpec, config: Config, classes: int, weights: Weights | None = None
+) -> nn.Module:
+    """Build the network of one peer on the CPU, in the run's precision.
+
+    Args:
+        spec: the peer.
+        config: the run's.
+        classes: of the images.
+        weights: those that it starts from (default: untrained, drawn for the seed and its name).
 
     Raises:
-        UsageError: timm does not accept the arguments, or the net cannot take the image size.
+        UsageError: timm does not accept the arguments, the weights are of another network, or the
+            net cannot take the image size.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key("initial weights", config.seed, spec.name))
         try:
-            net = timm.create_model(spec.arch, num_classes=classes, **spec.arguments)
+            if weights is not None:
+                net = pretrained.build(spec.arch, spec.arguments, classes, weights)
+            else:
+                net = timm.create_model(spec.arch, num_classes=classes, **spec.arguments)
+        except UsageError as error:
+            raise UsageError(f"{spec.name}: {error}") from error
         except Exception as error:  # every model family raises its own kinds
             reason = " ".join(str(error).split())
             raise UsageError(f"{spec.name} ({spec.arch}) cannot be built: {reason}") from error
@@ -203,6 +235,22 @@ def build(spec: PeerSpec, config: Config, classes: int) -> nn.Module:
             f"channel), as --batch-size {config.batch_size} --grad-accum {config.grad_accum} asks"
         )
     return net.double() if config.float64 else net
+
+
+def refuse_twins(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse two networks with equal weights: they would take equal steps, at KL 0, for ever.
+
+    Raises:
+        UsageError: there are such; both are named.
+    """
+    for (one, first), (other, second) in itertools.combinations(modules.items(), 2):
+        a, b = list(first.parameters()), list(second.parameters())
+        # Different ones differ in the first tensors, so that few are compared.
+        if len(a) == len(b) and all(torch.equal(v, w) for v, w in zip(a, b, strict=True)):
+            raise UsageError(
+                f"{one} and {other} start with the same weights: they would stay equal, and learn "
+                "nothing from each other; drop one, take another network, or leave one untrained"
+            )
 
 
 def refusal(net: nn.Module, size: int, classes: int, train: bool = False) -> str:

@@ -30,6 +30,7 @@ _LEAVES_THE_RESULT_ALONE = frozenset(
         "memory_format",
         "low_memory",
         "threads",
+        "log_with",
     }
 )
 
@@ -258,6 +259,13 @@ class Config:
         "the end, and when the run is asked to stop, in any case",
     )
     keep_checkpoints: int = flag(2, "how many checkpoints to keep, the newest ones")
+    log_with: tuple[str, ...] = flag(
+        (),
+        "trackers of Accelerate that are told what metrics.jsonl holds: tensorboard, wandb and "
+        "others, or all that are installed; files go to logs in the run folder (default: none)",
+        nargs="+",
+        metavar="TRACKER",
+    )
     resume: str | None = flag(
         None,
         "auto: go on from the newest good checkpoint of --output-dir, or start where there is "

@@ -73,22 +73,26 @@ class ImageSet:
         pixels = torch.zeros(n, size, size, _BYTES_PER_PIXEL, dtype=torch.uint8)
         pixels[..., :_CHANNELS] = split.images
         self._pixels = pixels.view(torch.int32).view(-1).to(device)
-        self._labels = split.labels.to(device).clone()
-        self._is_labelled: Tensor | None = None
-        if labelled is not None:
-            is_labelled = torch.zeros(n, dtype=torch.bool)
-            is_labelled[labelled] = True
-            self._is_labelled = is_labelled.to(device)
-            self._labels[~self._is_labelled] = -1
+        self._set_labels(split.labels, labelled, device)
         self._size, self._pad = size, size // 8
-        self._augment, self._seed, self._device, self._dtype = augment, seed, device, dtype
+        self._augment, self._seed, self._dtype = augment, seed, dtype
         self._windows = _reflected_windows(size, self._pad).to(device)
         shape = (_CHANNELS, 1, 1)
         self._mean = (torch.tensor(normalisation.mean, dtype=torch.float64) * 255).view(shape)
         self._scale = 1 / (torch.tensor(normalisation.std, dtype=torch.float64) * 255).view(shape)
         self._mean = self._mean.to(dtype).to(device)
         self._scale = self._scale.to(dtype).to(device)
-        self._memory_format, self._epoch = memory_format, -1
+        self._memory_format = memory_format
+
+    def _set_labels(self, labels: Tensor, labelled: Tensor | None, device: torch.device) -> None:
+        self._labels = labels.to(device).clone()
+        self._is_labelled: Tensor | None = None
+        if labelled is not None:
+            is_labelled = torch.zeros(len(labels), dtype=torch.bool)
+            is_labelled[labelled] = True
+            self._is_labelled = is_labelled.to(device)
+            self._labels[~self._is_labelled] = -1
+        self._device, self._epoch = device, -1
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -247,6 +251,14 @@ def held_out(source: Source, config: Config) -> tuple[Split, Split | None]:
     return train, val
 
 
+def labelled_rows(train: Split, config: Config) -> Tensor | None:
+    """Return the training images whose labels are used, int64; None for all."""
+    if config.labelled_fraction == 1:
+        return None
+    count = round(config.labelled_fraction * len(train))
+    return stratified(train.labels, count, "labelled images", config.seed)
+
+
 def prepare(source: Source, config: Config, device: torch.device) -> Data:
     """Cut, measure and place the images of ``source`` on ``device``.
 
@@ -255,10 +267,7 @@ def prepare(source: Source, config: Config, device: torch.device) -> Data:
     """
     train, val = held_out(source, config)
     normalisation = Normalisation.of(train.images)
-    labelled = None
-    if config.labelled_fraction < 1:
-        count = round(config.labelled_fraction * len(train))
-        labelled = stratified(train.labels, count, "labelled images", config.seed)
+    labelled = labelled_rows(train, config)
 
     def image_set(split: Split, labelled: Tensor | None = None) -> ImageSet:
         return ImageSet(

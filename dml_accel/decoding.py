@@ -97,15 +97,19 @@ def decoded(
     split: str,
     image: str,
     label: str,
-    classes: int,
+    classes: Sequence[str],
     size: int,
     quiet: bool,
     roots: Sequence[Path],
 ) -> Split:
-    """Return the split's images, from the cache where it holds them undamaged; see ``decode``."""
+    """Return the split's images, from the cache where it holds them undamaged; see ``decode``.
+
+    ``classes`` are the names of the classes, in label order.
+    """
     stats = [(f["filename"], os.stat(f["filename"])) for f in dataset.cache_files]
     identity = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    digest = key(_CACHE_FORMAT, identity, split, image, label, size)
+    by_value = () if hasattr(dataset.features[label], "names") else tuple(classes)
+    digest = key(_CACHE_FORMAT, identity, split, image, label, size, *by_value)
     path = cache_dir() / f"{digest:016x}.safetensors"
     with _lock(path) as writable:
         if identity and path.exists():
@@ -113,7 +117,7 @@ def decoded(
                 return _load(path)
             except (ValueError, SafetensorError) as damage:
                 print(f"{path} is damaged ({damage}); decoding again", file=sys.stderr)
-        labels = _labels(dataset, split, label, classes)
+        labels = _labels(dataset, split, label, classes, bool(by_value))
         decoded = Split(decode(dataset, split, image, size, quiet, roots), labels)
         if writable and identity:
             _store(path, decoded)
@@ -135,8 +139,18 @@ def _lock(path: Path) -> Iterator[bool]:
         yield True
 
 
-def _labels(dataset: Any, split: str, column: str, classes: int) -> Tensor:
-    labels = np.asarray(dataset[column][:], dtype=np.float64)
+def _labels(dataset: Any, split: str, column: str, names: Sequence[str], by_value: bool) -> Tensor:
+    found, classes = dataset[column][:], len(names)
+    if by_value:
+        places = {name: place for place, name in enumerate(names)}
+        for row, value in enumerate(found):
+            if str(value) not in places:
+                raise UsageError(
+                    f"row {row} of split {split!r} has {column} = {value!r}, which the split that "
+                    "is trained on does not have"
+                )
+        found = [places[str(value)] for value in found]
+    labels = np.asarray(found, dtype=np.float64)
     bad = ~((labels >= 0) & (labels < classes))  # a missing label is NaN here
     if bad.any():
         row = int(bad.argmax())

@@ -93,6 +93,7 @@ def _card(
         how = f"by distillation from {', '.join(taught_by)}, which did not learn meanwhile"
     elif taught_by:
         how = f"together with {', '.join(taught_by)} by Deep Mutual Learning (CVPR 2018)"
+    how += "" if peer.spec.start is None else ", starting from trained weights"
     return model_card(
         peer.name,
         f"A `{peer.spec.arch}` with {parameter_count(peer.module):,} parameters, trained on "

@@ -162,7 +162,7 @@ def _copy_peer(chosen: Trained, name: str, folder: Path) -> None:
     """Copy what timm loads and its card, and nothing else that may lie there."""
     source = chosen.folders[name].path
     shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
-    write_json(folder / "config.json", frozen.read_json(source / "config.json"))
+    write_json(folder / "config.json", frozen.description(source / "config.json"))
     try:
         card = read_at_most(source / "README.md", _LARGEST_CARD)
         write_text(folder / "README.md", card.decode(errors="replace"))

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+LARGEST_JSON = 16 * 2**20  # bytes; a stranger's file is not read into memory whatever its size
+
 
 class UnreadableError(RuntimeError):
     """A file cannot be read, or is longer than it may be; the text names it."""
@@ -46,3 +48,18 @@ def read_at_most(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise UnreadableError(f"{path} has more than the {most:,} bytes that it may")
     return content
+
+
+def read_json(path: Path, most: int) -> dict[str, Any]:
+    """Return the object in a JSON file of ``most`` bytes or less.
+
+    Raises:
+        UnreadableError: it cannot be read, is longer, or holds something else.
+    """
+    try:
+        found = json.loads(read_at_most(path, most))
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"{path} is no JSON") from error
+    if not isinstance(found, dict):
+        raise UnreadableError(f"{path} is no JSON object")
+    return found

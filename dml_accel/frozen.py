@@ -7,7 +7,6 @@ to another file.
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from dml_accel import cohort
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data, Normalisation
-from dml_accel.files import UnreadableError, read_at_most
+from dml_accel.files import LARGEST_JSON, UnreadableError, read_json
 from dml_accel.placement import Placement
+from dml_accel.pretrained import LEADS_ELSEWHERE
 
-_LARGEST_JSON = 16 * 2**20  # bytes
-# Parts of arguments' names that would make timm read another file, or a pickle, or build elsewhere
-# than on the device that takes no memory.
-_LEADS_ELSEWHERE = ("pretrained", "checkpoint", "cache_dir", "url", "file", "device", "dtype")
 _BESIDE_WEIGHTS = 2**26  # bytes that buffers may take which are not among the weights
 
 
@@ -82,7 +78,7 @@ def read(path: Path) -> PeerFolder:
         UsageError: a file is missing, too large, or not what it should be; it is named.
     """
     file, weights = path / "config.json", path / "model.safetensors"
-    described = read_json(file)
+    described = description(file)
     try:
         with open(weights, "rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
@@ -109,7 +105,7 @@ def read(path: Path) -> PeerFolder:
     if list(size) != [3, known.image_size, known.image_size]:
         raise UsageError(f"{file}: input size {size} is not three channels of a square")
     for name in arguments:
-        if any(part in name for part in _LEADS_ELSEWHERE):
+        if any(part in name for part in LEADS_ELSEWHERE):
             raise UsageError(f"{file}: the argument {name!r} would lead to other files")
     if not timm.is_model(known.arch):
         raise UsageError(f"{file}: timm knows no network {known.arch!r}")
@@ -264,18 +260,13 @@ def _three(values: Sequence[float]) -> tuple[float, ...]:
     return red, green, blue
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def description(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file of bounded size, which may be a stranger's.
 
     Raises:
         UsageError: it cannot be read, or is no such thing.
     """
     try:
-        found = json.loads(read_at_most(path, _LARGEST_JSON))
+        return read_json(path, LARGEST_JSON)
     except UnreadableError as error:
         raise UsageError(str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} is no JSON object")
-    return found

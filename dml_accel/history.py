@@ -165,7 +165,11 @@ def comparable(runs: Sequence[Run]) -> list[list[Run]]:
 def nets_of(run: Run) -> list[str]:
     """Return the networks of a cohort with their arguments."""
     specs = cohort.parse(run.config.cohort)
-    return [f"{spec.arch}{sorted(spec.arguments.items())}" for spec in specs]
+    return [
+        f"{spec.arch}{sorted(spec.arguments.items())}"
+        + ("" if spec.start is None else f" from {spec.start or 'the hub'}")
+        for spec in specs
+    ]
 
 
 def recipe_of(run: Run) -> list[Any]:

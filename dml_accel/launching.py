@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+from dml_accel import trackers
 from dml_accel.config import Config, UsageError
 
 _SAME_SIGNAL_SECONDS = 0.5
@@ -86,9 +87,10 @@ def check_launch(config: Config) -> None:
     """Refuse what cannot work, before any process group.
 
     Raises:
-        UsageError: the way of starting, a plugin, the precision or the number of processes; the
-            text names the fix.
+        UsageError: the way of starting, a plugin, the precision, the number of processes or a
+            tracker; the text names the fix.
     """
+    trackers.check(config.log_with)
     environment, world = os.environ, launched_processes()
     on_cpu = stays_on_cpu(config)
     precision = launched_precision(config)

@@ -89,7 +89,10 @@ class Placement:
         """
         if self._spans_batch_norm:
             span_group(module, self._group)
-        module.to(memory_format=memory_format(self._config, self.device))
+        layout = memory_format(self._config, self.device)
+        for weight in module.parameters():
+            if weight.dim() == 4:  # what the format is for
+                weight.data = weight.data.contiguous(memory_format=layout)
         accelerator = self.processes.accelerator
         with switched(accelerator, compiled and self.is_alone, self._config.compile_mode):
             net = accelerator.prepare_model(module, evaluation_mode=True)

@@ -4,6 +4,7 @@ A checkpoint is verified, and its configuration compared, before anything of the
 is written by all processes together, or by none.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ _STATE = {
     "classes": int,
     "teachers": dict,
     "compiled": list,
+    "starts": dict,
 }
 
 
@@ -91,6 +93,14 @@ def continues_in_place(config: Config) -> bool:
         return config.resume == "auto"
     given, folder = Path(str(config.resume)).resolve(), Path(config.output_dir).resolve()
     return given == folder or given.parent == folder / CHECKPOINTS
+
+
+def has_checkpoint(config: Config) -> bool:
+    """Whether ``--resume`` leads to a checkpoint, good or not: then no peer starts anew."""
+    if config.resume is None:
+        return False
+    given = Path(str(config.output_dir if config.resume == "auto" else config.resume))
+    return checkpoint.is_named(given) or bool(checkpoint.named(given / CHECKPOINTS))
 
 
 def nothing_to_do(config: Config, path: Path, steps: int) -> str:
@@ -204,6 +214,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
             "its --cohort"
         )
     state = checkpoint.verify(path, peers)
+    state.setdefault("starts", {})  # older ones have none
     wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
     if not wrong:
         if not _is_a_placement(state["placement"].get("ranks"), state["world_size"], peers):
@@ -300,6 +311,21 @@ def _beside_the_config(config: Config, checked: Checked) -> dict[str, Any]:
     }
 
 
+def with_starts(checked: Checked, origin: Origin) -> Checked:
+    """Return what the peers started from once, where the run goes on from a checkpoint.
+
+    Raises:
+        UsageError: the checkpoint for which no weights to start from were read is gone.
+    """
+    if origin.path:
+        return dataclasses.replace(checked, starts=origin.state["starts"])
+    begun = checked.starts.keys()
+    missing = [s.name for s in checked.specs if s.start is not None and s.name not in begun]
+    if missing:
+        raise UsageError(f"the checkpoint that holds {', '.join(missing)} is gone; start again")
+    return checked
+
+
 def load(origin: Origin, peers: Sequence[Peer], processes: Processes) -> None:
     """Set this process's peers to the checkpoint, in all processes or in none.
 
@@ -391,5 +417,6 @@ def description(
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "versions": versions(),
         "compiled": compiled,
+        "starts": checked.starts,
         **_beside_the_config(config, checked),
     }

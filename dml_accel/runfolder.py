@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 from dml_accel.config import Config, UsageError
 from dml_accel.files import write_json, write_text
 from dml_accel.launching import StoppedError
+from dml_accel.trackers import FOLDER
 
 _TRACES_OF_A_RUN = (
     "config.json",
@@ -27,6 +28,7 @@ _TRACES_OF_A_RUN = (
     "status.json",
     "peers",
     "checkpoints",
+    FOLDER,
 )
 
 
@@ -109,6 +111,16 @@ class LockedFolder:
         write_json(self.path / name, content)
 
 
+class Follower(Protocol):
+    """What hears of every record of a run."""
+
+    def take(self, record: dict[str, Any]) -> None:
+        """Hear of a line of metrics.jsonl."""
+
+    def close(self) -> None:
+        """Hear that there are no more."""
+
+
 class RunFolder(LockedFolder):
     """The folder of one run.
 
@@ -126,6 +138,7 @@ class RunFolder(LockedFolder):
         self.step = 0
         self._metrics: TextIO | None = None
         self._taken_up = False
+        self._follower: Follower | None = None
         super().__init__(path, label)
 
     def _refuse_content(self) -> None:
@@ -182,6 +195,8 @@ class RunFolder(LockedFolder):
                 self.status("failed", f"{type(error).__name__}: {error}".rstrip(": "))
             elif not error:
                 self.status("done")
+        if self._follower:
+            self._follower.close()
         with contextlib.suppress(OSError):
             if self._metrics:
                 self._metrics.close()
@@ -191,6 +206,10 @@ class RunFolder(LockedFolder):
         """Write status.json: running, stopped, done or failed, why, and the steps taken."""
         self.write("status.json", {"status": state, "reason": reason, "step": self.step})
 
+    def tell(self, follower: Follower) -> None:
+        """Let a follower hear of every record from here on, until the folder is left."""
+        self._follower = follower
+
     def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and flush it."""
         self.step = step
@@ -198,6 +217,8 @@ class RunFolder(LockedFolder):
         assert self._metrics, "begin comes first"
         self._metrics.write(json.dumps(line | values, allow_nan=False) + "\n")
         self._metrics.flush()
+        if self._follower:
+            self._follower.take(line | values)
 
 
 @contextlib.contextmanager

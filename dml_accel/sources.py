@@ -72,13 +72,12 @@ def _read_splits(
                 f"columns {image!r} and {label!r} of split {config.test_split!r} are not those of "
                 f"{config.train_split!r}: both need the same image column and the same classes"
             )
-    classes = tuple(features[0][label].names)
+    classes = _classes(splits[flags[0][0]], label)
     if len(classes) < 2:
         raise UsageError(f"column {label!r} has {len(classes)} class; at least 2 are needed")
     size, roots = config.image_size, _roots(config.dataset)
     read = [
-        decoded(splits[name], name, image, label, len(classes), size, quiet, roots)
-        for name, _ in flags
+        decoded(splits[name], name, image, label, classes, size, quiet, roots) for name, _ in flags
     ]
     return read, classes
 
@@ -109,7 +108,7 @@ def _open(dataset: str, quiet: bool) -> Any:
         raise UsageError(f"--dataset {dataset!r} is no folder; name the one that holds the images")
     if not present and (dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1):
         raise UsageError(f"--dataset {dataset}: there is no such folder")
-    if not present and not _hub_answers():
+    if not present and not hub_answers():
         # The library would retry for half a minute; offline it uses what is cached, at once.
         datasets.config.HF_HUB_OFFLINE = True
         import huggingface_hub.constants
@@ -135,7 +134,7 @@ def _open(dataset: str, quiet: bool) -> Any:
         raise UsageError(f"--dataset {dataset} cannot be read: {_root_cause(error)}") from error
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub answers at all, within seconds (any HTTP status is an answer)."""
     import huggingface_hub.constants as hub
 
@@ -188,7 +187,8 @@ def _label_column(features: Any, wanted: str | None) -> str:
 
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if wanted is not None:
-        _require_column(features, wanted, "--label-column", classes, "classes")
+        values = [name for name, kind in features.items() if _may_be_classes(kind)]
+        _require_column(features, wanted, "--label-column", [*classes, *values], "classes")
         return wanted
     for name in classes if len(classes) == 1 else ("fine_label", "label"):
         if name in classes:
@@ -197,6 +197,23 @@ def _label_column(features: Any, wanted: str | None) -> str:
         f"{len(classes)} columns hold classes ({', '.join(classes) or 'none'}; all columns: "
         f"{', '.join(features)}); name one with --label-column"
     )
+
+
+def _may_be_classes(kind: Any) -> bool:
+    """Whether values of a column may be taken for classes, where the user says so."""
+    import datasets
+
+    whole = ("int", "uint", "bool", "string", "large_string")
+    return isinstance(kind, datasets.Value) and str(kind.dtype).startswith(whole)
+
+
+def _classes(split: Any, label: str) -> tuple[str, ...]:
+    """Return the names of the classes: the column's own, else the values that are trained on."""
+    names = getattr(split.features[label], "names", None)
+    if names is not None:
+        return tuple(names)
+    values = sorted(value for value in split.unique(label) if value is not None)
+    return tuple(map(str, values))
 
 
 def _require_column(features: Any, name: str, flag: str, usable: list[str], what: str) -> None:

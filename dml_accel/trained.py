@@ -18,7 +18,7 @@ from dml_accel import frozen
 from dml_accel.config import UsageError
 from dml_accel.data import ImageSet
 from dml_accel.decoding import Split
-from dml_accel.frozen import PeerFolder, read_json
+from dml_accel.frozen import PeerFolder, description
 
 ROWS = 256  # images that are computed at once, as in the evaluations of training
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,7 +97,7 @@ def find(path: Path) -> Trained:
     run: dict[str, Any] = {}
     results: dict[str, Any] = {}
     if first.path != path and (path / "results.json").is_file():
-        run, results = read_json(path / "config.json"), read_json(path / "results.json")
+        run, results = description(path / "config.json"), description(path / "results.json")
     trained = Trained(path, folders, classes, first.image_size, run, results)
     differing = trained.measured.keys() ^ folders.keys() if results else set()
     if differing:

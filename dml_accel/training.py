@@ -9,8 +9,8 @@ from accelerate.utils import is_compiled_module
 from safetensors import SafetensorError
 from torch import nn
 
-from dml_accel import cohort, data, frozen, sources
-from dml_accel.checking import Checked, agreed_compilation, agreed_ranks, check
+from dml_accel import cohort, data, frozen, sources, trackers
+from dml_accel.checking import Checked, agreed_compilation, agreed_ranks, check, say_starts
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data
@@ -45,13 +45,16 @@ from dml_accel.resuming import (
     continues_in_place,
     description,
     find,
+    has_checkpoint,
     keep,
     load,
     nothing_to_do,
+    with_starts,
 )
 from dml_accel.runfolder import RunFolder, remedy_of_a_stop
 from dml_accel.sources import Source
 from dml_accel.teaching import Teaching
+from dml_accel.trackers import Trackers
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
@@ -76,7 +79,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     goes_on = continues_in_place(config)
     folder = RunFolder(config.output_dir, cohort.label(names), goes_on) if speaks else None
     source = sources.read(config, quiet=not speaks)
-    checked = check(config, source)
+    checked = check(config, source, begins=not has_checkpoint(config))
     work = workload(config, source)
     nothing = nothing_to_do(config, folder.path, work.steps) if folder else ""
     origin = find(config, checked) if folder and not (goes_on or nothing) else None
@@ -155,6 +158,7 @@ def run(
     forget_peak_memory(processes.device)
     path = Path(processes.text_of_first(str(folder.path.resolve()) if folder else ""))
     origin = origin.agreed(processes)
+    checked = with_starts(checked, origin)
     ranks = origin.ranks(config, processes.world_size)
     placement = Placement(
         config, processes, ranks or agreed_ranks(config, checked, processes, path)
@@ -183,6 +187,15 @@ def run(
         )
         about = _description(config, checked, placement, images, command)
         folder.write("config.json", about | {"compiled": compiled})
+        if not origin.path:
+            say_starts(checked)
+        told = Trackers(
+            trackers.check(config.log_with),
+            folder.path,
+            config.as_dict(),
+            step if origin.path else None,
+        )
+        folder.tell(told)
         folder.event("resume" if origin.path else "start", step, step // windows.steps_per_epoch)
         recorder = _Recorder(folder, windows, display)
     state = description(config, checked, placement, compiled)
@@ -216,6 +229,7 @@ def run(
         results = _results(checked, parameters, last, windows, config, placement, memory)
         text = results_markdown(results, config.as_dict(), command)
         write_text(folder.path / "results.md", text)
+        told.text("results", text, last.step)
         folder.write("results.json", results)  # the last: it says that the run is done
     return results
 
@@ -318,7 +332,11 @@ def _description(
     return {
         "format": 1,
         "config": config.as_dict(),
-        "peers": [{"name": spec.name, "arch": spec.arch} for spec in checked.specs],
+        "peers": [
+            {"name": spec.name, "arch": spec.arch}
+            | ({"start": checked.starts[spec.name]} if spec.name in checked.starts else {})
+            for spec in checked.specs
+        ],
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "teachers": checked.teachers,
         "classes": len(images.classes),

@@ -1,4 +1,4 @@
-"""A small stand-in for the hub on loopback: one data set, the requests that loading it takes."""
+"""A small stand-in for the hub on loopback: one data set or model, the requests that it takes."""
 
 import contextlib
 import hashlib
@@ -36,6 +36,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _missing(self, code: str) -> None:
         self._reply(b"{}", 404, X_Error_Code=code)
 
+    def _roots(self) -> tuple[str, str]:
+        return f"/datasets/{self.name}/resolve/", f"/{self.name}/resolve/"
+
     def _entries(self) -> list[dict]:
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return [
@@ -58,7 +61,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
-        api, files = f"/api/datasets/{self.name}", f"/datasets/{self.name}/resolve/"
+        api = f"/api/datasets/{self.name}"
+        files = next(
+            (start for start in self._roots() if path.startswith(start)), "/of nothing that is here"
+        )
         if path == "/":
             self._reply(b"")
         elif path == api or path.startswith(f"{api}/revision/"):
@@ -82,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve_hub(name: str, folder: Path) -> Iterator[str]:
-    """Serve the files of ``folder`` as the data set ``name``; yield the address."""
+    """Serve the files of ``folder`` as the data set or model ``name``; yield the address."""
     handler = type("Handler", (_Handler,), {"name": name, "folder": folder})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)

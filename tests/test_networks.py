@@ -10,7 +10,10 @@ from torch import nn
 import dml_accel  # noqa: F401  (registers the networks)
 from dml_accel import cohort
 from dml_accel.config import UsageError
-from tests.conftest import tiny_config
+from dml_accel.decoding import Split
+from dml_accel.schedules import train_step
+from dml_accel.sources import Source
+from tests.conftest import Training, tiny_config
 
 # name: parameters with 100 classes. ResNets: He et al. 2016 (0.27M, 0.46M, 0.85M, 1.7M with 10
 # classes; a head of 100 adds 5,850). MobileNet 3.3M and WRN-28-10 36.5M: the paper's table 1.
@@ -170,6 +173,26 @@ def test_a_net_that_cannot_learn_from_one_image_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot learn from 1 image at a time"):
         cohort.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=4), 10)
     assert cohort.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=2), 10).training
+
+
+def test_a_vision_transformer_learns_with_a_resnet() -> None:
+    net = "timm:vit_tiny_patch16_224[img_size=32,patch_size=4]"
+    config = tiny_config(cohort=(net, "resnet8"), image_size=32, float64=False)
+    images = torch.arange(16 * 32 * 32 * 3).remainder(251).to(torch.uint8).view(16, 32, 32, 3)
+    split = Split(images, torch.arange(16) % 2)
+    training = Training(config, Source(split, split, ("even", "odd")))
+    before = training.states()
+    parts, _ = train_step(training.step(0, 0.05))
+    assert parts.shape == (2, 3) and parts.isfinite().all()
+    assert (parts[:, 2] > 0).all()  # they teach each other
+    after = training.states()["vit_tiny_patch16_224-0"]
+    moved = [n for n in after if not torch.equal(after[n], before["vit_tiny_patch16_224-0"][n])]
+    assert {"patch_embed.proj.weight", "pos_embed", "head.weight"} <= set(moved)
+    # 192 wide: 48 x 192 + 192 of the patches, 64 places and a token each with its place, 12 blocks,
+    # the last norm, and the head of two classes.
+    block = 4 * 192 * 192 + 4 * 192 + 2 * 4 * 192 * 192 + 5 * 192 + 4 * 192
+    (vit,) = [peer.module for peer in training.peers if peer.name.startswith("vit")]
+    assert parameters(vit) == 49 * 192 + 66 * 192 + 12 * block + 2 * 192 + 193 * 2
 
 
 def test_the_readme_prints_the_counts_beside_the_papers() -> None:

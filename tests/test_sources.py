@@ -1,14 +1,17 @@
 """Where images come from: local folders, the hub's protocol, the cache, and what is refused."""
 
+import gzip
 import io
+import json
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -19,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dml_accel import decoding, sources
+from dml_accel import cli, decoding, sources
 from dml_accel.config import UsageError
 from tests.conftest import tiny_config
 from tests.hub import serve_hub
@@ -160,6 +163,119 @@ def test_columns_are_inferred(parquet: Write) -> None:
     assert read(folder, label_column="coarse_label").classes == ("pet", "fish")
 
 
+def test_a_column_of_words_or_numbers_is_taken_for_classes_where_it_is_named(
+    parquet: Write,
+) -> None:
+    whole = (datasets.Value("int32"), [30, 4, 4])
+    folder = parquet(
+        train=split([0, 1, 2], n=words(["oak", "elm", "oak"]), age=whole),
+        test=split([0], n=words(["oak"]), age=(datasets.Value("int32"), [30])),
+    )
+    assert read(folder).classes == tuple(CLASSES)
+    found = read(folder, label_column="n")
+    assert found.classes == ("elm", "oak")
+    assert found.train.labels.tolist() == [1, 0, 1] and found.test.labels.tolist() == [1]
+    found = read(folder, label_column="age")
+    assert found.classes == ("4", "30")  # by value, and not by spelling
+    assert found.train.labels.tolist() == [1, 0, 0] and found.test.labels.tolist() == [1]
+    # The test split's file is the same, but not the place of its class.
+    parquet(train=split([0, 1, 2], n=words(["oak", "elm", "ash"]), age=whole))
+    assert read(folder, label_column="n").test.labels.tolist() == [2]
+
+
+# ---------------------------------------------------------------- sets as they are found
+
+
+def grey(label: int, row: int) -> np.ndarray:
+    """A made-up garment, 28 x 28."""
+    return ((np.arange(28)[:, None] * (label + 1) + np.arange(28) * row) % 256).astype(np.uint8)
+
+
+def fashion(there: Path, rows: int = 40) -> Path:
+    """Write files like those of Fashion-MNIST: 40 images, real ones where the package is."""
+    real = Path("/usr/share/datasets/fashion-mnist")
+    there.mkdir()
+    for stem in ("train", "t10k"):
+        images = np.stack([grey(row % 10, row) for row in range(rows)])
+        labels = (np.arange(rows) % 10).astype(np.uint8)
+        parts = {"images-idx3": bytes(16) + images.tobytes(), "labels-idx1": bytes(8)}
+        parts["labels-idx1"] += labels.tobytes()
+        for kind, content in parts.items():
+            name = f"{stem}-{kind}-ubyte.gz"
+            if (real / name).exists():
+                head = 16 + rows * 784 if kind == "images-idx3" else 8 + rows
+                with gzip.open(real / name) as file:
+                    content = file.read(head)
+            (there / name).write_bytes(gzip.compress(content))
+    return there
+
+
+def cifar10(folder: Path) -> None:
+    """Write a set in the schema of the hub's CIFAR-10: img and label."""
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=names))
+    for name in ("train", "test"):
+        images = [{"bytes": png(6 * row, size=(32, 32)), "path": None} for row in range(40)]
+        columns = {"img": images, "label": [row % 10 for row in range(40)]}
+        folder.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(columns, features).to_parquet(
+            folder / f"{name}-00000-of-00001.parquet"
+        )
+
+
+def class_folders(folder: Path) -> None:
+    """Write photographs of several sizes and forms into folders that name their classes."""
+    for name in ("train", "test"):
+        for label, place in enumerate(("bee", "ant")):
+            (folder / name / place).mkdir(parents=True)
+            for row in range(8):
+                picture = Image.new("RGB", (30 + row, 40), (90 * label, 20 * row, 50))
+                picture.save(folder / name / place / f"{row}.{'jpg' if row % 2 else 'png'}")
+
+
+@pytest.mark.parametrize(("write", "classes"), [(cifar10, 10), (class_folders, 2)])
+def test_a_set_trains_as_it_is_found(
+    tmp_path: Path, write: Callable[[Path], None], classes: int
+) -> None:
+    write(tmp_path / "set")
+    words = "--cohort resnet8*2 --batch-size 8 --max-steps 1 --cpu --output-dir".split()
+    words += [str(tmp_path / "run"), "--dataset", str(tmp_path / "set")]
+    assert cli.main(["train", *words]) == 0
+    description = json.loads((tmp_path / "run" / "config.json").read_text())
+    rows = 40 if classes == 10 else 16
+    assert (description["classes"], description["images"]["test"]) == (classes, rows)
+    peer = json.loads((tmp_path / "run/peers/resnet8-1/config.json").read_text())
+    assert peer["label_names"][:2] == {10: ["airplane", "automobile"], 2: ["ant", "bee"]}[classes]
+
+
+def test_fashion_mnist_is_read_by_way_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = fashion(tmp_path / "package")
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "fashion" in b]
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("/usr/share/datasets/fashion-mnist", str(there)), {})
+    found = read("fashion-mnist", image_size=28)
+    assert found.classes[0] == "T-shirt" and len(found.classes) == 10
+    for stem, part in (("train", found.train), ("t10k", found.test)):
+        images = gzip.decompress((there / f"{stem}-images-idx3-ubyte.gz").read_bytes())[16:]
+        labels = gzip.decompress((there / f"{stem}-labels-idx1-ubyte.gz").read_bytes())[8:]
+        levels = np.frombuffer(images, np.uint8).reshape(40, 28, 28)
+        assert part.labels.tolist() == list(labels)
+        for channel in range(3):
+            assert np.array_equal(part.images[..., channel].numpy(), levels)
+
+
+@pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").exists(),
+    reason="the Debian package dataset-fashion-mnist is not installed",
+)
+def test_the_packages_own_files_are_what_the_readme_reads(tmp_path: Path) -> None:
+    labels = gzip.decompress((fashion(tmp_path / "x") / "train-labels-idx1-ubyte.gz").read_bytes())
+    assert list(labels[8:18]) == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]  # as its authors list them
+
+
 # ---------------------------------------------------------------- the cache
 
 
@@ -238,8 +354,12 @@ def test_the_cache_holds_no_pickle_and_no_leftovers(parquet: Write) -> None:
 # ---------------------------------------------------------------- what is refused
 
 
-def int_column(values: list[int]) -> tuple[datasets.Value, list[int]]:
-    return datasets.Value("int64"), values
+def numbers(values: list[float]) -> tuple[datasets.Value, list[float]]:
+    return datasets.Value("float64"), values
+
+
+def words(values: Sequence[str | None]) -> tuple[datasets.Value, list[str | None]]:
+    return datasets.Value("string"), list(values)
 
 
 REFUSED = {
@@ -254,9 +374,22 @@ REFUSED = {
         r"--label-column labels: this column does not exist; .*fine_label, coarse_label",
     ),
     "labels that are not classes": (
-        lambda: {"train": split([0], n=int_column([3])), "test": split([0], n=int_column([3]))},
+        lambda: {"train": split([0], n=numbers([0.5])), "test": split([0], n=numbers([0.5]))},
         {"label_column": "n"},
         r"--label-column n: this column holds no classes but Value",
+    ),
+    "a class that is not trained on": (
+        lambda: {"train": split([0, 1], n=words("ab")), "test": split([0, 1], n=words("ac"))},
+        {"label_column": "n"},
+        r"row 1 of split 'test' has n = 'c', which the split that is trained on does not have",
+    ),
+    "a missing value": (
+        lambda: {
+            "train": split([0, 1, 1], n=words(["a", None, "b"])),
+            "test": split([0], n=words("a")),
+        },
+        {"label_column": "n"},
+        r"row 1 of split 'train' has n = None",
     ),
     "images that are not images": (
         lambda: {"train": split([0]), "test": split([1])},

@@ -1,0 +1,281 @@
+"""Starting from trained weights: where they come from, what is kept of them, what is refused."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from dml_accel import cli, cohort, pretrained
+from dml_accel.config import UsageError
+from tests.conftest import tiny_config
+from tests.hub import serve_hub
+
+TINY = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --cpu".split()
+
+
+def train(folder: Path, *words: str, steps: int = 2) -> int:
+    return cli.main(
+        ["train", *TINY, "--max-steps", str(steps), "--output-dir", str(folder), *words]
+    )
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a resnet8."""
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    assert train(folder, "--cohort", "resnet8") == 0
+    return folder
+
+
+@pytest.fixture
+def peer(run: Path, tmp_path: Path) -> Path:
+    """A copy of its trained peer's folder."""
+    return shutil.copytree(run / "peers" / "resnet8-0", tmp_path / "peer")
+
+
+def built(text: str, classes: int = 10) -> torch.nn.Module:
+    (spec,) = cohort.parse([text])
+    assert spec.start is not None
+    weights = pretrained.read(spec.arch, spec.start)
+    return cohort.build(spec, tiny_config(float64=False), classes, weights)
+
+
+# ---------------------------------------------------------------- where they come from
+
+
+def test_a_peers_folder_and_its_file_are_the_same_start(peer: Path) -> None:
+    for place in (peer, peer / "model.safetensors"):
+        found = built(f"resnet8[pretrained={place}]").state_dict()
+        expected = weights_of(peer)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_first_step_starts_from_them(peer: Path, tmp_path: Path) -> None:
+    # With a learning rate of 0 a run ends with the parameters that it began with.
+    words = ("--cohort", f"resnet8[pretrained={peer}]", "--lr", "0")
+    assert train(tmp_path / "run", *words) == 0
+    found, expected = weights_of(tmp_path / "run/peers/resnet8-0"), weights_of(peer)
+    assert all(torch.equal(found[n], t) for n, t in expected.items() if n.endswith("weight"))
+
+
+def test_what_timm_saves_is_a_start(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    net = timm.create_model("test_vit", num_classes=7, img_size=32, patch_size=8)
+    timm.models.save_for_hf(net, tmp_path / "saved", safe_serialization=True)
+    text = f"timm:test_vit[img_size=16,patch_size=4,pretrained={tmp_path / 'saved'}]"
+    found, original = built(text).state_dict(), net.state_dict()
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(found[name], original[name])
+    assert found["patch_embed.proj.weight"].shape[-1] == 4  # resampled
+    assert found["head.weight"].shape[0] == 10
+
+
+def test_a_classifier_for_other_classes_is_new_and_each_peers_own(
+    peer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--cohort", f"resnet8[pretrained={peer}]*2", "--dataset")
+    other = tmp_path / "set"
+    for split in ("train", "test"):
+        for label in "abc":
+            (other / split / label).mkdir(parents=True)
+            for value in range(4):
+                _picture(other / split / label / f"{value}.png", 60 * value)
+    assert train(tmp_path / "run", *words, str(other), "--lr", "0", steps=1) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if " starts from " in line]
+    assert [line.partition(" ")[0] for line in lines] == ["resnet8-0", "resnet8-1"]
+    assert all(line.endswith("its classifier is new: 3 classes, and not 10") for line in lines)
+    one, two = (weights_of(tmp_path / f"run/peers/resnet8-{i}") for i in (0, 1))
+    assert torch.equal(one["conv1.weight"], weights_of(peer)["conv1.weight"])
+    assert torch.equal(one["conv1.weight"], two["conv1.weight"])
+    assert one["fc.weight"].shape == (3, 64)
+    assert not torch.equal(one["fc.weight"], two["fc.weight"])
+
+
+def _picture(path: Path, value: int) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (16, 16), (value, 9, 7)).save(path)
+
+
+def test_weights_from_the_hub_are_downloaded_and_then_cached(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    file = tmp_path / "hub" / "model.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), file)
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    # A fresh process, because the hub's address is read at import; the second time it is offline.
+    script = (
+        "from dml_accel import pretrained\n"
+        "import huggingface_hub.constants\n"
+        "for _ in range(2):\n"
+        "    found = pretrained.read('test_resnet', pretrained.HUB)\n"
+        "    print(found.source, found.classes, found.sha256)\n"
+        "    huggingface_hub.constants.HF_HUB_OFFLINE = True\n"
+    )
+    name = "timm/test_resnet.r160_in1k"
+    with serve_hub(name, tmp_path / "hub") as address:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", script],
+            env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert done.stdout.splitlines() == [f"{name}/{file.name} 1000 {sha256}"] * 2
+
+
+# ---------------------------------------------------------------- what is kept of them
+
+
+def test_the_peers_folder_leads_nowhere_else(peer: Path, tmp_path: Path) -> None:
+    words = ("--cohort", f"resnet8[drop_rate=0.1,pretrained={peer}]")
+    assert train(tmp_path / "run", *words) == 0
+    folder = tmp_path / "run/peers/resnet8-0"
+    described = (folder / "config.json").read_text()
+    assert json.loads(described)["model_args"] == {"drop_rate": 0.1}
+    assert str(peer) not in described
+    assert "starting from trained weights" in (folder / "README.md").read_text()
+    shutil.rmtree(peer)
+    timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(peer: Path, tmp_path: Path) -> None:
+    words = ("--cohort", f"resnet8[pretrained={peer}]", "--save-every", "2")
+    assert train(tmp_path / "whole", *words, steps=4) == 0
+    assert train(tmp_path / "parts", *words, "--resume", "auto", steps=2) == 0
+    before = json.loads((tmp_path / "parts/config.json").read_text())["peers"]
+    shutil.rmtree(peer)
+    assert train(tmp_path / "parts", *words, "--resume", "auto", steps=4) == 0
+    assert json.loads((tmp_path / "parts/config.json").read_text())["peers"] == before
+    assert len(before[0]["start"]["sha256"]) == 64
+    parts, whole = (weights_of(tmp_path / one / "peers/resnet8-0") for one in ("parts", "whole"))
+    assert all(torch.equal(parts[key], whole[key]) for key in whole)
+    assert train(tmp_path / "anew", *words, "--resume", "auto") == 2
+    assert not (tmp_path / "anew").exists()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def _pickled(peer: Path) -> str:
+    (peer / "model.safetensors").unlink()
+    (peer / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    return f"resnet8[pretrained={peer}]"
+
+
+def _checkpoint(peer: Path) -> str:
+    (peer / "net.pth").write_bytes(pickle.dumps({}))
+    return f"resnet8[pretrained={peer / 'net.pth'}]"
+
+
+def _damaged(peer: Path) -> str:
+    (peer / "model.safetensors").write_bytes(pickle.dumps({}))
+    return f"resnet8[pretrained={peer}]"
+
+
+def _not_finite(peer: Path) -> str:
+    tensors = weights_of(peer)
+    tensors["fc.bias"][3] = float("nan")
+    save_file(tensors, peer / "model.safetensors")
+    return f"resnet8[pretrained={peer}]"
+
+
+def _incomplete(peer: Path) -> str:
+    tensors = weights_of(peer)
+    tensors["other"] = tensors.pop("bn1.weight")
+    save_file(tensors, peer / "model.safetensors")
+    return f"resnet8[pretrained={peer}]"
+
+
+def _alone(peer: Path) -> str:
+    """Without config.json, only the names and shapes can tell."""
+    return f"wrn_16_2[pretrained={(peer / 'model.safetensors').rename(peer / 'x.safetensors')}]"
+
+
+REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
+    "a folder of pickles": (_pickled, "pytorch_model.bin is pickled and could execute code"),
+    "a pickle": (_checkpoint, "net.pth is pickled .* safetensors.torch.save_file"),
+    "damage": (_damaged, "model.safetensors cannot be read"),
+    "numbers": (_not_finite, "fc.bias holds numbers that are not finite"),
+    "other names": (_incomplete, r"does not fit resnet8_cifar: .*bn1\.weight"),
+    "another network": (
+        lambda peer: f"resnet20[pretrained={peer}]",
+        "holds the weights of a resnet8_cifar, and not of a resnet20_cifar",
+    ),
+    "another network's file": (_alone, "x.safetensors does not fit wrn_16_2_cifar: "),
+    "nothing": (lambda peer: f"resnet8[pretrained={peer}/x]", "there is no such file or folder"),
+    "an empty folder": (lambda peer: f"resnet8[pretrained={peer.parent}]", "is no .safetensors"),
+    "ours on the hub": (lambda _: "resnet8[pretrained]", "no weights of resnet8_cifar on the hub"),
+    "an unknown tag": (
+        lambda _: "timm:test_resnet.best[pretrained]",
+        r"no weights of test_resnet.best on the hub \(there are: test_resnet.r160_in1k\)",
+    ),
+    "the hub is away": (
+        lambda _: "timm:test_resnet[pretrained]",
+        r"timm/test_resnet.r160_in1k/model.safetensors\): the hub cannot be reached",
+    ),
+    "twins": (
+        lambda peer: f"resnet8[pretrained={peer}]*2",
+        "resnet8-0 and resnet8-1 start with the same weights: .* leave one untrained",
+    ),
+    "a way around": (
+        lambda peer: f"resnet8[checkpoint_path={peer}]",
+        "checkpoint_path is not the network's; .* pretrained=FOLDER_OR_FILE",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_before_anything_is_written(
+    peer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    make, message = REFUSED[case]
+    assert train(tmp_path / "run", "--cohort", make(peer)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert re.search(message, said), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_weight_without_a_place_is_not_lost_with_the_classifier(peer: Path) -> None:
+    text = _incomplete(peer)
+    with pytest.raises(UsageError, match=r"does not fit resnet8_cifar: .*bn1\.weight"):
+        built(text, classes=3)
+
+
+def test_a_run_named_for_a_peer_is_told_its_peers(run: Path) -> None:
+    with pytest.raises(UsageError, match=r"it is a run, name one of its peers: .*/resnet8-0$"):
+        pretrained.read("resnet8_cifar", str(run))
+
+
+def test_arguments_that_were_forgotten_are_named(tmp_path: Path) -> None:
+    net = timm.create_model("test_vit", num_classes=10, img_size=16, patch_size=4, depth=2)
+    timm.models.save_for_hf(net, tmp_path / "saved", safe_serialization=True)
+    text = f"timm:test_vit[img_size=16,patch_size=4,pretrained={tmp_path / 'saved'}]"
+    with pytest.raises(UsageError, match=r"it was built with \[.*depth=2.*\]: Error"):
+        built(text)
+
+
+def test_untrained_twins_do_not_exist(tmp_path: Path) -> None:
+    specs = cohort.parse(["resnet8*2"])
+    cohort.refuse_twins({s.name: cohort.build(s, tiny_config(), 10) for s in specs})
+    net = cohort.build(specs[0], tiny_config(), 10)
+    with pytest.raises(UsageError, match="a and c start with the same weights"):
+        cohort.refuse_twins({"a": net, "b": cohort.build(specs[1], tiny_config(), 10), "c": net})

@@ -1,0 +1,70 @@
+"""The README's examples: those in Python run, and every command that it shows can be read."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dml_accel import cli, cohort
+from dml_accel.config import Config
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PROGRAMS = ("python train.py ", "dml-accel ", "accelerate launch train.py ")
+
+
+def blocks(word: str) -> str:
+    """Return the one block of Python that holds a word."""
+    found = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if word in block]
+    assert len(found) == 1, word
+    return found[0]
+
+
+def commands() -> list[list[str]]:
+    """Return the words of every command of ours that the README shows, without its program."""
+    found = []
+    for line in README.splitlines():
+        program = next((p for p in PROGRAMS if line.startswith("    " + p)), None)
+        if program:
+            words = shlex.split(line.strip().removeprefix(program), comments=True)
+            found.append(words if program == "dml-accel " else ["train", *words])
+    return found
+
+
+def test_a_trained_peer_is_loaded_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = "--cohort resnet8 --dataset digits --image-size 16 --batch-size 8 --max-steps 1 --cpu"
+    assert cli.main(["train", *words.split(), "--output-dir", "runs/x"]) == 0
+    names: dict = {}
+    exec(blocks("local-dir:"), names)
+    assert not names["net"].training and names["net"].num_classes == 10
+
+
+def test_networks_of_ones_own_learn_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(blocks("dml_accel.learn("), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "1", "2", "3", "4"]
+    # Two small networks know nine digits of ten after five epochs.
+    assert names["record"].test["ensemble"]["top1"] > 0.88
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_no_python_that_is_not_run() -> None:
+    assert README.count("```python") == 3  # that of a data set is run where sets are read
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_can_be_read(words: list[str]) -> None:
+    values = cli._parse(words)
+    fields = Config.from_dict({n: v for n, v in values.items() if n in Config.__annotations__})
+    assert cohort.parse(fields.cohort)
+
+
+def test_the_plan_that_is_shown_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    (words,) = [words for words in commands() if words[0] == "plan"]
+    assert cli.main(words) == 0
+    assert "--placement auto: " in capsys.readouterr().out
