@@ -19,7 +19,7 @@ from dml_accel.data import Data, ImageSet, Normalisation
 from dml_accel.decoding import Split
 from dml_accel.engine import CheckpointRecord, EvaluationRecord, StepRecord, fit
 from dml_accel.frozen import PeerFolder
-from dml_accel.launching import check_launch, launched_processes
+from dml_accel.launching import check_launch, launched_processes, share_cores
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 from dml_accel.sources import Source
@@ -98,6 +98,7 @@ def learn(
     if config.placement == "split":
         raise UsageError("Config(placement='split'): learn has every network in every process")
     check_launch(config)
+    share_cores(config)
     source, config = _source(modules, train, test, config)
     data.check_sizes(source, config)
     folders = frozen.read_all(config.frozen_peers, source.classes, config.image_size)

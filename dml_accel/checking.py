@@ -14,12 +14,13 @@ from dml_accel import cohort, data, frozen, links, pretrained
 from dml_accel.allocation import everywhere
 from dml_accel.batchnorm import check_spanning
 from dml_accel.cohort import PeerSpec
-from dml_accel.compiling import pays
+from dml_accel.compiling import seconds_saved
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import Cost, count, timed
 from dml_accel.frozen import PeerFolder
 from dml_accel.launching import launched_processes
 from dml_accel.links import Weights
+from dml_accel.placement import Placement
 from dml_accel.planning import Machine, both, choose, this_machine
 from dml_accel.processes import Processes
 from dml_accel.report import plan_text
@@ -153,25 +154,25 @@ def agreed_ranks(
     return ranks
 
 
-def agreed_compilation(
-    config: Config, checked: Checked, processes: Processes, steps: int, known: bool | None
-) -> bool:
-    """Return whether to compile: as asked, as decided before, or as the first process measures.
+def agreed_compilation(config: Config, checked: Checked, placement: Placement, steps: int) -> bool:
+    """Return whether to compile: as asked, or for ``auto`` as any process measures.
 
     Args:
         config: the run.
         checked: its networks.
-        processes: those that share it.
+        placement: who trains what.
         steps: optimizer steps to come, of this run or of several alike.
-        known: what ``auto`` was decided to be before; None where it was not.
     """
     if config.compile != "auto":
         return config.compile == "on"
-    if known is None:
-        first = processes.rank == 0
-        known = first and pays(checked.specs, checked.modules, config, steps, processes.accelerator)
+    pays, processes = False, placement.processes
+    if placement.is_alone:
+        # All at once, so that none waits for another that compiles.
+        mine = [spec for spec in checked.specs if spec.name in placement.mine]
+        modules, accelerator = checked.modules, processes.accelerator
+        pays = seconds_saved(mine, modules, config, steps, accelerator) > 0
         processes.release_networks()
-    return processes.agreed(known)
+    return bool(processes.largest(pays))
 
 
 def _with_times(

@@ -49,7 +49,8 @@ class Peer:
     them to step, and the others then divide their gradients by the wrong scale.
 
     ``net`` is what is called in training, wrapped as the placement needs it; ``module`` is the
-    bare network whose parameters are saved.
+    bare network whose parameters are saved. ``keeps_gradients`` where the memory of a backward pass
+    is used again by the next network's, as CUDA graphs do: gradients then have memory of their own.
     """
 
     spec: PeerSpec
@@ -57,6 +58,7 @@ class Peer:
     net: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    keeps_gradients: bool = False
     _buffers: list[tuple[list[Tensor], Tensor]] = field(default_factory=list, init=False)
 
     @property
@@ -66,7 +68,10 @@ class Peer:
 
     def begin(self, lr: float) -> None:
         """Prepare a step: no gradients, its learning rate, and a copy of the buffers."""
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+        if self.keeps_gradients:
+            for weight in self.module.parameters():
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._buffers = self._copied_buffers()

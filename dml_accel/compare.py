@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel import cohort, comparison, plots, sources
-from dml_accel.checking import Checked, agreed_compilation, check
+from dml_accel.checking import Checked, agreed_ranks, check
 from dml_accel.comparison import SubRun
 from dml_accel.comparison_report import comparison_markdown, comparison_title
+from dml_accel.compiling import seconds_saved
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import count
 from dml_accel.data import check_sizes
@@ -31,7 +32,9 @@ from dml_accel.launching import (
     launched_processes,
     launched_rank,
     restarts,
+    share_cores,
 )
+from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 from dml_accel.progress import Display
 from dml_accel.published import TABLE_2, is_cifar100
@@ -146,6 +149,7 @@ def compare(
             made by another configuration; nothing has been written then.
     """
     check_launch(config)
+    share_cores(config)
     plan = _plan(config, cohorts, methods, seeds)
     label = "-".join(["compare", *dict.fromkeys(sub.cohort for sub in plan)])[:80]
     speaks = launched_rank() == 0
@@ -216,13 +220,33 @@ def _compiles(
     root: LockedFolder | None,
 ) -> bool:
     """Decide once for all runs, so that methods differ in nothing else; what was decided stays."""
-    known = None
-    for folder in [root.path / sub.folder for sub in plan] if root else []:
-        with contextlib.suppress(UsageError):
-            known = bool(saved_description(folder)["compiled"])
-    steps = [steps_to_take(sub.config, check_sizes(source, sub.config)[0]) for sub in unfinished]
-    first = plan[0].config
-    return agreed_compilation(first, check(first, source), processes, sum(steps), known)
+    text = ""
+    if root:
+        known = [_known_to_compile(root.path / sub.folder) for sub in plan]
+        said = [one for one in known if one is not None]
+        text = json.dumps([str(root.path.resolve()), said, [plan.index(s) for s in unfinished]])
+    path, said, places = json.loads(processes.text_of_first(text))
+    if said:
+        return any(said)
+    saved = 0.0
+    for cohort_ in dict.fromkeys(plan[place].cohort for place in places):
+        subs = [plan[place] for place in places if plan[place].cohort == cohort_]
+        steps = sum(steps_to_take(s.config, check_sizes(source, s.config)[0]) for s in subs)
+        config = subs[0].config
+        checked = check(config, source)
+        ranks = agreed_ranks(config, checked, processes, Path(path))
+        placement = Placement(config, processes, ranks)
+        if placement.is_alone:
+            mine = [spec for spec in checked.specs if spec.name in placement.mine]
+            saved += seconds_saved(mine, checked.modules, config, steps, processes.accelerator)
+            processes.release_networks()
+    return bool(processes.largest(saved > 0))
+
+
+def _known_to_compile(folder: Path) -> bool | None:
+    with contextlib.suppress(UsageError):
+        return bool(saved_description(folder).get("compiled"))
+    return None
 
 
 def _was_stopped(root: Path, plan: Sequence[SubRun]) -> bool:

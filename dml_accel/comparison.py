@@ -178,6 +178,7 @@ def _run(run: Finished) -> dict[str, Any]:
         "seconds": run.seconds,
         "images_per_second": run.results["throughput"]["images_per_second"],
         "commit": run.description["commit"],
+        "compiled": run.description.get("compiled", []),
     }
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from dml_accel.cohort import PeerSpec, optimizer
 from dml_accel.config import Config
-from dml_accel.data import memory_format
+from dml_accel.data import lay_weights, memory_format
 from dml_accel.processes import memory_ran_short
 
 _SHORTEST = 600.0  # seconds: compiling one network takes from 20 seconds to minutes
@@ -50,6 +50,8 @@ def _configure() -> None:
     # Every peer and every size of a part of a batch is one: running out of them must not be silent.
     dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 256, True
     dynamo.accumulated_recompile_limit = 1024
+    # Kernels are chosen without timing them: a run that goes on must take the same.
+    inductor.deterministic = True
     # Machines without a GPU are told on every start that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
@@ -73,50 +75,52 @@ def tried(net: nn.Module, name: str, attempt: Callable[[nn.Module], object]) -> 
         if memory_ran_short(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        print(f"--compile: {name} runs eagerly, as compiling it fails: {reason}", file=sys.stderr)
+        text = f"--compile: {name} runs eagerly, as compiling it fails: {reason}"
+        print(text, file=sys.stderr, flush=True)
         return typing.cast(nn.Module, net._orig_mod)
     return net
 
 
-def pays(
+def seconds_saved(
     specs: Sequence[PeerSpec],
     modules: Mapping[str, nn.Module],
     config: Config,
     steps: int,
     accelerator: Accelerator,
-) -> bool:
-    """Try out, for ``--compile auto``, whether compiling saves more than it takes; say so.
+) -> float:
+    """Return what compiling saves over some steps less what it takes, by measured times; say it.
 
     Each architecture is timed once, eagerly and compiled, step by step in turns. What was compiled
-    stays in torch's own cache, so that the run itself need not do it again.
+    stays in torch's own cache, so that a run need not do it again.
 
     Args:
-        specs: the peers that could be compiled.
+        specs: the peers that this process trains alone.
         modules: their networks, left as they are.
         config: batch and precision.
-        steps: optimizer steps of the run, or of all runs together.
+        steps: optimizer steps of the run, or of all runs alike.
         accelerator: device and precision.
+
+    Returns:
+        Seconds; 0 where the steps are too few to try it.
     """
-    eager, compiled, compiling = 0.0, 0.0, 0.0
-    known: dict[str, tuple[float, float, float]] = {}
-    for spec in specs:
-        key = repr((spec.arch, spec.arguments))
-        if key not in known:
-            trial = _Trial(modules[spec.name], config, accelerator)
-            if steps * len(specs) * trial.eager < _SHORTEST:
-                print("--compile auto: off, the run is too short to repay it", file=sys.stderr)
-                return False
-            known[key] = trial.compare(spec.name)
-        eager, compiled = eager + known[key][0], compiled + known[key][1]
-    compiling = sum(seconds for _, _, seconds in known.values())
-    saved = steps * (eager - compiled)
-    print(
-        f"--compile auto: {'on' if saved > compiling else 'off'}, {1e3 * eager:.0f} ms a step "
-        f"eagerly, {1e3 * compiled:.0f} ms compiled, {compiling:.0f} s to compile, {steps} steps",
-        file=sys.stderr,
-        flush=True,
+    kinds = {spec.name: repr((spec.arch, spec.arguments)) for spec in specs}
+    named = {kind: name for name, kind in kinds.items()}
+    trials = {kind: _Trial(modules[name], config, accelerator) for kind, name in named.items()}
+    if steps * sum(trials[kind].eager for kind in kinds.values()) < _SHORTEST:
+        _say("the steps are too few to repay it")
+        return 0.0
+    found = {kind: trial.compare(named[kind]) for kind, trial in trials.items()}
+    eager, compiled = (sum(found[kind][i] for kind in kinds.values()) for i in (0, 1))
+    compiling = sum(seconds for _, _, seconds in found.values())
+    _say(
+        f"{1e3 * eager:.0f} ms a step eagerly, {1e3 * compiled:.0f} ms compiled, "
+        f"{compiling:.0f} s to compile, {steps} steps"
     )
-    return saved > compiling
+    return steps * (eager - compiled) - compiling
+
+
+def _say(text: str) -> None:
+    print(f"--compile auto: {text}", file=sys.stderr, flush=True)
 
 
 class _Trial:
@@ -126,12 +130,12 @@ class _Trial:
         self._module, self._config, self._accelerator = module, config, accelerator
         self._eager = self._prepared(compiled=False)
         self._step(*self._eager)
-        self.eager = self._step(*self._eager)
+        self.eager = self._step(*self._eager)  # seconds of an optimizer step
 
     def _prepared(self, compiled: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
         config = self._config
         module = copy.deepcopy(self._module)
-        module.to(memory_format=memory_format(config, self._accelerator.device))
+        lay_weights(module, memory_format(config, self._accelerator.device))
         with switched(self._accelerator, compiled, config.compile_mode):
             net = self._accelerator.prepare_model(module, evaluation_mode=True)
         return net, optimizer(module, config)
@@ -148,7 +152,7 @@ class _Trial:
         sgd.step()
         if device.type != "cpu":
             torch.accelerator.synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) * config.grad_accum
 
     def compare(self, name: str) -> tuple[float, float, float]:
         """Return seconds of an eager step, of a compiled one, and those that compiling took."""

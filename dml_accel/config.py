@@ -184,15 +184,16 @@ class Config:
     )
     compile: str = flag(
         "off",
-        "compile each network that one process trains: alone, on; auto tries it and compiles where "
-        "the run is long enough to repay it, by measured times",
+        "torch.compile each network that one process trains by itself; without a word it means on, "
+        "auto measures first and compiles where the run is long enough to repay it",
         nargs="?",
         const="on",
         choices=("off", "on", "auto"),
     )
     compile_mode: str = flag(
         "default",
-        "torch.compile's: reduce-overhead uses CUDA graphs, max-autotune tries more kernels",
+        "with --compile, torch.compile's own: reduce-overhead uses CUDA graphs, max-autotune tries "
+        "more kernels",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     )
     memory_format: str | None = flag(
@@ -346,6 +347,10 @@ class Config:
                 self.low_memory and in_turn,
                 f"--low-memory cuts the step of --update simultaneous; {self.update} predicts for "
                 "its own order",
+            ),
+            (
+                self.compile == "off" and self.compile_mode != "default",
+                f"--compile-mode {self.compile_mode} has nothing to do without --compile",
             ),
             (
                 self.tf32 and self.float64,

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dml_accel.cohort import PeerSpec, optimizer, parameter_count
 from dml_accel.config import Config
-from dml_accel.data import memory_format
+from dml_accel.data import lay_weights, memory_format
 from dml_accel.decoding import cache_dir
 from dml_accel.files import write_json
 
@@ -97,7 +97,8 @@ def timed(
     found = {}
     for spec in specs:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        where = (name, threads, config.image_size, config.float64, config.mixed_precision)
+        layout = str(memory_format(config, device))
+        where = (name, threads, config.image_size, config.float64, config.mixed_precision, layout)
         key = repr((spec.arch, spec.arguments, *where, torch.__version__))
         if key not in known:
             known[key] = _seconds(modules[spec.name], config, device)
@@ -109,7 +110,8 @@ def timed(
 
 def _seconds(module: nn.Module, config: Config, device: torch.device) -> float:
     layout = memory_format(config, device)
-    module = copy.deepcopy(module).to(device).to(memory_format=layout)
+    module = copy.deepcopy(module).to(device)
+    lay_weights(module, layout)
     weight, size = next(module.parameters()), config.image_size
     images = torch.randn(_TIMED_ROWS, 3, size, size, dtype=weight.dtype, device=device)
     images = images.contiguous(memory_format=layout)

@@ -9,7 +9,7 @@ Shape letters: N images, B rows of a batch, S pixels a side.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dml_accel.config import Config, UsageError
 from dml_accel.decoding import Split
@@ -123,8 +123,7 @@ class ImageSet:
         if self._is_labelled is None:
             return None
         labelled = self._is_labelled[self._rows_of(step, batch_size)].sum()
-        weight = torch.where(labelled > 0, batch_size / labelled.clamp(min=1).double(), 0.0)
-        return weight.to(self._dtype)
+        return torch.where(labelled > 0, batch_size / labelled.clamp(min=1).to(self._dtype), 0.0)
 
     def _rows_of(self, step: int, batch_size: int) -> Tensor:
         """Return the images of a whole batch, on the device, drawing its epoch's order."""
@@ -198,6 +197,13 @@ def memory_format(config: Config, device: torch.device) -> torch.memory_format:
     default = device.type == "cpu" and not config.float64
     asked = config.memory_format or ("channels_last" if default else "contiguous")
     return torch.channels_last if asked == "channels_last" else torch.contiguous_format
+
+
+def lay_weights(module: nn.Module, layout: torch.memory_format) -> None:
+    """Let a network's weights lie in memory as its images do, in place."""
+    for weight in module.parameters():
+        if weight.dim() == 4:  # what the formats are for
+            weight.data = weight.data.contiguous(memory_format=layout)
 
 
 def check_sizes(source: Source, config: Config) -> tuple[int, int]:

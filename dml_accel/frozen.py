@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dml_accel import cohort
 from dml_accel.config import Config, UsageError
-from dml_accel.data import Data, Normalisation
+from dml_accel.data import Data, Normalisation, lay_weights, memory_format
 from dml_accel.files import LARGEST_JSON, UnreadableError, read_json
 from dml_accel.placement import Placement
 from dml_accel.pretrained import LEADS_ELSEWHERE
@@ -250,6 +250,7 @@ def prepare(
     for name, folder in folders.items():
         net = build(folder).requires_grad_(False)
         net = net.double() if config.float64 else net.float()
+        lay_weights(net, memory_format(config, placement.device))
         net = placement.processes.accelerator.prepare_model(net, evaluation_mode=True).eval()
         prepared.append(Frozen(name, folder, net, images.normalisation))
     return prepared

@@ -154,3 +154,21 @@ def stays_on_cpu(config: Config) -> bool:
     """Whether the run is on the CPU: by wish, or because there is nothing else."""
     asked = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     return asked or not torch.accelerator.is_available()
+
+
+def share_cores(config: Config) -> None:
+    """Let this process compute with its share of the machine's cores, where it is on the CPU."""
+    threads = _threads(config, launched_processes())
+    if threads and stays_on_cpu(config):
+        torch.set_num_threads(threads)
+
+
+def _threads(config: Config, launched: int) -> int | None:
+    """Return how many threads this process computes with on a CPU; None leaves it as it is.
+
+    Launchers give each of several processes one thread, however many cores there are.
+    """
+    if config.threads or launched == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return config.threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", launched)))

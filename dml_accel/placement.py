@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dml_accel.batchnorm import span_group
 from dml_accel.compiling import switched, tried
 from dml_accel.config import Config
-from dml_accel.data import memory_format
+from dml_accel.data import lay_weights, memory_format
 from dml_accel.keys import bounds
 from dml_accel.losses import Targets
 from dml_accel.processes import Processes
@@ -89,10 +89,7 @@ class Placement:
         """
         if self._spans_batch_norm:
             span_group(module, self._group)
-        layout = memory_format(self._config, self.device)
-        for weight in module.parameters():
-            if weight.dim() == 4:  # what the format is for
-                weight.data = weight.data.contiguous(memory_format=layout)
+        lay_weights(module, memory_format(self._config, self.device))
         accelerator = self.processes.accelerator
         with switched(accelerator, compiled and self.is_alone, self._config.compile_mode):
             net = accelerator.prepare_model(module, evaluation_mode=True)
@@ -114,7 +111,7 @@ class Placement:
         return len(self._members) == 1
 
     def _settle(self, net: nn.Module) -> None:
-        """Take a backward pass without effect with each number of rows that will come.
+        """Take a backward pass without effect for each length of a part of a batch.
 
         It compiles what is to be. After its first, DDP rearranges its buckets and so the order of
         its sums: a run that goes on from a checkpoint would take that pass at another step than one
@@ -122,17 +119,21 @@ class Placement:
         """
         config = self._config
         parts = bounds(config.batch_size, config.grad_accum)
-        counts = {hi - lo for lo, hi in (self.rows(stop - start) for start, stop in parts)}
         before = [buffer.clone() for buffer in net.buffers()]
         like = next(net.parameters())
-        for count in sorted(counts):
-            images = like.new_zeros(count, 3, config.image_size, config.image_size)
-            images = images.to(memory_format=memory_format(config, self.device))
-            net(images).sum().backward()
-        net.zero_grad()
-        with torch.no_grad():
-            for buffer, value in zip(net.buffers(), before, strict=True):
-                buffer.copy_(value)
+        try:
+            # Lengths of whole parts: all processes of the peer take the same number of passes.
+            for length in sorted({stop - start for start, stop in parts}):
+                lo, hi = self.rows(length)
+                images = like.new_zeros(hi - lo, 3, config.image_size, config.image_size)
+                images = images.to(memory_format=memory_format(config, self.device))
+                net(images).sum().backward()
+                net.zero_grad()
+        finally:  # what fails to compile runs eagerly, from where it was
+            net.zero_grad()
+            with torch.no_grad():
+                for buffer, value in zip(net.buffers(), before, strict=True):
+                    buffer.copy_(value)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return a loss scaler for one peer; outside fp16 it does nothing."""

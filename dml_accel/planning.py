@@ -94,6 +94,8 @@ def predict(
     for name, held in ranks.items():
         cost, width = costs[name], len(held)
         seconds = cost.seconds or (1 + _BACKWARD) * cost.macs / machine.macs_per_second
+        if config.low_memory and config.kl_weight:
+            seconds *= (2 + _BACKWARD) / (1 + _BACKWARD)  # every network predicts twice
         for index, rank in enumerate(held):
             rows = [_length(bounds(part, width)[index]) for part in parts]
             grouped, messages = _group_bytes(cost, width, len(parts), item, config)
@@ -103,7 +105,7 @@ def predict(
             copies = _STATE + (width > 1)  # buckets of gradients to average
             memory[rank] += copies * item * cost.parameters
             activations[rank].append(max(rows) * cost.activation_bytes)
-    together = max if config.low_memory else sum
+    together = max if config.low_memory or config.kl_weight == 0 else sum
     memory = [a + together(b) for a, b in zip(memory, activations, strict=True)]
     exchanged, messages = _exchange_bytes(ranks, config, classes, parts, item, world_size)
     exchange = max(exchanged) / machine.bandwidth + messages * machine.latency

@@ -80,9 +80,6 @@ class Processes:
                 f"launched as {launched} processes but only {self.world_size} found each other; "
                 "add --cpu to the flags of train.py"
             )
-        threads = _threads(config, launched)
-        if threads and self.device.type == "cpu":
-            torch.set_num_threads(threads)
         if config.tf32:
             torch.set_float32_matmul_precision("high")
         # The same run twice is the same bit for bit: cuDNN may not choose otherwise.
@@ -234,8 +231,12 @@ class MemoryShortError(RuntimeError):
 
 
 @contextlib.contextmanager
-def remedy_of_short_memory(config: Config) -> Iterator[None]:
+def remedy_of_short_memory(config: Config, takes_turns: bool) -> Iterator[None]:
     """Say what needs less memory where it runs short.
+
+    Args:
+        config: the run's.
+        takes_turns: whether one network's activations are held at a time as it is.
 
     Raises:
         MemoryShortError: in place of the error of torch or Python.
@@ -245,31 +246,19 @@ def remedy_of_short_memory(config: Config) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not memory_ran_short(error):
             raise
-        ways = [] if config.low_memory else ["--low-memory keeps one network's activations at once"]
-        ways.append(
-            f"--grad-accum {2 * config.grad_accum} halves the part that is computed at once"
-        )
-        raise MemoryShortError(
-            f"memory ran short: {'; '.join(ways)} (batch norm sees the part alone), and so does a "
-            f"smaller --batch-size ({config.batch_size})"
-        ) from error
+        ways, parts = [], 2 * config.grad_accum
+        if not takes_turns and config.update == "simultaneous":
+            ways.append("--low-memory keeps one network's activations at a time")
+        if parts <= config.batch_size and config.update != "sequential":
+            ways.append(f"--grad-accum {parts} computes a batch in smaller parts (another result)")
+        ways.append(f"a smaller --batch-size than {config.batch_size} needs less (another result)")
+        raise MemoryShortError(f"memory ran short: {'; '.join(ways)}") from error
 
 
 def memory_ran_short(error: BaseException) -> bool:
     """Whether an error says that there was no memory for a tensor."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or "DefaultCPUAllocator" in _first_line(error)
-
-
-def _threads(config: Config, launched: int) -> int | None:
-    """Return how many threads this process computes with on a CPU; None leaves it as it is.
-
-    Launchers give each of several processes one thread, however many cores there are.
-    """
-    if config.threads or launched == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
-        return config.threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", launched)))
 
 
 def _is_of_the_exchange(error: RuntimeError) -> bool:

@@ -80,6 +80,13 @@ class Origin:
         known = config.placement in ("auto", placement["kind"])
         return dict(placement["ranks"]) if known else None
 
+    def compiled(self, config: Config, world_size: int) -> list[str] | None:
+        """Return which peers were compiled where this run is to do as it did."""
+        if self.ranks(config, world_size) is None:
+            return None
+        same = self.state["config"].get("compile", "off") == config.compile
+        return list(self.state["compiled"]) if same else None
+
     def agreed(self, processes: Processes) -> "Origin":
         """Return rank 0's origin in every process."""
         text = processes.text_of_first(json.dumps([str(self.path or ""), self.state]))
@@ -215,6 +222,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
         )
     state = checkpoint.verify(path, peers)
     state.setdefault("starts", {})  # older ones have none
+    state.setdefault("compiled", [])  # by those that could not
     wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
     if not wrong:
         if not _is_a_placement(state["placement"].get("ranks"), state["world_size"], peers):

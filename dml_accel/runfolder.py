@@ -271,10 +271,9 @@ def saved_description(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads((path / "config.json").read_text())
-        found["config"], found["compiled"]
+        return {"config": found["config"], **found}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path / 'config.json'} cannot be read: {error}") from error
-    return dict(found)
 
 
 def saved_config(path: Path) -> Config:

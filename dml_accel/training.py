@@ -2,16 +2,16 @@
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_compiled_module
 from safetensors import SafetensorError
-from torch import nn
 
 from dml_accel import cohort, data, frozen, sources, trackers
 from dml_accel.checking import Checked, agreed_compilation, agreed_ranks, check, say_starts
-from dml_accel.cohort import Peer, PeerSpec, parameter_count
+from dml_accel.cohort import Peer, parameter_count
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data
 from dml_accel.engine import (
@@ -25,7 +25,7 @@ from dml_accel.engine import (
 )
 from dml_accel.export import write_peer
 from dml_accel.files import write_text
-from dml_accel.launching import Stop, StoppedError, check_launch, launched_rank
+from dml_accel.launching import Stop, StoppedError, check_launch, launched_rank, share_cores
 from dml_accel.placement import Placement
 from dml_accel.planning import predict, this_machine
 from dml_accel.processes import Processes, remedy_of_short_memory
@@ -74,6 +74,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         StoppedError, DivergedError, NotKeptError: see ``run``.
     """
     check_launch(config)
+    share_cores(config)
     names = [spec.name for spec in cohort.parse(config.cohort)]
     speaks = launched_rank() == 0
     goes_on = continues_in_place(config)
@@ -168,12 +169,15 @@ def run(
     teaching = Teaching(config, checked.names, list(checked.frozen), checked.links)
     parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
     start = origin.start(path / CHECKPOINTS)
-    if compiles is None:
-        steps = steps_to_take(config, len(images.train)) - start.step
-        known = bool(origin.state["compiled"]) if origin.path else None
-        compiles = agreed_compilation(config, checked, processes, steps, known)
-    with remedy_of_short_memory(config):
-        peers = _peers(checked, config, placement, compiles)
+    alone = not teaching.is_on or config.low_memory
+    with remedy_of_short_memory(config, alone):
+        known = origin.compiled(config, processes.world_size)
+        if known is None:
+            if compiles is None:
+                steps = steps_to_take(config, len(images.train)) - start.step
+                compiles = agreed_compilation(config, checked, placement, steps)
+            known = checked.names if compiles else []
+        peers = _peers(checked, config, placement, known)
     compiled = placement.named(peer.name for peer in peers if is_compiled_module(peer.net))
     load(origin, peers, processes)
     windows = Windows(placement.names, len(images.train) // config.batch_size)
@@ -201,7 +205,7 @@ def run(
     state = description(config, checked, placement, compiled)
     try:
         records = fit(peers, images, config, placement, start, stop, teaching, teachers)
-        with remedy_of_short_memory(config):
+        with remedy_of_short_memory(config, alone):
             for record in records:
                 if isinstance(record, CheckpointRecord):
                     keep(path / CHECKPOINTS, record, peers, state, config, placement)
@@ -262,26 +266,34 @@ def _images_of_a_step(config: Config, placement: Placement) -> int:
     return config.batch_size * (len(placement.names) if config.update == "official" else 1)
 
 
-def _peers(checked: Checked, config: Config, placement: Placement, compiles: bool) -> list[Peer]:
-    """Return the peers that are trained here, their networks taken out of ``checked``."""
-    mine = [spec for spec in checked.specs if spec.name in placement.mine]
-    if compiles and placement.processes.rank == 0:
-        shared = [name for name, ranks in placement.ranks.items() if len(ranks) > 1]
+def _peers(
+    checked: Checked, config: Config, placement: Placement, compiled: Sequence[str]
+) -> list[Peer]:
+    """Return the peers that are trained here, their networks taken out of ``checked``.
+
+    Args:
+        checked: the networks.
+        config: the run's.
+        placement: whose they are.
+        compiled: names of those to compile, where one process trains them alone.
+    """
+    if compiled and placement.processes.rank == 0:
+        shared = [name for name in compiled if len(placement.ranks[name]) > 1]
         if shared:
             why = "processes that share a network exchange between its layers"
             print(f"--compile: {', '.join(shared)} run eagerly, as {why}", file=sys.stderr)
-        if len(shared) < len(placement.names):
+        if len(shared) < len(compiled):
             print("compiling, which takes minutes the first time", file=sys.stderr, flush=True)
-    peers = [_peer(spec, checked.modules[spec.name], config, placement, compiles) for spec in mine]
+    peers = []
+    for spec in checked.specs:
+        if spec.name in placement.mine:
+            module = checked.modules[spec.name]
+            net = placement.prepare(module, spec.name, spec.name in compiled)
+            sgd, scaler = cohort.optimizer(module, config), placement.scaler()
+            keeps = is_compiled_module(net) and config.compile_mode != "default"
+            peers.append(Peer(spec, module, net, sgd, scaler, keeps))
     checked.modules.clear()
     return peers
-
-
-def _peer(
-    spec: PeerSpec, module: nn.Module, config: Config, placement: Placement, compiles: bool
-) -> Peer:
-    net = placement.prepare(module, spec.name, compiles)
-    return Peer(spec, module, net, cohort.optimizer(module, config), placement.scaler())
 
 
 def _sent(config: Config, checked: Checked, placement: Placement) -> list[float]:

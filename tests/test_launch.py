@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dml_accel import processes
+from dml_accel import launching
 from dml_accel.config import UsageError
 from dml_accel.launching import check_launch
 from tests.conftest import tiny_config
@@ -142,4 +142,4 @@ def test_processes_share_the_cores_of_their_machine(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes._threads(tiny_config(threads=threads), launched) == expected
+    assert launching._threads(tiny_config(threads=threads), launched) == expected
