@@ -1,10 +1,12 @@
 """The README's examples: those in Python run, and every command that it shows can be read."""
 
+import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dml_accel import cli, cohort
 from dml_accel.config import Config
@@ -60,6 +62,8 @@ def test_there_is_no_python_that_is_not_run() -> None:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_can_be_read(words: list[str]) -> None:
     values = cli._parse(words)
+    if words[0] not in ("train", "compare", "plan"):
+        return
     fields = Config.from_dict({n: v for n, v in values.items() if n in Config.__annotations__})
     assert cohort.parse(fields.cohort)
 
@@ -68,3 +72,28 @@ def test_the_plan_that_is_shown_is_printed(capsys: pytest.CaptureFixture[str]) -
     (words,) = [words for words in commands() if words[0] == "plan"]
     assert cli.main(words) == 0
     assert "--placement auto: " in capsys.readouterr().out
+
+
+def test_a_trained_network_is_used_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = "--cohort resnet8*2 --dataset digits --batch-size 16 --max-steps 2 --val-fraction 0.1"
+    assert cli.main(["train", *words.split(), "--cpu", "--output-dir", "runs/pair"]) == 0
+    for name in ("photo.png", "folder/a.png", "more/deep/b.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 30), "green").save(name)
+    section = README.partition("## Use a trained network")[2].partition("\n## ")[0]
+    shown = [line.strip() for line in section.splitlines() if "dml-accel " in line[:60]]
+    assert len(shown) == 6
+    for line in shown:
+        _, piped, command = line.rpartition(" | ")
+        if piped:
+            monkeypatch.setattr("sys.stdin", io.StringIO("folder/a.png\n"))
+        words = shlex.split(command, comments=True)[1:]
+        assert cli.main(words) == 0, line
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("photo.png", "folder/a.png", "more/deep/b.jpg"))
+    assert Path("measured/confusion.png").exists()
+    assert Path("exported/best/model.safetensors").exists()
+    assert Path("exported/ensemble/model.onnx").exists()
