@@ -10,7 +10,7 @@ THREADS = 2  # of all processes of one competitor together
 # Our modes: flags of train.py, as fields of its configuration.
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
-    "contiguous": {"memory_format": "contiguous"},
+    "channels_last": {"memory_format": "channels_last"},
     "low memory": {"low_memory": True},
     "bf16": {"mixed_precision": "bf16"},
     "compiled": {"compile": "on"},
@@ -30,8 +30,8 @@ TUNED: dict[str, dict[str, bool]] = {
 TUNED_WITH_MEMORY_KEPT = ("channels_last, bf16", "compiled", "compiled, bf16")
 # The networks' own step in several ways, and which of our modes each is the limit of.
 LIMITS: dict[str, tuple[dict[str, bool], tuple[str, ...]]] = {
-    "contiguous": ({}, ("contiguous",)),
-    "channels_last": ({"channels_last": True}, ("default",)),
+    "contiguous": ({}, ("default",)),
+    "channels_last": ({"channels_last": True}, ("channels_last",)),
     "channels_last, bf16": ({"channels_last": True, "bf16": True}, ("bf16",)),
     "compiled": ({"channels_last": True, "compiled": True}, ("compiled",)),
     "compiled, bf16": (

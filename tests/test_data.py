@@ -236,11 +236,12 @@ def test_channels_last_batches_hold_the_same_images(digits: Source) -> None:
 @pytest.mark.parametrize(
     ("device", "changes", "expected"),
     [
-        ("cpu", {"float64": False}, torch.channels_last),
+        ("cpu", {"float64": False}, torch.contiguous_format),
         ("cpu", {}, torch.contiguous_format),  # double precision
-        ("cuda", {"float64": False}, torch.contiguous_format),
+        ("cpu", {"float64": False, "mixed_precision": "bf16"}, torch.channels_last),
+        ("cuda", {"float64": False, "mixed_precision": "bf16"}, torch.contiguous_format),
         ("cuda", {"float64": False, "memory_format": "channels_last"}, torch.channels_last),
-        ("cpu", {"float64": False, "memory_format": "contiguous"}, torch.contiguous_format),
+        ("cpu", {"float64": False, "memory_format": "channels_last"}, torch.channels_last),
     ],
 )
 def test_the_memory_format_follows_device_and_precision(
