@@ -1,215 +1,27 @@
-"""From the readings of benchmarks/speed.json to its table, its plot and the README's section."""
+"""From the readings of benchmarks/speed.json to its tables, its plot and the README's section."""
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmarks.measuring import BATCH, HERE, MEMORY_KEPT, Ratio, ratio
+from benchmarks.measuring import BATCH, HERE
+from benchmarks.speed_tables import (
+    beyond,
+    faster,
+    images_per_second,
+    markdown,
+    rivals,
+    seconds,
+    series,
+)
 from dml_accel.files import write_text
 from dml_accel.plots import colours, save
 
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
-Reading = dict[str, Any]
-_VARIABLES = " ".join(f"`{name}={value}`" for name, value in MEMORY_KEPT.items())
-# What grows in each series of cohorts of ResNet-8, and whether a step should grow with it.
-_SERIES = {
-    "peers": ("More peers, 1 process of 2 threads", True),
-    "peers in 2 processes": ("More peers, 2 processes of 1 thread", True),
-    "classes": ("More classes, 4 peers", False),
-    "batch": ("Larger batches, 2 peers", True),
-    "batch, memory kept": ("Larger batches, 2 peers, memory kept", True),
-}
-
-
-def seconds(reading: Reading) -> list[float]:
-    """Return the seconds of a step, block by block."""
-    return [block / reading["steps"] for block in reading["seconds"]]
-
-
-def images_per_second(reading: Reading) -> float:
-    """Return the median block's rate; an image counts once however many peers see it."""
-    images = reading["options"].get("batch_size", BATCH)
-    return float(images / median(seconds(reading)))
-
-
-def faster(one: Reading, other: Reading | None) -> str:
-    """Return how many times as fast as another one is, with its interval."""
-    if other is None or not one["seconds"]:
-        return ""
-    return "1" if one is other else str(ratio(seconds(other), seconds(one)))
-
-
-def rivals(readings: Sequence[Reading]) -> list[Reading | None]:
-    """Return pytorch-dml as its README uses it, the fastest that it can be made, the plain loop."""
-    measured = [one for one in readings if one["seconds"]]
-
-    def of(whose: str, tuned: bool) -> list[Reading]:
-        about = [(one, one["about"]) for one in measured]
-        return [o for o, a in about if a["whose"] == whose and a.get("tuned", False) == tuned]
-
-    def mean_log(one: Reading) -> float:
-        return fmean(map(math.log, seconds(one)))
-
-    # All are compared with the one that was the fastest of all in this very run: to its favour.
-    fastest = min(of("pytorch-dml", True), key=mean_log, default=None)
-    return [
-        next(iter(of("pytorch-dml", False)), None),
-        fastest,
-        next(iter(of("plain", False)), None),
-    ]
-
-
-def _gigabytes(reading: Reading) -> str:
-    return f"{reading['memory_bytes'] / 1e9:.2f}"
-
-
-def _others(part: dict[str, Any]) -> str:
-    bases, rows = rivals(part["readings"]), []
-    for one in part["readings"]:
-        if not one["seconds"]:
-            rows.append([one["name"], "", f"failed: {one.get('failed', 'no block is complete')}"])
-            continue
-        rows.append(
-            [
-                one["name"],
-                f"{one['processes']} x {one['threads']}",
-                f"{images_per_second(one):.0f}",
-                *(faster(one, base) for base in bases),
-                _gigabytes(one),
-                f"{one['prepared_s'] + one['warm_up_s']:.0f}",
-            ]
-        )
-    headers = ["what", "processes x threads", "images/s", "times pytorch-dml", "times its fastest"]
-    headers += ["times the plain loop", "memory, GB", "start, s"]
-    return f"""## Beside others
-
-A ResNet-32 pair, 100 classes, batch 64, 32 x 32, random crop and flip; whole steps with their
-input, {part["images"]}. Times as fast as others: geometric mean over the blocks, with its 95%
-interval. pytorch-dml's fastest is the fastest "tuned" row. Memory is the peak above what the
-imports take, of the first process; start is from the imports to the fourth step, compilation with
-it. "Memory kept" is with {_VARIABLES}: the C library then keeps what a step frees.
-
-{tabulate(rows, headers, tablefmt="github", disable_numparse=True)}
-"""
-
-
-def _limits(part: dict[str, Any]) -> str:
-    measured = [one for one in part["readings"] if one["seconds"]]
-    by_name = {one["name"]: one for one in measured}
-    products = {one["about"]["bf16"]: one for one in measured if one["kind"] == "products"}
-    step_flop = 6.0 * part["macs_per_image"] * BATCH  # a backward pass is two forward passes
-    product_flop = 2.0 * part["macs_per_product"]
-    rows = []
-    for one in measured:
-        flop = product_flop if one["kind"] == "products" else step_flop
-        limit, product = by_name.get(one["about"].get("limit")), products.get(one["about"]["bf16"])
-        share = ""
-        if product and one is not product:
-            share = _percent(ratio(seconds(product), seconds(one)).times(flop / product_flop))
-        rows.append(
-            [
-                one["name"],
-                f"{1e3 * median(seconds(one)):.0f} ms",
-                ratio(seconds(one), seconds(limit)).as_change() if limit else "",
-                f"{flop / median(seconds(one)) / 1e9:.0f}",
-                share,
-            ]
-        )
-    headers = ["what", "step", "above its networks alone", "GFLOP/s", "of torch.mm's rate"]
-    return f"""## Beside what the machine can do
-
-The same pair: our whole steps, its networks' own forward, cross-entropy, backward and optimizer
-steps on a ready batch, and products of 2048 x 2048 matrices in the same precision. The networks'
-arithmetic is three times that of a forward pass, {part["macs_per_image"] / 1e6:.0f} million
-multiply-accumulates an image for the pair.
-
-{tabulate(rows, headers, tablefmt="github", disable_numparse=True)}
-"""
-
-
-def _percent(share: Ratio) -> str:
-    mean, *ends = (None if v is None else f"{100 * v:.1f}" for v in (share.mean, *_ends(share)))
-    return f"{mean}% ({ends[0]} to {ends[1]})" if all(ends) else f"{mean}%"
-
-
-def _ends(found: Ratio) -> tuple[float | None, float | None]:
-    return found.low, found.high
-
-
-def beyond(one: Reading, first: Reading, linear: bool) -> Ratio:
-    """Return a step over the series' first, times what grew between them where that is linear."""
-    factor = first["about"]["x"] / one["about"]["x"] if linear else 1.0
-    return ratio(seconds(one), seconds(first)).times(factor)
-
-
-def series(part: dict[str, Any]) -> dict[str, list[Reading]]:
-    """Return the readings of each series, in order."""
-    found: dict[str, list[Reading]] = {}
-    for one in part["readings"]:
-        if one["seconds"] and "series" in one["about"]:
-            found.setdefault(one["about"]["series"], []).append(one)
-    return found
-
-
-def losses_share(part: dict[str, Any]) -> tuple[Reading, Ratio] | None:
-    """Return the losses alone, and their share of the step that they belong to."""
-    by_name = {one["name"]: one for one in part["readings"] if one["seconds"]}
-    for one in by_name.values():
-        whole = by_name.get(one["about"].get("of"))
-        if whole:
-            return one, ratio(seconds(one), seconds(whole))
-    return None
-
-
-def _growth(part: dict[str, Any]) -> str:
-    text = "## As cohorts grow\n\nCohorts of ResNet-8, batch 64, 100 classes where not said.\n"
-    for name, found in series(part).items():
-        title, linear = _SERIES.get(name, (name.capitalize(), True))
-        rows = []
-        for one in found:
-            grown = "" if one is found[0] else beyond(one, found[0], linear).as_change()
-            x, step = one["about"]["x"], 1e3 * median(seconds(one))
-            row = [x, f"{step:.1f} ms", *([f"{step / x:.2f} ms"] if linear else []), grown]
-            rows.append([*row, _gigabytes(one)])
-        unit = name.split()[0].rstrip(",")
-        each = {"peers": "a peer's share", "batch": "an image's share"}.get(unit, "share")
-        headers = [unit, "step", *([each] if linear else [])]
-        headers += ["above linear" if linear else "above the first row", "memory, GB"]
-        text += f"\n### {title}\n\n"
-        text += tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
-    share = losses_share(part)
-    if share:
-        one, of_step = share
-        text += (
-            f"\nTargets and {one['name']}, forward and backward: "
-            f"{1e3 * median(seconds(one)):.2f} ms, {_percent(of_step)} of their step.\n"
-        )
-    return text
-
-
-def _where(part: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
-    return (
-        f"{part['processor']}, {part['cores']} cores, {part['system']}; {versions}; commit "
-        f"{part['commit']}; {part['date']}; {part['blocks']} alternating blocks. Command: "
-        f"`{part['command']}`\n"
-    )
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """Return speed.md."""
-    sections = {"others": _others, "limits": _limits, "growth": _growth}
-    parts = [
-        f"{write(found[p])}\n{_where(found[p])}" for p, write in sections.items() if p in found
-    ]
-    title = "# How fast\n\nMedians of blocks; ratios are of the same block. Plot: speed.png.\n"
-    return "\n".join([title, *parts])
 
 
 def readme(found: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import speed_report
+from benchmarks import speed_report, speed_tables
 from benchmarks.competitors import PARTS
 from benchmarks.measuring import HERE, ratio
 
@@ -86,7 +86,7 @@ def test_a_ratio_is_a_geometric_mean_with_students_interval_of_logs() -> None:
 
 
 def test_the_table_is_what_the_readings_give() -> None:
-    text = speed_report.markdown(made_up())
+    text = speed_tables.markdown(made_up())
     others, limits, growth = text.split("\n## ")[1:]
     # 64 images in 1 s; the fastest of the tuned ones takes 2 s; the plain loop was not measured.
     assert row(others, "ours")[2:] == [
@@ -135,6 +135,6 @@ def test_what_the_tree_says_is_what_its_readings_give() -> None:
     if not path.exists():
         pytest.skip("benchmarks/speed.json was not measured")
     found = json.loads(path.read_text())
-    assert (HERE / "speed.md").read_text() == speed_report.markdown(found)
+    assert (HERE / "speed.md").read_text() == speed_tables.markdown(found)
     text = speed_report.README.read_text()
     assert text == speed_report.with_section(text, speed_report.readme(found))
