@@ -20,7 +20,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 DEMO = "--cohort resnet8*2 --dataset digits --epochs 8 --batch-size 16 --lr 0.05".split()
 # Two tests at a time, of one thread each: on networks of a test's size threads only wait.
-WORKERS = "-n 2 --dist loadgroup".split()
+WORKERS = "-n 2 --dist loadfile".split()
 LINT = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
 
 

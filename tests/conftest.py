@@ -21,17 +21,6 @@ from dml_accel.processes import Processes
 from dml_accel.schedules import Step
 from dml_accel.teaching import Teaching
 
-# accelerate launch listens at one port, so that tests that start it must not meet each other.
-USE_ACCELERATE = {"test_launchers", "test_processes", "test_resume"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let several workers share the tests file by file, and one have all that use that port."""
-    for item in items:
-        group = "accelerate" if item.path.stem in USE_ACCELERATE else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep decoded images and the hub's cache out of the user's home, offline."""
