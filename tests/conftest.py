@@ -21,6 +21,7 @@ from dml_accel.processes import Processes
 from dml_accel.schedules import Step
 from dml_accel.teaching import Teaching
 
+
 @pytest.fixture(autouse=True, scope="session")
 def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep decoded images and the hub's cache out of the user's home, offline."""
