@@ -8,10 +8,11 @@ from typing import Any
 
 from accelerate.utils import is_compiled_module
 from safetensors import SafetensorError
+from torch import nn
 
 from dml_accel import cohort, data, frozen, sources, trackers
 from dml_accel.checking import Checked, agreed_compilation, agreed_ranks, check, say_starts
-from dml_accel.cohort import Peer, parameter_count
+from dml_accel.cohort import Peer, PeerSpec, parameter_count
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data
 from dml_accel.engine import (
@@ -284,16 +285,22 @@ def _peers(
             print(f"--compile: {', '.join(shared)} run eagerly, as {why}", file=sys.stderr)
         if len(shared) < len(compiled):
             print("compiling, which takes minutes the first time", file=sys.stderr, flush=True)
-    peers = []
-    for spec in checked.specs:
-        if spec.name in placement.mine:
-            module = checked.modules[spec.name]
-            net = placement.prepare(module, spec.name, spec.name in compiled)
-            sgd, scaler = cohort.optimizer(module, config), placement.scaler()
-            keeps = is_compiled_module(net) and config.compile_mode != "default"
-            peers.append(Peer(spec, module, net, sgd, scaler, keeps))
+    mine = [spec for spec in checked.specs if spec.name in placement.mine]
+    peers = [
+        _peer(spec, checked.modules[spec.name], config, placement, spec.name in compiled)
+        for spec in mine
+    ]
     checked.modules.clear()
     return peers
+
+
+def _peer(
+    spec: PeerSpec, module: nn.Module, config: Config, placement: Placement, compiled: bool
+) -> Peer:
+    net = placement.prepare(module, spec.name, compiled)
+    keeps = is_compiled_module(net) and config.compile_mode != "default"
+    sgd = cohort.optimizer(module, config)
+    return Peer(spec, module, net, sgd, placement.scaler(), keeps)
 
 
 def _sent(config: Config, checked: Checked, placement: Placement) -> list[float]:
