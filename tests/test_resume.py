@@ -3,12 +3,10 @@
 import json
 import os
 import pickle
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +20,7 @@ from safetensors.torch import load_file
 from dml_accel import checkpoint, cli, engine, schedules, training
 from dml_accel.cohort import Peer
 from dml_accel.runfolder import RunFolder
-from tests import kills
 from tests.conftest import assert_same_state
-from tests.test_launchers import BIN, ROOT, environment, workers
-from tests.test_launchers import run as run_words
 
 # 5 steps an epoch; every third step a checkpoint, every fourth an evaluation.
 WORDS = (
@@ -757,116 +752,3 @@ def test_resuming_refuses_a_run_that_is_going_on(
     with RunFolder(interrupted, "", goes_on=True):
         assert train(interrupted) == 2
         assert f"is in use by process {os.getpid()} on " in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------- real processes
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize(
-    ("case", "phase"),
-    [
-        ("one process", "writing"),
-        ("2 processes, split", "evaluation"),
-        ("3 processes, replicate", "steps"),
-    ],
-)
-def test_killed_for_real_at_a_random_moment(tmp_path: Path, case: str, phase: str) -> None:
-    kills.complete(case, tmp_path / "straight")
-    found = kills.trial(case, phase, tmp_path / "straight", random.Random(case))
-    assert kills.holds(found), found
-
-
-def slow_run(folder: Path, *words: str) -> list[str]:
-    """A run on two processes that does not end by itself in a test's time."""
-    launch = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", *words]
-    words = ("--cohort", "resnet8", "wrn_16_2", "--dataset", "digits", "--image-size", "16")
-    words += ("--batch-size", "12", "--save-every", "5", "--placement", "split", "--cpu")
-    return [
-        str(w) for w in (*launch, "train.py", *words, "--output-dir", folder, "--resume", "auto")
-    ]
-
-
-def started(words: list[str], folder: Path, step: int) -> subprocess.Popen[str]:
-    """Start a run and wait for one of its checkpoints."""
-    run = subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until = time.monotonic() + 90
-    while not any(found >= step for found in steps(folder)):
-        assert run.poll() is None and time.monotonic() < until, run.communicate()
-        time.sleep(0.05)
-    return run
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
-def test_the_launchers_sigterm_stops_all_processes_at_one_step(tmp_path: Path) -> None:
-    run = started(slow_run(tmp_path), tmp_path, 5)
-    run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=25)
-    assert said.count("stopped by SIGTERM; the same command") == 1
-    status = load(tmp_path / "status.json")
-    assert (status["status"], status["step"]) == ("stopped", steps(tmp_path)[-1])
-    checkpoint.verify(checkpoint.named(tmp_path / "checkpoints")[0], NAMES)
-    # Exactly: what one process makes of that many steps, from where the two have stopped.
-    assert events(tmp_path)[-1]["step"] == status["step"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
-def test_restarts_go_on_after_a_crash_and_not_after_a_stop(tmp_path: Path) -> None:
-    run = started(slow_run(tmp_path, "--max_restarts", "2"), tmp_path, 5)
-    os.kill(workers(run.pid)[1], signal.SIGKILL)
-    until, crashed_at = time.monotonic() + 90, steps(tmp_path)[-1]
-    while not any(event["event"] == "resume" for event in events(tmp_path)):
-        assert run.poll() is None and time.monotonic() < until, run.communicate()
-        time.sleep(0.1)
-    resumed = next(event for event in events(tmp_path) if event["event"] == "resume")
-    assert resumed["step"] >= crashed_at >= 5
-    while steps(tmp_path)[-1] <= resumed["step"]:
-        assert run.poll() is None and time.monotonic() < until, run.communicate()
-        time.sleep(0.1)
-    os.kill(workers(run.pid)[0], signal.SIGTERM)  # not to the launcher, which would end by it
-    _, said = run.communicate(timeout=60)
-    assert "was stopped on request; --resume auto goes on with it" in said
-    assert run.returncode == 0 and load(tmp_path / "status.json")["status"] == "stopped"
-    assert len([event for event in events(tmp_path) if event["event"] == "resume"]) == 1
-
-
-def test_a_split_run_goes_on_in_one_process_and_back(tmp_path: Path) -> None:
-    words = "--cohort resnet8 resnet20 --dataset digits --image-size 16 --batch-size 9 --lr 0.001"
-    words = [*words.split(), "--float64", "--cpu", "--save-every", "100", "--eval-every", "100"]
-    two = [BIN / "torchrun", "--nproc_per_node", "2"]
-    split = ["--placement", "split"]
-
-    def go_on(folder: Path, launch: list[Any], to: int, *more: str) -> None:
-        done = run_words(
-            *launch,
-            "train.py",
-            *words,
-            *more,
-            "--max-steps",
-            str(to),
-            "--output-dir",
-            folder,
-            "--resume",
-            "auto",
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-
-    go_on(tmp_path / "moved", two, 10, *split)
-    assert load(tmp_path / "moved/results.json")["placement"]["kind"] == "split"
-    go_on(tmp_path / "moved", [sys.executable], 20)
-    go_on(tmp_path / "moved", two, 30, *split)
-    go_on(tmp_path / "straight", [sys.executable], 30)
-    for name in ("resnet8-0", "resnet20-0"):
-        moved, one = (
-            load_file(tmp_path / folder / "checkpoints/step-00000030" / f"{name}.safetensors")
-            for folder in ("moved", "straight")
-        )
-        for key, value in one.items():
-            assert (moved[key].double() - value.double()).abs().max() < 1e-9, key
