@@ -231,6 +231,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not tensors:  # timm would take others instead
+        raise UsageError(f"{path} holds no weights")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UsageError(f"{path}: {name} holds numbers that are not finite")

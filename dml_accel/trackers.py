@@ -15,8 +15,9 @@ from accelerate.utils import LoggerType
 
 from dml_accel.config import UsageError
 
-FOLDER = "logs"
 _PROJECT = "dml_accel"
+LOGS = "logs"
+FOLDER = f"{LOGS}/{_PROJECT}"  # what is ours of it: the rest may be a user's
 _ALL = "all"
 
 
@@ -93,15 +94,18 @@ class Trackers:
         self, names: Sequence[str], folder: Path, config: Mapping[str, Any], step: int | None
     ) -> None:
         self._trackers: dict[str, Any] = {}
-        logs = folder / FOLDER
-        goes_on = step is not None and logs.exists()
+        logs = folder / LOGS
+        goes_on = step is not None and (folder / FOLDER).exists()
         if names:
             logs.mkdir(exist_ok=True)
         for name in names:
             kind = tracking.LOGGER_TYPE_TO_CLASS[name]
             places = [str(logs)] if kind.requires_logging_directory else []
             options = {"purge_step": step} if goes_on and name == "tensorboard" else {}
-            self._trackers[name] = kind(_PROJECT, *places, **options)
+            try:
+                self._trackers[name] = kind(_PROJECT, *places, **options)
+            except Exception as error:  # each tracker raises its own kinds
+                _say_lost(name, error)
         self._each(lambda tracker: tracker.start())
         if not goes_on:
             values = {n: " ".join(v) if isinstance(v, list) else v for n, v in config.items()}
@@ -133,5 +137,9 @@ class Trackers:
                 tell(tracker)
             except Exception as error:  # each tracker raises its own kinds
                 del self._trackers[name]
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                print(f"warning: {name} is told no more: {reason}", file=sys.stderr, flush=True)
+                _say_lost(name, error)
+
+
+def _say_lost(name: str, error: Exception) -> None:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    print(f"warning: {name} is told no more: {reason}", file=sys.stderr, flush=True)

@@ -85,7 +85,8 @@ def find(path: Path) -> Trained:
     """
     if not path.is_dir():
         raise UsageError(f"{path} is no folder; name a run, or peers/<name> of one")
-    folders = {one.resolve().name: frozen.read(one) for one in frozen.folders_of(path)}
+    found = frozen.folders_of(path)
+    folders = {one.name or one.resolve().name: frozen.read(one) for one in found}
     first = next(iter(folders.values()))
     _require_alike(path, folders)
     classes = first.classes or tuple(map(str, range(first.number_of_classes)))

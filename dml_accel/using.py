@@ -1,6 +1,7 @@
 """The command line of trained networks: evaluate, predict, export."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from dml_accel import evaluation, exporting, onnx_model, predicting, sources, tr
 from dml_accel.config import Config, UsageError
 from dml_accel.decoding import Split
 from dml_accel.files import can_be_made
+from dml_accel.frozen import description
 from dml_accel.launching import launched_processes
 from dml_accel.provenance import command_line
 from dml_accel.report import printable
@@ -146,6 +148,18 @@ def run(command: str, values: dict[str, Any]) -> int:
 # ---------------------------------------------------------------- evaluate
 
 
+def _refuse_other_files(folder: Path, config: Config) -> None:
+    """Refuse to replace files that are not those of an evaluation of the same images."""
+    there = [name for name in evaluation.FILES if (folder / name).exists()]
+    known: dict[str, Any] = {}
+    with contextlib.suppress(UsageError):
+        known = description(folder / "evaluation.json")
+    if there and (known.get("dataset"), known.get("split")) != (config.dataset, config.test_split):
+        raise UsageError(
+            f"{folder} holds {', '.join(there)} of something else; name another folder with --to"
+        )
+
+
 def _evaluate(found: Trained, values: dict[str, Any]) -> int:
     config = _images_of(found, values)
     slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.dataset).name)
@@ -153,6 +167,7 @@ def _evaluate(found: Trained, values: dict[str, Any]) -> int:
     folder = Path(values["to"]).expanduser() if values["to"] else default
     if not can_be_made(folder):
         raise UsageError(f"{folder} cannot be made or written; name a folder with --to")
+    _refuse_other_files(folder, config)
     device = trained.device_of(values["cpu"])
     networks = Networks(found, device)
     split, classes = sources.read_test(config)

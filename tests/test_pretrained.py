@@ -197,6 +197,11 @@ def _not_finite(peer: Path) -> str:
     return f"resnet8[pretrained={peer}]"
 
 
+def _empty(peer: Path) -> str:
+    save_file({}, peer / "model.safetensors")
+    return f"resnet8[pretrained={peer}]"
+
+
 def _incomplete(peer: Path) -> str:
     tensors = weights_of(peer)
     tensors["other"] = tensors.pop("bn1.weight")
@@ -213,6 +218,7 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     "a folder of pickles": (_pickled, "pytorch_model.bin is pickled and could execute code"),
     "a pickle": (_checkpoint, "net.pth is pickled .* safetensors.torch.save_file"),
     "damage": (_damaged, "model.safetensors cannot be read"),
+    "no tensors": (_empty, "holds no weights"),
     "numbers": (_not_finite, "fc.bias holds numbers that are not finite"),
     "other names": (_incomplete, r"does not fit resnet8_cifar: .*bn1\.weight"),
     "another network": (

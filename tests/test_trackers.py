@@ -165,3 +165,11 @@ def test_all_means_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> 
     assert trackers.check(["wandb", "tensorboard", "wandb"]) == ["wandb", "tensorboard"]
     with pytest.raises(UsageError, match="knows no such tracker"):
         trackers.check(["all", "x"])
+
+
+def test_a_users_own_logs_stay(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/job.out").write_text("mine")
+    assert train(tmp_path, "--resume", "auto", steps=2) == 0
+    assert (tmp_path / "logs/job.out").read_text() == "mine"
+    assert (tmp_path / "logs/dml_accel").is_dir()

@@ -135,6 +135,20 @@ def test_classes_in_another_order_are_matched_by_name(
     assert found["peers"][0]["test"]["top1"] == right.double().mean().item()
 
 
+def test_other_peoples_files_are_not_replaced(run: Path, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "confusion.csv").write_text("mine")
+    assert cli.main(["evaluate", str(run), "--to", str(tmp_path), "--cpu"]) == 2
+    assert "holds confusion.csv of something else" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["confusion.csv"]
+
+
+def test_peers_of_several_runs_with_one_name_are_all_there(run: Path, tmp_path: Path) -> None:
+    peer = sorted((run / "peers").iterdir())[0]
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(peer.resolve())
+    assert list(trained.find(tmp_path).folders) == ["a", "b"]
+
+
 def test_labels_by_name_by_hand() -> None:
     labels = torch.tensor([0, 2, 1, 0])
     assert evaluation.by_name(labels, ["c", "a", "b"], ["a", "b", "c"], "x").tolist() == [
