@@ -165,14 +165,21 @@ def agreed_compilation(config: Config, checked: Checked, placement: Placement, s
     """
     if config.compile != "auto":
         return config.compile == "on"
-    pays, processes = False, placement.processes
-    if placement.is_alone:
-        # All at once, so that none waits for another that compiles.
-        mine = [spec for spec in checked.specs if spec.name in placement.mine]
-        modules, accelerator = checked.modules, processes.accelerator
-        pays = seconds_saved(mine, modules, config, steps, accelerator) > 0
-        processes.release_networks()
-    return bool(processes.largest(pays))
+    return bool(placement.processes.largest(saved_here(config, checked, placement, steps) > 0))
+
+
+def saved_here(config: Config, checked: Checked, placement: Placement, steps: int) -> float:
+    """Return the seconds that compiling this process's peers saves; 0 for those of several.
+
+    All processes measure at once, so that none waits for another that compiles.
+    """
+    if not placement.is_alone:
+        return 0.0
+    mine = [spec for spec in checked.specs if spec.name in placement.mine]
+    accelerator = placement.processes.accelerator
+    saved = seconds_saved(mine, checked.modules, config, steps, accelerator)
+    placement.processes.release_networks()
+    return saved
 
 
 def _with_times(

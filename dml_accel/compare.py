@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel import cohort, comparison, plots, sources
-from dml_accel.checking import Checked, agreed_ranks, check
+from dml_accel.checking import Checked, agreed_ranks, check, saved_here
 from dml_accel.comparison import SubRun
 from dml_accel.comparison_report import comparison_markdown, comparison_title
-from dml_accel.compiling import seconds_saved
 from dml_accel.config import Config, UsageError
 from dml_accel.costs import count
 from dml_accel.data import check_sizes
@@ -235,11 +234,7 @@ def _compiles(
         config = subs[0].config
         checked = check(config, source)
         ranks = agreed_ranks(config, checked, processes, Path(path))
-        placement = Placement(config, processes, ranks)
-        if placement.is_alone:
-            mine = [spec for spec in checked.specs if spec.name in placement.mine]
-            saved += seconds_saved(mine, checked.modules, config, steps, processes.accelerator)
-            processes.release_networks()
+        saved += saved_here(config, checked, Placement(config, processes, ranks), steps)
     return bool(processes.largest(saved > 0))
 
 

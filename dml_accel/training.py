@@ -53,6 +53,7 @@ from dml_accel.resuming import (
     with_starts,
 )
 from dml_accel.runfolder import RunFolder, remedy_of_a_stop
+from dml_accel.schedules import takes_turns
 from dml_accel.sources import Source
 from dml_accel.teaching import Teaching
 from dml_accel.trackers import Trackers
@@ -170,7 +171,7 @@ def run(
     teaching = Teaching(config, checked.names, list(checked.frozen), checked.links)
     parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
     start = origin.start(path / CHECKPOINTS)
-    alone = not teaching.is_on or config.low_memory
+    alone = takes_turns(config, teaching)
     with remedy_of_short_memory(config, alone):
         known = origin.compiled(config, processes.world_size)
         if known is None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm.models import register_model
 from torch import Tensor, nn
 
-from dml_accel import checking, compare, compiling, sources
+from dml_accel import checking, compiling, sources
 from dml_accel.cli import main
 from dml_accel.config import Config
 from dml_accel.processes import Processes
@@ -224,7 +224,7 @@ def test_a_comparison_decides_once_for_all_its_runs(
         decided.append(steps)
         return 1.0
 
-    monkeypatch.setattr(compare, "seconds_saved", saved)
+    monkeypatch.setattr(checking, "seconds_saved", saved)
     words = ["compare", "--cohort", "timm:small_for_compiling*2", *TINY, "--compile", "auto"]
     words += ["--output-dir", str(tmp_path), "--max-steps", "2"]
     assert main([*words, "--seeds", "1"]) == 0
