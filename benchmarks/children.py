@@ -32,7 +32,12 @@ class Child:
     """
 
     def __init__(self, competitor: Competitor, images: str | None, log: Path) -> None:
-        asked = {"kind": competitor.kind, "images": images, "options": competitor.options}
+        asked = {
+            "kind": competitor.kind,
+            "images": images,
+            "options": competitor.options,
+            "profiled": competitor.profiled,
+        }
         command = [sys.executable]
         if competitor.processes > 1:
             count = str(competitor.processes)
@@ -135,5 +140,5 @@ def measure(
             for child, record in list(running.values())[:: -1 if block % 2 else 1]:
                 found = child.block(record["steps"])
                 record["seconds"].append(found["seconds"])
-                record["memory_bytes"] = found["memory_bytes"]
+                record |= {name: found[name] for name in found if name != "seconds"}
             yield records

@@ -28,6 +28,7 @@ TUNED: dict[str, dict[str, bool]] = {
     "compiled, bf16": {"channels_last": True, "compiled": True, "bf16": True},
 }
 TUNED_WITH_MEMORY_KEPT = tuple(TUNED)
+FASTEST_TUNED = "channels_last, bf16"  # as measured
 # The networks' own step in several ways, and which of our modes each is the limit of.
 LIMITS: dict[str, tuple[dict[str, bool], tuple[str, ...]]] = {
     "contiguous": ({}, ("default",)),
@@ -55,6 +56,7 @@ class Competitor:
         processes: how many share the threads.
         environment: variables of its processes.
         share: its steps for each step of the others.
+        profiled: whether the seconds in torch's operations are taken, too.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Competitor:
     processes: int = 1
     environment: dict[str, str] = field(default_factory=dict)
     share: float = 1.0
+    profiled: bool = False
 
 
 def _ours(mode: str, processes: int = 1, kept: bool = False) -> Competitor:
@@ -152,4 +155,11 @@ def growth() -> list[Competitor]:
     return found
 
 
-PARTS = {"others": others, "limits": limits, "growth": growth}
+def profiles() -> list[Competitor]:
+    """Where the time of whole steps goes: the two rivals, and ours in the modes to set beside."""
+    readme, fastest = others()[0], _tuned(FASTEST_TUNED)
+    measured = [readme, fastest, *map(_ours, ("default", "bf16", "compiled, bf16"))]
+    return [replace(one, profiled=True) for one in measured]
+
+
+PARTS = {"others": others, "limits": limits, "growth": growth, "profile": profiles}

@@ -187,6 +187,53 @@ def _growth(part: dict[str, Any]) -> str:
     return text
 
 
+# Which of torch's operations are which work, by parts of their names; the first that fits.
+_WORK = {
+    "convolutions, backward": ("convolution_backward",),
+    "convolutions, forward": ("mkldnn_convolution", "mkldnn::"),
+    "compiled kernels (batch norm, ReLU, sums, casts)": ("graph_",),
+    "batch norm": ("native_batch_norm",),
+    "ReLU and sums": ("threshold", "clamp_min", "relu", "aten::add", "aten::sum"),
+    "optimizer": ("SGD", "sgd"),
+    "waiting for images": ("DataLoader",),
+}
+_REST = "everything else in torch, loss and input among it"
+
+
+def work(operations: dict[str, float]) -> dict[str, float]:
+    """Return the seconds of each kind of work; all of them together are those of all operations."""
+    found = dict.fromkeys((*_WORK, _REST), 0.0)
+    for name, spent in operations.items():
+        kinds = (kind for kind, parts in _WORK.items() if any(part in name for part in parts))
+        found[next(kinds, _REST)] += spent
+    return found
+
+
+def _profile(part: dict[str, Any]) -> str:
+    measured = [one for one in part["readings"] if one.get("operations")]
+    spent = [work(one["operations"]) for one in measured]
+    rows: list[list[str]] = []
+    for kind in (*_WORK, _REST):
+        cells = [
+            f"{1e3 * of[kind] / one['steps']:.1f} ({100 * of[kind] / sum(of.values()):.0f}%)"
+            for one, of in zip(measured, spent, strict=True)
+        ]
+        rows.append([kind, *cells])
+    whole = [
+        f"{1e3 * sum(of.values()) / one['steps']:.0f}"
+        for one, of in zip(measured, spent, strict=True)
+    ]
+    rows.append(["in all", *whole])
+    headers = ["ms of a step (share)", *(one["name"] for one in measured)]
+    return f"""## Where the time goes
+
+The same pair in one process of {measured[0]["threads"]} threads, profiled by torch in steps of the
+last block, which slows them down a little. Convolutions are oneDNN's in every column.
+
+{tabulate(rows, headers, tablefmt="github", disable_numparse=True)}
+"""
+
+
 def _where(part: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
     return (
@@ -198,7 +245,7 @@ def _where(part: dict[str, Any]) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return speed.md."""
-    sections = {"others": _others, "limits": _limits, "growth": _growth}
+    sections = {"others": _others, "limits": _limits, "growth": _growth, "profile": _profile}
     parts = [
         f"{write(found[p])}\n{_where(found[p])}" for p, write in sections.items() if p in found
     ]

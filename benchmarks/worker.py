@@ -1,9 +1,10 @@
 """A process that measures one thing whenever it is told to, and idles meanwhile.
 
-    python -m benchmarks.worker '{"kind": ..., "images": ..., "options": {...}}'
+    python -m benchmarks.worker '{"kind": ..., "images": ..., "options": {...}, "profiled": false}'
 
 It answers each line of its input, a block {"lead": steps, "steps": n}, by one line of JSON: what
-the ``n`` steps took, without those that lead to them. Of several processes the first one listens.
+the ``n`` steps took, without those that lead to them; profiled, also the seconds in each of torch's
+operations. Of several processes the first one listens.
 """
 
 import contextlib
@@ -62,6 +63,17 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def operations(work: Callable[[], None]) -> dict[str, float]:
+    """Do some work; return the seconds in each of torch's operations without those it calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    return {
+        event.key: event.self_cpu_time_total / 1e6
+        for event in profiler.key_averages()
+        if event.self_cpu_time_total > 0
+    }
+
+
 def answering() -> TextIO:
     """Return the output; whatever else prints goes to the log."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -75,6 +87,8 @@ def main() -> None:
     speaks = os.environ.get("RANK", "0") == "0"
     answers = answering()
     device, imported, started = torch.device("cpu"), resident(), time.perf_counter()
+    if asked["profiled"]:
+        torch._inductor.config.cpp.enable_kernel_profile = True  # compiled kernels have names, too
     steps = KINDS[asked["kind"]](asked["images"], **asked["options"])
     prepared_s = time.perf_counter() - started
     found = {"prepared_s": prepared_s, "warm_up_s": timed(lambda: steps(_WARM_UP))}
@@ -83,11 +97,13 @@ def main() -> None:
         print(json.dumps(found), file=answers)
     for lead, count in blocks(speaks):
         steps(lead)
-        seconds = timed(lambda count=count: steps(count))
+        answer: dict[str, Any] = {"seconds": timed(lambda count=count: steps(count))}
+        if asked["profiled"]:  # in steps of their own, as it takes time itself
+            answer["operations"] = operations(lambda count=count: steps(count))
         return_memory()
         if speaks:
-            memory = device_memory(device) - imported
-            print(json.dumps({"seconds": seconds, "memory_bytes": memory}), file=answers)
+            answer["memory_bytes"] = device_memory(device) - imported
+            print(json.dumps(answer), file=answers)
     os._exit(0)  # nothing is left to keep, and threads of the exchange would not end in order
 
 

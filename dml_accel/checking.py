@@ -102,11 +102,28 @@ def check(config: Config, source: Source, begins: bool = True) -> Checked:
     return Checked(specs, source, modules, costs, known, weights, recorded)
 
 
+def refuse_other_files(checked: Checked, processes: Processes) -> None:
+    """Refuse weights to start from, teachers or links that are not the first process's.
+
+    Raises:
+        UsageError: in all processes; a rank is named.
+    """
+    starts = {name: start["sha256"] for name, start in checked.starts.items()}
+    ours = json.dumps([starts, checked.teachers])
+    differs = processes.text_of_first(ours) != ours
+    rank = processes.largest(1 + processes.rank if differs else 0) - 1
+    if rank >= 0:
+        raise UsageError(
+            f"rank {rank} reads other files than rank 0 behind pretrained=, --frozen-peers or "
+            "--links; give all machines the same"
+        )
+
+
 def say_starts(checked: Checked) -> None:
     """Say which trained weights peers start from, a line each."""
     classes = len(checked.source.classes)
     for name, start in checked.starts.items():
-        new = ""
+        new = f"; its classifier, too: {classes} classes"
         if start["classes"] != classes:
             new = f"; its classifier is new: {classes} classes, and not {start['classes']}"
         print(f"{name} starts from {start['source']}{new}", file=sys.stderr, flush=True)

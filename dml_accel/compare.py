@@ -37,7 +37,7 @@ from dml_accel.placement import Placement
 from dml_accel.processes import Processes
 from dml_accel.progress import Display
 from dml_accel.published import TABLE_2, is_cifar100
-from dml_accel.resuming import Origin, find
+from dml_accel.resuming import Origin, find, has_checkpoint
 from dml_accel.runfolder import (
     LockedFolder,
     RunFolder,
@@ -157,7 +157,7 @@ def compare(
         for sub in plan:
             _refuse_another_configuration(root.path, sub)
     source = sources.read(config, quiet=not speaks)
-    costs = _costs(plan, source)
+    costs = _costs(plan, source, config.output_dir)
     failed: dict[str, str] = {}
     with remedy_of_a_stop(root), Stop() as stop, root or contextlib.nullcontext():
         unfinished = [sub for sub in plan if not (root and is_done(root.path / sub.folder))]
@@ -185,7 +185,8 @@ def compare(
                 title = f"run {place + 1}/{len(plan)}, {sub.folder}"
                 try:
                     with folder or contextlib.nullcontext():
-                        checked = check(sub.config, source)
+                        begins = _begins(sub, config.output_dir)
+                        checked = check(sub.config, source, begins)
                         origin = _origin(sub, folder, checked)
                         run(
                             sub.config,
@@ -252,11 +253,21 @@ def _was_stopped(root: Path, plan: Sequence[SubRun]) -> bool:
     return stopped
 
 
+def _in_place(sub: SubRun, path: Path) -> Config:
+    """Return the configuration with which a run in a folder goes on."""
+    return dataclasses.replace(sub.config, output_dir=str(path), resume="auto")
+
+
+def _begins(sub: SubRun, root: str | None) -> bool:
+    """Whether a run starts from the weights it is given: it has neither an end nor a checkpoint."""
+    if root is None:
+        return True
+    path = Path(root) / sub.folder
+    return not (is_done(path) or has_checkpoint(_in_place(sub, path)))
+
+
 def _origin(sub: SubRun, folder: RunFolder | None, checked: Checked) -> Origin:
-    if folder is None:
-        return Origin()
-    resumed = dataclasses.replace(sub.config, output_dir=str(folder.path), resume="auto")
-    return find(resumed, checked)
+    return find(_in_place(sub, folder.path), checked) if folder else Origin()
 
 
 def _plan(
@@ -336,14 +347,36 @@ def _refuse_another_configuration(root: Path, sub: SubRun) -> None:
         )
 
 
-def _costs(plan: Sequence[SubRun], source: Source) -> dict[str, float]:
-    """Check one run of each cohort; return the cost of its forward pass of one image."""
+def _costs(plan: Sequence[SubRun], source: Source, root: str | None) -> dict[str, float]:
+    """Check one run of each cohort; return the cost of its forward pass of one image.
+
+    Raises:
+        UsageError: see ``check``; runs that are there started from other weights.
+    """
     costs: dict[str, float] = {}
-    for sub in plan:
-        if sub.cohort not in costs:  # one cohort's networks in memory at a time
-            nets = check(sub.config, source).modules.values()
-            costs[sub.cohort] = float(sum(count(net, sub.config.image_size).macs for net in nets))
+    for cohort_ in dict.fromkeys(sub.cohort for sub in plan):
+        subs = [sub for sub in plan if sub.cohort == cohort_]
+        begin = [sub for sub in subs if _begins(sub, root)]
+        config = subs[0].config
+        checked = check(config, source, begins=bool(begin))  # networks of one cohort at a time
+        for sub in subs if root and begin else ():
+            _refuse_other_starts(Path(str(root)) / sub.folder, checked)
+        nets = checked.modules.values()
+        costs[cohort_] = float(sum(count(net, config.image_size).macs for net in nets))
     return costs
+
+
+def _refuse_other_starts(folder: Path, checked: Checked) -> None:
+    """Refuse weights to start from that are not those of a run that is there."""
+    if not (folder / "config.json").exists():
+        return
+    for peer in saved_description(folder).get("peers", []):
+        name, began, now = peer["name"], peer.get("start"), checked.starts.get(peer["name"])
+        if began and now and began["sha256"] != now["sha256"]:
+            raise UsageError(
+                f"{name} of {folder} started from other weights than {now['source']} holds now; "
+                "name another --output-dir, or bring the old ones back"
+            )
 
 
 def _write(

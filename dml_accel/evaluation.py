@@ -53,15 +53,18 @@ def by_name(labels: Tensor, theirs: Sequence[str], ours: Sequence[str], where: s
     Args:
         labels: [N] int64.
         theirs: names of the data set's classes.
-        ours: names of the networks' classes; in another order they are matched by name.
+        ours: names of the networks' classes; in another order, or where the data set has some of
+            them only, they are matched by name.
         where: what to call the networks.
 
     Raises:
-        UsageError: these are not the same classes.
+        UsageError: the data set has classes that the networks do not know.
     """
     if tuple(theirs) == tuple(ours):
         return labels
-    if len(theirs) != len(ours):
+    # Numbers are no names: of fewer, each could mean another class.
+    unnamed = all(name.isdecimal() for name in theirs)
+    if len(theirs) > len(ours) or (len(theirs) < len(ours) and unnamed):
         raise UsageError(
             f"{where} tells {len(ours)} classes apart; the data set has {len(theirs)}; another "
             "--label-column or --dataset may have those"

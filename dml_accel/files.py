@@ -50,6 +50,10 @@ def read_at_most(path: Path, most: int) -> bytes:
     return content
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def read_json(path: Path, most: int) -> dict[str, Any]:
     """Return the object in a JSON file of ``most`` bytes or less.
 
@@ -57,7 +61,7 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
         UnreadableError: it cannot be read, is longer, or holds something else.
     """
     try:
-        found = json.loads(read_at_most(path, most))
+        found = json.loads(read_at_most(path, most), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{path} is no JSON") from error
     if not isinstance(found, dict):

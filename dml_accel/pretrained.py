@@ -72,7 +72,10 @@ def read(arch: str, start: str) -> Weights:
         path, source = _download(arch, known)
         described, overlay = {"num_classes": known.num_classes}, {}
     else:
-        path = _file(Path(start).expanduser())
+        try:
+            path = _file(Path(start).expanduser())
+        except (OSError, RuntimeError) as error:  # no permission; no such user's home
+            raise UsageError(f"pretrained={start} cannot be read: {error}") from error
         source, described = str(path), _described(path, arch)
         # Files hold the weights as the network has them now, whatever the first ones were like.
         overlay = {"label_offset": None}

@@ -21,15 +21,8 @@ from dml_accel.files import write_json, write_text
 from dml_accel.launching import StoppedError
 from dml_accel.trackers import FOLDER
 
-_TRACES_OF_A_RUN = (
-    "config.json",
-    "metrics.jsonl",
-    "results.json",
-    "status.json",
-    "peers",
-    "checkpoints",
-    FOLDER,
-)
+_SIGNS_OF_A_RUN = ("config.json", "status.json", "checkpoints")
+_TRACES_OF_A_RUN = (*_SIGNS_OF_A_RUN, "metrics.jsonl", "results.json", "peers", FOLDER)
 
 
 class LockedFolder:
@@ -142,12 +135,22 @@ class RunFolder(LockedFolder):
         super().__init__(path, label)
 
     def _refuse_content(self) -> None:
-        for trace in () if self._goes_on else _TRACES_OF_A_RUN:
-            if (self.path / trace).exists():
+        # A run says so, in one of these, before it writes anything else.
+        is_run = any((self.path / name).exists() for name in _SIGNS_OF_A_RUN)
+        if self._goes_on and is_run:
+            return
+        for trace in _TRACES_OF_A_RUN:
+            if not (self.path / trace).exists():
+                continue
+            if self._goes_on:
                 raise UsageError(
-                    f"--output-dir {self.path} already holds a run ({trace}); name a new folder, "
-                    "or --resume auto to go on with it"
+                    f"--output-dir {self.path} holds {trace} but no run to go on with; name "
+                    "another folder"
                 )
+            raise UsageError(
+                f"--output-dir {self.path} already holds a run ({trace}); name a new folder, or "
+                "--resume auto to go on with it"
+            )
 
     def take_up(self, step: int) -> None:
         """Say that the run is on its way, where an earlier attempt has left another status."""
@@ -166,8 +169,12 @@ class RunFolder(LockedFolder):
                 the records have its evaluations.
             again: whether the evaluation of that step comes again.
         """
+        self.step, self._taken_up = step or 0, True
+        self.status("running")
         path, fewer = self.path / "metrics.jsonl", ("results.json", "results.md")
         for trace in _TRACES_OF_A_RUN if step is None else fewer:
+            if trace == "status.json":
+                continue  # it says that this is a run, whatever stops us here
             if (self.path / trace).is_dir():
                 shutil.rmtree(self.path / trace)
             else:
@@ -176,10 +183,7 @@ class RunFolder(LockedFolder):
             lines = [line for line in path.read_text(errors="replace").split("\n") if line]
             kept = [line for line in lines if _is_before(line, step or 0, again)]
             write_text(path, "".join(line + "\n" for line in kept))
-        self._taken_up = True
-        self.step = step or 0
         self._metrics = open(path, "a")  # noqa: SIM115
-        self.status("running")
 
     def __exit__(
         self,

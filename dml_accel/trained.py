@@ -80,8 +80,8 @@ def find(path: Path) -> Trained:
     """Read what a run, a peer's folder or a folder of peers holds; no network is built.
 
     Raises:
-        UsageError: it holds no trained peer, one cannot be read, some are missing, or they do not
-            have the same classes and image size.
+        UsageError: it holds no trained peer, one cannot be read, some are missing, the run is not
+            finished, or they do not have the same classes and image size.
     """
     if not path.is_dir():
         raise UsageError(f"{path} is no folder; name a run, or peers/<name> of one")
@@ -97,7 +97,12 @@ def find(path: Path) -> Trained:
         )
     run: dict[str, Any] = {}
     results: dict[str, Any] = {}
-    if first.path != path and (path / "results.json").is_file():
+    if first.path != path and (path / "config.json").exists():  # a run, no folder of peers
+        if not (path / "results.json").is_file():
+            raise UsageError(
+                f"{path} is not finished (it has no results.json), and its peers are of an earlier "
+                f"state; let it end with --resume auto, or name one of them: {first.path}"
+            )
         run, results = description(path / "config.json"), description(path / "results.json")
     trained = Trained(path, folders, classes, first.image_size, run, results)
     differing = trained.measured.keys() ^ folders.keys() if results else set()

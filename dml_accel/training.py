@@ -11,7 +11,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dml_accel import cohort, data, frozen, sources, trackers
-from dml_accel.checking import Checked, agreed_compilation, agreed_ranks, check, say_starts
+from dml_accel.checking import (
+    Checked,
+    agreed_compilation,
+    agreed_ranks,
+    check,
+    refuse_other_files,
+    say_starts,
+)
 from dml_accel.cohort import Peer, PeerSpec, parameter_count
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data
@@ -162,6 +169,7 @@ def run(
     path = Path(processes.text_of_first(str(folder.path.resolve()) if folder else ""))
     origin = origin.agreed(processes)
     checked = with_starts(checked, origin)
+    refuse_other_files(checked, processes)
     ranks = origin.ranks(config, processes.world_size)
     placement = Placement(
         config, processes, ranks or agreed_ranks(config, checked, processes, path)

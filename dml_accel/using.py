@@ -173,7 +173,9 @@ def _evaluate(found: Trained, values: dict[str, Any]) -> int:
     split, classes = sources.read_test(config)
     labels = evaluation.by_name(split.labels, classes, found.classes, str(found.path))
     if classes != found.classes:
-        print("the classes come in another order and are matched by name", file=sys.stderr)
+        missing = len(found.classes) - len(classes)
+        what = f"lack {missing} that it knows" if missing else "come in another order"
+        print(f"the classes {what} and are matched by name", file=sys.stderr)
     split = Split(split.images, labels)
     about = {
         "of": str(found.path),

@@ -16,7 +16,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from dml_accel import cli, cohort, pretrained
+from dml_accel import checking, cli, cohort, pretrained
 from dml_accel.config import UsageError
 from tests.conftest import tiny_config
 from tests.hub import serve_hub
@@ -171,6 +171,53 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(peer: Path, tmp_
     assert not (tmp_path / "anew").exists()
 
 
+def test_a_comparison_goes_on_without_them_and_mixes_no_others_in(
+    peer: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compared(steps: int, seeds: int) -> int:
+        words = ["--cohort", f"resnet8[pretrained={peer}]", "resnet8", "--seeds", str(seeds)]
+        words += ["--max-steps", str(steps), "--output-dir", str(tmp_path / "all")]
+        return cli.main(["compare", *TINY, *words])
+
+    assert compared(2, 1) == 0
+    kept = peer.rename(tmp_path / "kept")
+    assert compared(2, 1) == 0
+    kept.rename(peer)
+    weights = weights_of(peer)
+    weights["fc.bias"] += 1
+    save_file(weights, peer / "model.safetensors")
+    capsys.readouterr()
+    assert compared(2, 2) == 2
+    said = capsys.readouterr().err
+    assert "resnet8-0 of " in said and "started from other weights than" in said
+
+
+class _Other:
+    """The second of two processes, as far as an agreement goes."""
+
+    rank = 1
+
+    def __init__(self, first: str) -> None:
+        self._first = first
+
+    def text_of_first(self, _: str) -> str:
+        return self._first
+
+    def largest(self, value: int) -> int:
+        return value
+
+
+def test_processes_must_read_the_same_files() -> None:
+    def checked(sha256: str) -> checking.Checked:
+        start = {"resnet8-0": {"source": "somewhere", "sha256": sha256}}
+        return checking.Checked([], None, {}, {}, {}, None, start)
+
+    same = '[{"resnet8-0": "a"}, {"frozen": {}, "links": null}]'
+    checking.refuse_other_files(checked("a"), _Other(same))
+    with pytest.raises(UsageError, match="rank 1 reads other files than rank 0"):
+        checking.refuse_other_files(checked("b"), _Other(same))
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -227,6 +274,10 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "another network's file": (_alone, "x.safetensors does not fit wrn_16_2_cifar: "),
     "nothing": (lambda peer: f"resnet8[pretrained={peer}/x]", "there is no such file or folder"),
+    "nobody": (
+        lambda _: "resnet8[pretrained=~no_such_user/x]",
+        "pretrained=~no_such_user/x cannot be read: ",
+    ),
     "an empty folder": (lambda peer: f"resnet8[pretrained={peer.parent}]", "is no .safetensors"),
     "ours on the hub": (lambda _: "resnet8[pretrained]", "no weights of resnet8_cifar on the hub"),
     "an unknown tag": (

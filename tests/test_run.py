@@ -252,6 +252,16 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def test_going_on_leaves_alone_what_is_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers/mine.txt").write_text("mine")
+    assert train("--output-dir", str(tmp_path), "--resume", "auto") == 2
+    assert "holds peers but no run to go on with; name another" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["peers", "mine.txt"]
+
+
 def test_a_folder_that_cannot_be_made_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

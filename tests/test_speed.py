@@ -103,6 +103,24 @@ def test_the_table_is_what_the_readings_give() -> None:
     assert "losses, forward and backward: 10.00 ms, 1.0% (1.0 to 1.0) of their step" in growth
 
 
+def test_a_profile_is_sorted_into_kinds_of_work() -> None:
+    operations = {
+        "aten::convolution_backward": 0.3,
+        "aten::mkldnn_convolution": 0.1,
+        "graph_0_cpp_fused__native_batch_norm_legit_functional_add_3": 0.2,
+        "aten::native_batch_norm_backward": 0.15,
+        "Optimizer.step#SGD.step": 0.05,
+        "aten::copy_": 0.2,
+    }
+    ours = reading("ours", [2.0], steps=2) | {"operations": operations}
+    text = speed_tables.markdown({"profile": part(ours)})
+    assert row(text, "convolutions, backward")[1] == "150.0 (30%)"
+    assert row(text, "compiled kernels (batch norm, ReLU, sums, casts)")[1] == "100.0 (20%)"
+    assert row(text, "batch norm")[1] == "75.0 (15%)"
+    assert row(text, "everything else in torch, loss and input among it")[1] == "100.0 (20%)"
+    assert row(text, "in all")[1] == "500"
+
+
 def test_the_readmes_section_is_replaced_and_nothing_else() -> None:
     section = speed_report.readme(made_up())
     assert row(section, "ours") == ["ours", "64", "4.00 (0.71 to 22.38)", "2.00 (2.00 to 2.00)"]

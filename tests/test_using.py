@@ -157,8 +157,12 @@ def test_labels_by_name_by_hand() -> None:
         0,
         2,
     ]
+    some = evaluation.by_name(torch.tensor([1, 0]), ["c", "a"], ["a", "b", "c"], "x")
+    assert some.tolist() == [0, 2]
     refused: Sequence[tuple[list[str], list[str], str]] = (
-        (["a", "b"], ["a", "b", "c"], "tells 3 classes apart; the data set has 2"),
+        (["0", "1"], ["0", "1", "2"], "tells 3 classes apart; the data set has 2"),
+        (["a", "b", "c", "d"], ["a", "b", "c"], "tells 3 classes apart; the data set has 4"),
+        (["a", "d"], ["a", "b", "c"], "knows no 'd' of the data set, which has no 'b', 'c'"),
         (["a", "b", "d"], ["a", "b", "c"], "knows no 'd' of the data set, which has no 'c'"),
         (["a", "a", "b"], ["b", "a", "c"], "several are called 'a'"),
         (["a", "b", "c"], ["b", "b", "c"], "several are called 'b'"),
@@ -184,6 +188,36 @@ def test_what_cannot_be_measured_is_refused(run: Path, tmp_path: Path, capsys: C
     shutil.rmtree(tmp_path / "run/peers/resnet8-1")
     assert cli.main(["predict", str(tmp_path / "run"), "x.png"]) == 2
     assert "differ: resnet8-1" in capsys.readouterr().err
+    (tmp_path / "run/results.json").unlink()  # as while a run is made longer
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--cpu"]) == 2
+    assert "is not finished (it has no results.json)" in capsys.readouterr().err
+    (tmp_path / "run/peers/resnet8-0/config.json").write_text('{"num_classes": NaN}')
+    assert cli.main(["export", str(tmp_path / "run/peers/resnet8-0"), "--to", "x"]) == 2
+    assert "resnet8-0/config.json is no JSON" in capsys.readouterr().err
+
+
+def test_a_split_that_lacks_a_class_is_measured(
+    run: Path, few: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    shutil.copytree(few / "set", tmp_path / "set")
+    first, *others = sorted(path.name for path in (tmp_path / "set/test").iterdir())
+    shutil.rmtree(tmp_path / "set/test" / first)
+    peer = shutil.copytree(run / "peers/resnet8-0", tmp_path / "peer")
+    config = load(peer / "config.json")
+    config["label_names"] = [f"class {name}" for name in config["label_names"]]
+    (peer / "config.json").write_text(json.dumps(config))
+    for name in others:
+        (tmp_path / "set/test" / name).rename(tmp_path / "set/test" / f"class {name}")
+    words = ["--dataset", str(tmp_path / "set"), "--to", str(tmp_path / "x"), "--cpu"]
+    assert cli.main(["evaluate", str(peer), *words]) == 0
+    assert "the classes lack 1 that it knows and are matched by name" in capsys.readouterr().err
+    found = {one["name"]: one for one in load(tmp_path / "x/evaluation.json")["classes"]}
+    assert found[f"class {first}"] == {
+        "name": f"class {first}",
+        "n": 0,
+        "top1": {"peer": None, "ensemble": None},
+    }
+    assert all(found[f"class {name}"]["n"] == 1 for name in others)
 
 
 # ---------------------------------------------------------------- predict
