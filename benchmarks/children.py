@@ -37,7 +37,11 @@ class Child:
             "images": images,
             "options": competitor.options,
             "profiled": competitor.profiled,
+            "beside": None,
         }
+        if competitor.beside:
+            beside = competitor.beside
+            asked["beside"] = {"kind": beside.kind, "options": beside.options}
         command = [sys.executable]
         if competitor.processes > 1:
             count = str(competitor.processes)
@@ -113,32 +117,40 @@ def measure(
         measured has ``failed`` in it.
     """
     with contextlib.ExitStack() as stack:
-        records, running = [], {}
+        records: list[dict[str, Any]] = []
+        running: dict[str, tuple[Child, dict[str, Any], dict[str, Any] | None]] = {}
         for place, one in enumerate(tqdm(competitors, "starting", disable=None)):
-            record = {
-                "name": one.name,
-                "kind": one.kind,
-                "options": one.options,
-                "about": one.about,
-                "processes": one.processes,
-                "threads": THREADS // one.processes,
-                "environment": one.environment,
-                "steps": max(1, round(steps * one.share)),
-                "seconds": [],
-            }
-            records.append(record)
+            record = _record(one, steps)
+            beside = _record(one.beside, steps) if one.beside else None
+            records += [record, beside] if beside else [record]
             child = Child(one, images, logs / f"{place}.log")
             stack.callback(child.close)
             try:
                 # One after the other: two that start at once would look slow to start.
                 record |= child.answer()
-                running[one.name] = (child, record)
+                running[one.name] = (child, record, beside)
             except ChildError as error:
                 record["failed"] = str(error)
                 print(f"{one.name} is left out: {error}", file=sys.stderr)
         for block in tqdm(range(blocks), "blocks", disable=None):
-            for child, record in list(running.values())[:: -1 if block % 2 else 1]:
+            for child, record, beside in list(running.values())[:: -1 if block % 2 else 1]:
                 found = child.block(record["steps"])
-                record["seconds"].append(found["seconds"])
-                record |= {name: found[name] for name in found if name != "seconds"}
+                record["seconds"].append(found.pop("seconds"))
+                if beside:
+                    beside["seconds"].append(found.pop("beside_seconds"))
+                record |= found
             yield records
+
+
+def _record(one: Competitor, steps: int) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "kind": one.kind,
+        "options": one.options,
+        "about": one.about,
+        "processes": one.processes,
+        "threads": THREADS // one.processes,
+        "environment": one.environment,
+        "steps": max(1, round(steps * one.share)),
+        "seconds": [],
+    }

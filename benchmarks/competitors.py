@@ -29,15 +29,15 @@ TUNED: dict[str, dict[str, bool]] = {
 }
 TUNED_WITH_MEMORY_KEPT = tuple(TUNED)
 FASTEST_TUNED = "channels_last, bf16"  # as measured
-# The networks' own step in several ways, and which of our modes each is the limit of.
-LIMITS: dict[str, tuple[dict[str, bool], tuple[str, ...]]] = {
-    "contiguous": ({}, ("default",)),
-    "channels_last": ({"channels_last": True}, ("channels_last",)),
-    "channels_last, bf16": ({"channels_last": True, "bf16": True}, ("bf16",)),
-    "compiled": ({"compiled": True}, ("compiled",)),
+# Each of our modes, and the networks' own step in the same way, which is its limit.
+LIMITS: dict[str, tuple[str, dict[str, bool]]] = {
+    "default": ("contiguous", {}),
+    "channels_last": ("channels_last", {"channels_last": True}),
+    "bf16": ("channels_last, bf16", {"channels_last": True, "bf16": True}),
+    "compiled": ("compiled", {"compiled": True}),
     "compiled, bf16": (
+        "compiled, bf16",
         {"channels_last": True, "compiled": True, "bf16": True},
-        ("compiled, bf16",),
     ),
 }
 # Changes of the configuration under which the memory of few and many peers is measured too.
@@ -57,6 +57,8 @@ class Competitor:
         environment: variables of its processes.
         share: its steps for each step of the others.
         profiled: whether the seconds in torch's operations are taken, too.
+        beside: what the same process does in turn with it, where both must have the same memory:
+            two processes alike can differ by some percent.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Competitor:
     environment: dict[str, str] = field(default_factory=dict)
     share: float = 1.0
     profiled: bool = False
+    beside: "Competitor | None" = None
 
 
 def _ours(mode: str, processes: int = 1, kept: bool = False) -> Competitor:
@@ -110,13 +113,11 @@ def others() -> list[Competitor]:
 def limits() -> list[Competitor]:
     """Our whole steps beside what they cannot beat."""
     found = []
-    for name, (_, modes) in LIMITS.items():
-        for ours in map(_ours, modes):
-            about = ours.about | {"limit": f"networks alone, {name}"}
-            found.append(replace(ours, about=about))
-    for name, (options, _) in LIMITS.items():
+    for mode, (name, options) in LIMITS.items():
+        ours, limit = _ours(mode), f"networks alone, {name}"
         about = {"whose": "limit", "bf16": options.get("bf16", False)}
-        found.append(Competitor(f"networks alone, {name}", "networks", options, about))
+        alone = Competitor(limit, "networks", options, about)
+        found.append(replace(ours, about=ours.about | {"limit": limit}, beside=alone))
     for name, bf16 in (("single precision", False), ("bf16", True)):
         about = {"whose": "products", "bf16": bf16}
         found.append(Competitor(f"torch.mm, {name}", "products", {"bf16": bf16}, about))

@@ -118,10 +118,10 @@ def _limits(part: dict[str, Any]) -> str:
     headers = ["what", "step", "above its networks alone", "GFLOP/s", "of torch.mm's rate"]
     return f"""## Beside what the machine can do
 
-The same pair: our whole steps, its networks' own forward, cross-entropy, backward and optimizer
-steps on a ready batch, and products of 2048 x 2048 matrices in the same precision. The networks'
-arithmetic is three times that of a forward pass, {part["macs_per_image"] / 1e6:.0f} million
-multiply-accumulates an image for the pair.
+The same pair: our whole steps; in the same process, in turns with them, its networks' own forward,
+cross-entropy, backward and optimizer steps on a ready batch; and products of 2048 x 2048 matrices
+in the same precision. The networks' arithmetic is three times that of a forward pass,
+{part["macs_per_image"] / 1e6:.0f} million multiply-accumulates an image for the pair.
 
 {tabulate(rows, headers, tablefmt="github", disable_numparse=True)}
 """

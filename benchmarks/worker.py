@@ -1,10 +1,12 @@
 """A process that measures one thing whenever it is told to, and idles meanwhile.
 
-    python -m benchmarks.worker '{"kind": ..., "images": ..., "options": {...}, "profiled": false}'
+    python -m benchmarks.worker '{"kind": ..., "images": ..., "options": {...}, "profiled": false,
+        "beside": null}'
 
 It answers each line of its input, a block {"lead": steps, "steps": n}, by one line of JSON: what
-the ``n`` steps took, without those that lead to them; profiled, also the seconds in each of torch's
-operations. Of several processes the first one listens.
+the ``n`` steps took, without those that lead to them, and as many steps of what is measured beside
+them; profiled, also the seconds in each of torch's operations. Of several processes the first one
+listens.
 """
 
 import contextlib
@@ -92,12 +94,19 @@ def main() -> None:
     steps = KINDS[asked["kind"]](asked["images"], **asked["options"])
     prepared_s = time.perf_counter() - started
     found = {"prepared_s": prepared_s, "warm_up_s": timed(lambda: steps(_WARM_UP))}
+    beside = None
+    if asked["beside"]:
+        beside = KINDS[asked["beside"]["kind"]](asked["images"], **asked["beside"]["options"])
+        beside(_WARM_UP)
     return_memory()
     if speaks:
         print(json.dumps(found), file=answers)
     for lead, count in blocks(speaks):
         steps(lead)
         answer: dict[str, Any] = {"seconds": timed(lambda count=count: steps(count))}
+        if beside:
+            beside(lead)
+            answer["beside_seconds"] = timed(lambda count=count: beside(count))
         if asked["profiled"]:  # in steps of their own, as it takes time itself
             answer["operations"] = operations(lambda count=count: steps(count))
         return_memory()
