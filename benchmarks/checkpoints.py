@@ -28,7 +28,7 @@ from benchmarks.measuring import (
     surroundings,
     timed,
 )
-from dml_accel import cohort, resuming
+from dml_accel import cohort, keeping
 from dml_accel.allocation import everywhere
 from dml_accel.config import Config
 from dml_accel.engine import CheckpointRecord
@@ -54,7 +54,7 @@ def measure(blocks: int, root: Path) -> list[tuple[float, float]]:
 
     def write(step: int) -> None:
         record = CheckpointRecord(step, 0, {peer.name: 0 for peer in peers})
-        resuming.keep(root, record, peers, {}, config, placement)
+        keeping.keep(root, record, peers, {}, config, placement)
 
     steps(), write(1)  # warm-up
     return [

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dml_accel import cohort, decoding
+from dml_accel import building, cohort, decoding
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
 from dml_accel.data import ImageSet, Normalisation
@@ -96,7 +96,7 @@ def build_peers(config: Config, placement: Placement, classes: int = 100) -> lis
     peers = []
     for spec in cohort.parse(config.cohort):
         if spec.name in placement.mine:
-            module = cohort.build(spec, config, classes)
+            module = building.build(spec, config, classes)
             net = placement.prepare(module, spec.name, config.compile == "on")
             optimizer = cohort.optimizer(module, config)
             peers.append(Peer(spec, module, net, optimizer, placement.scaler()))

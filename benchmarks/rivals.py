@@ -23,7 +23,7 @@ from torchvision import transforms
 
 from benchmarks.measuring import BATCH
 from benchmarks.workloads import Steps, configuration, made_fast, prepared, read
-from dml_accel import cohort
+from dml_accel import building, cohort
 
 _WORKERS = 2
 _MEAN, _STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # pytorch-dml's
@@ -135,7 +135,7 @@ def plain_loop(images: str | None) -> Steps:
     """The loop of public ports: every pair's KL, transforms for each image, .item() each step."""
     epoch, classes = _per_image(images)
     config, batches = configuration(images, {}), _Part(epoch)
-    nets = [cohort.build(spec, config, classes) for spec in cohort.parse(config.cohort)]
+    nets = [building.build(spec, config, classes) for spec in cohort.parse(config.cohort)]
     optimizers = [torch.optim.SGD(net.parameters(), **_SGD, nesterov=True) for net in nets]
 
     def steps(count: int) -> None:

@@ -26,7 +26,7 @@ from benchmarks.competitors import PARTS, Competitor
 from benchmarks.measuring import HERE, surroundings
 from benchmarks.rivals import has_pytorch_dml
 from benchmarks.workloads import MACS_OF_A_PRODUCT, configuration, read
-from dml_accel import cohort
+from dml_accel import building, cohort
 from dml_accel.costs import count
 from dml_accel.files import write_json
 
@@ -34,7 +34,7 @@ from dml_accel.files import write_json
 def arithmetic(classes: int) -> int:
     """Return the multiply-accumulates of an image's forward pass through the pair."""
     config = configuration(None, {})
-    nets = [cohort.build(spec, config, classes) for spec in cohort.parse(config.cohort)]
+    nets = [building.build(spec, config, classes) for spec in cohort.parse(config.cohort)]
     return sum(count(net, config.image_size).macs for net in nets)
 
 

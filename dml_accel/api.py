@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dml_accel import cohort, data, frozen, links
+from dml_accel import building, cohort, data, frozen, links
 from dml_accel.allocation import everywhere
 from dml_accel.batchnorm import check_spanning
 from dml_accel.cohort import Peer, PeerSpec
@@ -194,7 +194,7 @@ def _source(
     for name, module in modules.items():
         if launched_processes() > 1 and config.batch_norm == "group":
             check_spanning(module, name)
-    cohort.refuse_twins(modules)
+    building.refuse_twins(modules)
     return Source(splits["train"], splits["test"], tuple(map(str, range(classes)))), config
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dml_accel import cohort, data, frozen, links, pretrained
+from dml_accel import building, cohort, data, frozen, links, pretrained
 from dml_accel.allocation import everywhere
 from dml_accel.batchnorm import check_spanning
 from dml_accel.cohort import PeerSpec
@@ -89,10 +89,10 @@ def check(config: Config, source: Source, begins: bool = True) -> Checked:
         if begins and spec.start is not None
     }
     modules = {
-        spec.name: cohort.build(spec, config, len(source.classes), starts.get(spec.name))
+        spec.name: building.build(spec, config, len(source.classes), starts.get(spec.name))
         for spec in specs
     }
-    cohort.refuse_twins(modules)
+    building.refuse_twins(modules)
     world_size, costs = launched_processes(), {}
     if world_size > 1:
         costs = {name: count(module, config.image_size) for name, module in modules.items()}
@@ -108,7 +108,7 @@ def refuse_other_files(checked: Checked, processes: Processes) -> None:
     Raises:
         UsageError: in all processes; a rank is named.
     """
-    starts = {name: start["sha256"] for name, start in checked.starts.items()}
+    starts = {name: start.get("sha256") for name, start in checked.starts.items()}
     ours = json.dumps([starts, checked.teachers])
     differs = processes.text_of_first(ours) != ours
     rank = processes.largest(1 + processes.rank if differs else 0) - 1
@@ -220,7 +220,7 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
         machine: what is assumed of it.
     """
     specs = cohort.parse(config.cohort)
-    modules = {spec.name: cohort.build(spec, config, classes) for spec in specs}
+    modules = {spec.name: building.build(spec, config, classes) for spec in specs}
     costs = {name: count(module, config.image_size) for name, module in modules.items()}
     if config.measure:
         device = torch.device("cpu")

@@ -19,22 +19,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from dml_accel.cohort import Peer
 from dml_accel.files import LARGEST_JSON, UnreadableError, read_at_most
+from dml_accel.packing import CheckpointError, pack, require_fit, require_state_fits, unpack
 
 _FORMAT = 1
 _LARGEST_HEADER = 16 * 2**20  # bytes
 _STATE = "state.json"
-_SCALER = set(torch.amp.GradScaler("cpu").state_dict())
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read; the text names the file."""
 
 
 def _damaged(path: Path) -> CheckpointError:
@@ -66,7 +61,7 @@ def abandon(root: Path) -> None:
 
 def write_peer(folder: Path, peer: Peer) -> None:
     """Write one peer's two files; on the disk when this returns."""
-    tensors, rest = _pack(peer)
+    tensors, rest = pack(peer)
     content = save(tensors, metadata={"format": "pt"})
     _write(folder / f"{peer.name}.safetensors", content)
     rest["sha256"] = _sha256(content)
@@ -122,25 +117,6 @@ def step_of(folder: Path) -> int:
     return int(folder.name[5:])
 
 
-def _pack(peer: Peer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a peer's tensors by name, and the rest as JSON."""
-    tensors = {f"model.{n}": t for n, t in peer.module.state_dict().items()}
-    optimizer, numbers = peer.optimizer.state_dict(), {}
-    for index, state in optimizer["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                numbers[f"{index}.{name}"] = value
-    rest = {
-        "optimizer": numbers,
-        "groups": optimizer["param_groups"],
-        "scaler": peer.scaler.state_dict(),
-    }
-    # Cloned, because the format refuses tensors that share memory (tied weights).
-    return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, rest
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -194,7 +170,7 @@ def load_peers(folder: Path, peers: Sequence[Peer]) -> dict[str, Any]:
     state = read_state(folder)
     read = [_read_peer(folder, state, peer) for peer in peers]
     for peer, (tensors, rest) in zip(peers, read, strict=True):
-        _unpack(peer, tensors, rest)
+        unpack(peer, tensors, rest)
     return state
 
 
@@ -202,8 +178,8 @@ def _read_peer(
     folder: Path, state: dict[str, Any], peer: Peer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     rest = _read_rest(folder, state, peer.name)
-    expected, like = _pack(peer)
-    _require_state_fits(folder / f"{peer.name}.json", peer, rest, like)
+    expected, like = pack(peer)
+    require_state_fits(folder / f"{peer.name}.json", peer, rest, like)
     weights = sum(t.numel() * t.element_size() for t in expected.values())
     # An optimizer that has not stepped yet has less state than one that has: allow for it.
     path = folder / f"{peer.name}.safetensors"
@@ -214,7 +190,7 @@ def _read_peer(
         tensors = load(content)
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    _require_fit(path, peer, tensors, expected)
+    require_fit(path, peer, tensors, expected)
     return tensors, rest
 
 
@@ -224,66 +200,6 @@ def _read_rest(folder: Path, state: dict[str, Any], name: str) -> dict[str, Any]
     if _sha256(content) != state["files"].get(path.name):
         raise _damaged(path)
     return _parse(path, content)
-
-
-def _require_state_fits(path: Path, peer: Peer, rest: dict[str, Any], like: dict[str, Any]) -> None:
-    """Refuse numbers that the optimizer or the scaler would choke on half way."""
-    numbers, groups, scaler = (rest.get(name) for name in ("optimizer", "groups", "scaler"))
-    weights = sum(len(group["params"]) for group in like["groups"])
-    fits = isinstance(numbers, dict) and all(
-        (place := re.fullmatch(r"(\d{1,9})\.\w+", name)) and int(place[1]) < weights
-        for name in numbers
-    )
-    fits &= isinstance(groups, list) and [_shape(g) for g in groups] == [
-        _shape(g) for g in like["groups"]
-    ]
-    fits &= isinstance(scaler, dict) and (not scaler or set(scaler) == _SCALER)
-    if not fits:
-        raise CheckpointError(f"{path} holds another optimizer or loss scaler than {peer.name} has")
-
-
-def _shape(group: Any) -> Any:
-    return (set(group), group.get("params")) if isinstance(group, dict) else None
-
-
-def _require_fit(
-    path: Path, peer: Peer, tensors: dict[str, Tensor], expected: dict[str, Tensor]
-) -> None:
-    model = {name for name in expected if name.startswith("model.")}
-    if {name for name in tensors if name.startswith("model.")} != model:
-        raise CheckpointError(f"{path} holds other weights than {peer.name} has")
-    sizes = [w.shape for group in peer.optimizer.param_groups for w in group["params"]]
-    for name, value in tensors.items():
-        like, index = expected.get(name), name.partition(".")[2].partition(".")[0]
-        if like is not None:
-            fits = (value.shape, value.dtype) == (like.shape, like.dtype)
-        else:  # a tensor of an optimizer that has not stepped here: a weight's shape, or a number
-            known = name.startswith("optimizer.") and index.isdigit() and int(index) < len(sizes)
-            fits = known and value.shape in (sizes[int(index)], torch.Size([]))
-        if not fits:
-            raise CheckpointError(
-                f"{path}: {name} {tuple(value.shape)} {value.dtype} does not fit {peer.name}"
-            )
-
-
-def _unpack(peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    weights = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("model.")}
-    peer.module.load_state_dict(weights)
-    values = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("optimizer.")}
-    state: dict[int, dict[str, Any]] = {}
-    for place, value in (values | rest["optimizer"]).items():
-        index, _, name = place.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    # Fused kernels read weights and what belongs to them in the order of memory, and do not look
-    # whether both lie there alike.
-    weights_of = [weight for group in peer.optimizer.param_groups for weight in group["params"]]
-    for index, weight in enumerate(weights_of):
-        for name, value in state.get(index, {}).items():
-            if isinstance(value, Tensor) and value.shape == weight.shape:
-                state[index][name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-    peer.optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
-    if rest["scaler"]:
-        peer.scaler.load_state_dict(rest["scaler"])
 
 
 # ---------------------------------------------------------------- files

@@ -13,23 +13,13 @@ from typing import Any
 
 from dml_accel.config import Config
 from dml_accel.intervals import paired_difference, summarise
+from dml_accel.methods import BASELINE
 from dml_accel.published import CIFAR100_TRAINING_IMAGES, published
+from dml_accel.subruns import SubRun
 
-BASELINE = "independent"
 METRICS = ("top1", "top5", "nll", "ece")
 _NO_RECIPE = frozenset({"cohort", "dataset", "seed", "image_column", "label_column"})
 COLUMNS = ("method", "seed", "peer", "arch", *METRICS)
-
-
-@dataclass(frozen=True)
-class SubRun:
-    """One run of a comparison: its place in the table and its folder below the comparison's."""
-
-    cohort: str
-    method: str
-    seed: int
-    folder: str
-    config: Config
 
 
 @dataclass(frozen=True)

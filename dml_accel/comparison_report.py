@@ -4,18 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dml_accel.methods import METHODS
 from dml_accel.report import percent, table
-
-METHOD_TITLES = {
-    "independent": "Ind.",
-    "mutual": "DML",
-    "sequential": "DML, Algorithm 1",
-    "official": "DML, authors' code",
-    "mean-prob": "DML_e",
-    "mean-logit": "DML, mean logits",
-    "distill": "Distilled",
-    "semi": "DML, semi-supervised",
-}
 
 
 def comparison_markdown(record: dict[str, Any], plot: str) -> str:
@@ -95,7 +85,7 @@ def comparison_table(record: dict[str, Any], style: str = "simple") -> str:
 
 def _title(method: str) -> str:
     name, comma, unusual = method.partition(",")
-    return METHOD_TITLES.get(name, name) + comma + unusual
+    return (METHODS[name].title if name in METHODS else name) + comma + unusual
 
 
 def _nets(cohort: dict[str, Any]) -> list[str]:

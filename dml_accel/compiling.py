@@ -34,14 +34,14 @@ def switched(accelerator: Accelerator, on: bool, mode: str) -> Iterator[None]:
     plugin.backend = DynamoBackend.INDUCTOR if on else DynamoBackend.NO
     plugin.mode, plugin.dynamic = mode, False
     if on:
-        _configure(accelerator.device)
+        _configure(accelerator.device, mode)
     try:
         yield
     finally:
         plugin.backend = DynamoBackend.NO
 
 
-def _configure(device: torch.device) -> None:
+def _configure(device: torch.device, mode: str) -> None:
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
@@ -50,9 +50,9 @@ def _configure(device: torch.device) -> None:
     # Every peer and every size of a part of a batch is one: running out of them must not be silent.
     dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 256, True
     dynamo.accumulated_recompile_limit = 1024
-    # Kernels are chosen without timing them: a run that goes on must take the same. On a CPU none
-    # is timed anyway, and the flag would keep kernels apart that save a tenth of a step together.
-    inductor.deterministic = device.type != "cpu"
+    # Kernels are chosen without timing them: a run that goes on must take the same. On a CPU only
+    # max-autotune times any, and the flag keeps kernels apart that save a tenth of a step together.
+    inductor.deterministic = device.type != "cpu" or mode != "default"
     # Machines without a GPU are told on every start that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dml_accel.cohort import PeerSpec, optimizer, parameter_count
+from dml_accel.building import parameter_count
+from dml_accel.cohort import PeerSpec, optimizer
 from dml_accel.config import Config
 from dml_accel.data import lay_weights, memory_format
 from dml_accel.decoding import cache_dir

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dml_accel.cohort import parameter_count
+from dml_accel.building import parameter_count
 from dml_accel.config import UsageError
 from dml_accel.decoding import Split
 from dml_accel.files import write_json

@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
 
-from dml_accel.cohort import Peer, parameter_count
+from dml_accel.building import parameter_count
+from dml_accel.cohort import Peer
 from dml_accel.data import Normalisation
 from dml_accel.files import write_json
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dml_accel import cohort
+from dml_accel import building
 from dml_accel.config import Config, UsageError
 from dml_accel.data import Data, Normalisation, lay_weights, memory_format
 from dml_accel.files import LARGEST_JSON, UnreadableError, read_json
@@ -142,7 +142,7 @@ def build(folder: PeerFolder) -> nn.Module:
     except Exception as error:  # every model family raises its own kinds
         reason = " ".join(str(error).split())
         raise UsageError(f"{folder.path}: {folder.arch} cannot be built: {reason}") from error
-    reason = cohort.refusal(net, folder.image_size, folder.number_of_classes)
+    reason = building.refusal(net, folder.image_size, folder.number_of_classes)
     if reason:
         size = folder.image_size
         raise UsageError(f"{folder.path} cannot take {size} x {size} images ({reason})")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,28 +10,8 @@ from typing import Any
 from dml_accel import cohort
 from dml_accel.config import Config, UsageError
 from dml_accel.intervals import Summary, summarise
+from dml_accel.methods import MAY_DIFFER, method_of
 from dml_accel.runfolder import saved_status
-
-# What tells runs of one comparison apart: who is trained how, and where.
-_MAY_DIFFER = frozenset(
-    {
-        "cohort",
-        "seed",
-        "kl_weight",
-        "kl_reduction",
-        "kl_warmup",
-        "temperature",
-        "update",
-        "target",
-        "links",
-        "frozen_peers",
-        "kl_images",
-    }
-)
-
-
-# Of these, what no method's name has to say: who learns, and what is said by other words.
-_BESIDE = frozenset({"cohort", "seed", "frozen_peers"})
 
 
 @dataclass(frozen=True)
@@ -79,41 +59,6 @@ class Run:
         for event in self.events:
             if event["event"] == "eval":
                 yield event["step"] / per_epoch, event["test"]
-
-
-def method_of(config: Config, peers: int, teachers: Mapping[str, Mapping[str, str]]) -> str:
-    """Name the way in which peers are trained, and all that is unusual about it.
-
-    Args:
-        config: the run's.
-        peers: how many learn.
-        teachers: ``arch`` and ``sha256`` of those that only teach, by name.
-    """
-    if config.kl_weight == 0 or (peers == 1 and not teachers):
-        by_turns = config.update == "official" and peers > 1  # K batches a step all the same
-        return "independent, official" if by_turns else "independent"
-    name, implied = "mutual", set(_BESIDE)
-    for other, field, is_it in (
-        (config.update, "update", config.update != "simultaneous"),
-        (config.target, "target", config.target != "peers"),
-        ("distill", "links", config.links == "frozen" or (peers == 1 and bool(teachers))),
-        ("semi", "kl_images", config.labelled_fraction < 1 and config.kl_images == "all"),
-    ):
-        if is_it:
-            name, implied = other, {*_BESIDE, field}
-            break
-    if config.labelled_fraction == 1 or config.kl_images == "labelled":
-        implied.add("kl_images")
-    mine, usual = config.as_dict(), Config()
-    unusual = [
-        f"{flag.replace('_', ' ')} {mine[flag]}"
-        for flag in sorted(_MAY_DIFFER - implied)
-        if mine[flag] != getattr(usual, flag) or flag == "kl_images"
-    ]
-    if teachers:
-        known = [f"{one['arch']} ({one['sha256'][:8]})" for one in teachers.values()]
-        unusual.append("of " + " and ".join(known))
-    return ", ".join([name, *unusual])
 
 
 def find(paths: Sequence[Path]) -> list[Run]:
@@ -175,7 +120,7 @@ def nets_of(run: Run) -> list[str]:
 def recipe_of(run: Run) -> list[Any]:
     """Return what runs of one comparison share beside their networks."""
     changed = run.config.differences(Config())
-    recipe = {name: mine for name, (mine, _) in changed.items() if name not in _MAY_DIFFER}
+    recipe = {name: mine for name, (mine, _) in changed.items() if name not in MAY_DIFFER}
     recipe["dataset"] = Path(run.config.dataset).name
     images = run.description["images"]
     return [sorted(recipe.items()), images["train"], images["test"]]

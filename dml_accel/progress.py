@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dml_accel.engine import EvaluationRecord, StepRecord
 from dml_accel.metrics import finite
 from dml_accel.schedules import PARTS
+from dml_accel.workload import Workload
 
 _WARM_UP_STEPS = 2
 _SECONDS_BETWEEN_LINES = 10.0
@@ -110,27 +111,6 @@ class Windows:
             "images_per_second": images * len(per_step) / seconds,
             "step_seconds_median": median(per_step),
         }
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What one run costs, in any unit that the runs of one display share."""
-
-    steps: int
-    step: float
-    evaluations: int
-    evaluation: float
-    taken: int = 0  # steps that are behind it
-
-    @property
-    def total(self) -> float:
-        """Cost of the whole run."""
-        return self.steps * self.step + self.evaluations * self.evaluation
-
-    @property
-    def done(self) -> float:
-        """Cost of what is behind it."""
-        return (self.total - self.evaluation) * self.taken / self.steps
 
 
 class Display:

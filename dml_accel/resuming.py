@@ -1,26 +1,20 @@
-"""What a run goes on from, and how its processes keep what it needs to go on.
+"""What a run goes on from.
 
-A checkpoint is verified, and its configuration compared, before anything of the run is touched. It
-is written by all processes together, or by none.
+A checkpoint is verified, and its configuration compared, before anything of the run is touched.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dml_accel import checkpoint
 from dml_accel.checking import Checked
-from dml_accel.checkpoint import CheckpointError
-from dml_accel.cohort import Peer
 from dml_accel.config import Config, UsageError
-from dml_accel.engine import CheckpointRecord, Start
 from dml_accel.launching import launched_precision, restarts
-from dml_accel.placement import Placement
-from dml_accel.processes import Processes
+from dml_accel.origin import Origin
+from dml_accel.packing import CheckpointError
 from dml_accel.provenance import versions
 from dml_accel.runfolder import is_done, saved_config, saved_status
 
@@ -39,59 +33,6 @@ _STATE = {
     "compiled": list,
     "starts": dict,
 }
-
-
-class NotKeptError(RuntimeError):
-    """A checkpoint could not be written; the text says why and what there is.
-
-    Attributes:
-        speaks: whether it is this process that could not.
-    """
-
-    def __init__(self, message: str, speaks: bool) -> None:
-        super().__init__(message)
-        self.speaks = speaks
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a run begins.
-
-    Attributes:
-        path: the checkpoint; None where it begins untrained.
-        state: the content of its state.json.
-    """
-
-    path: Path | None = None
-    state: dict[str, Any] = field(default_factory=dict)
-
-    def start(self, checkpoints: Path) -> Start:
-        """Return what the peers have behind them, for a run that keeps its own in a folder."""
-        if not self.path:
-            return Start()
-        here = self.path.resolve().parent == checkpoints.resolve()
-        return Start(self.state["step"], self.state["lost"], here)
-
-    def ranks(self, config: Config, world_size: int) -> dict[str, list[int]] | None:
-        """Return the placement of the checkpoint where this run may have the same."""
-        if not self.path or self.state["world_size"] != world_size:
-            return None
-        placement = self.state["placement"]
-        known = config.placement in ("auto", placement["kind"])
-        return dict(placement["ranks"]) if known else None
-
-    def compiled(self, config: Config, world_size: int) -> list[str] | None:
-        """Return which peers were compiled where this run is to do as it did."""
-        if self.ranks(config, world_size) is None:
-            return None
-        same = self.state["config"].get("compile", "off") == config.compile
-        return list(self.state["compiled"]) if same else None
-
-    def agreed(self, processes: Processes) -> "Origin":
-        """Return rank 0's origin in every process."""
-        text = processes.text_of_first(json.dumps([str(self.path or ""), self.state]))
-        path, state = json.loads(text)
-        return Origin(Path(path) if path else None, state)
 
 
 def continues_in_place(config: Config) -> bool:
@@ -279,7 +220,7 @@ def _refuse_another_run(config: Config, checked: Checked, origin: Origin) -> Non
     saved = _saved_config(origin)
     wrong = config.differences_from_start(saved)
     wrong.pop("mixed_precision", None)  # where it is not given it is the launcher's
-    ours, theirs = _beside_the_config(config, checked), origin.state
+    ours, theirs = beside_the_config(config, checked), origin.state
     wrong |= {
         name: (value, theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value
     }
@@ -310,121 +251,11 @@ def _saved_config(origin: Origin) -> Config:
         raise UsageError(f"{origin.path} is of another version of dml_accel: {error}") from error
 
 
-def _beside_the_config(config: Config, checked: Checked) -> dict[str, Any]:
+def beside_the_config(config: Config, checked: Checked) -> dict[str, Any]:
+    """Return what a run that goes on must have in common beside its configuration."""
     return {
         "mixed_precision": launched_precision(config),
         "images": len(checked.source.train),
         "classes": len(checked.source.classes),
         "teachers": checked.teachers,
-    }
-
-
-def with_starts(checked: Checked, origin: Origin) -> Checked:
-    """Return what the peers started from once, where the run goes on from a checkpoint.
-
-    Raises:
-        UsageError: the checkpoint for which no weights to start from were read is gone.
-    """
-    if origin.path:
-        return dataclasses.replace(checked, starts=origin.state["starts"])
-    begun = checked.starts.keys()
-    missing = [s.name for s in checked.specs if s.start is not None and s.name not in begun]
-    if missing:
-        raise UsageError(f"the checkpoint that holds {', '.join(missing)} is gone; start again")
-    return checked
-
-
-def load(origin: Origin, peers: Sequence[Peer], processes: Processes) -> None:
-    """Set this process's peers to the checkpoint, in all processes or in none.
-
-    Raises:
-        UsageError: a process cannot read it.
-    """
-    if origin.path is None:
-        return
-    problem = None
-    try:
-        checkpoint.load_peers(origin.path, peers)
-    except CheckpointError as error:
-        problem = error
-    bad = processes.largest(0 if problem is None else 1 + processes.rank)
-    if bad:
-        raise UsageError(
-            str(problem or f"rank {bad - 1} cannot read {origin.path}")
-            + "; all machines must share the folder"
-        ) from problem
-
-
-def keep(
-    root: Path,
-    record: CheckpointRecord,
-    peers: Sequence[Peer],
-    state: dict[str, Any],
-    config: Config,
-    placement: Placement,
-) -> None:
-    """Write one checkpoint from all processes; the older ones stay until it is complete.
-
-    Args:
-        root: the folder of checkpoints.
-        record: the step, and what else is carried.
-        peers: those trained here; each is written by its leader.
-        state: what ``description`` returned.
-        config: the run's.
-        placement: who leads which peer.
-
-    Raises:
-        NotKeptError: it could not be written, in all processes; the last one is as it was.
-    """
-    first = placement.processes.rank == 0
-    folder, step = checkpoint.unnamed(root, record.step), record.step
-    state = state | {"lost": record.lost}
-
-    def begin() -> None:
-        if first:
-            checkpoint.begin(root, step)
-
-    def write() -> None:
-        for peer in peers:
-            if placement.leads(peer.name):
-                checkpoint.write_peer(folder, peer)
-
-    def finish() -> None:
-        if first:
-            # Written while a peer loses steps, on request, it replaces no sound one.
-            most = config.keep_checkpoints if not any(record.lost.values()) else None
-            checkpoint.finish(folder, placement.names, step, state, most)
-
-    for part in (begin, write, finish):
-        problem = None
-        try:
-            part()
-        except OSError as error:
-            problem = error
-        # Also the wait for all processes to have done their part.
-        failed = placement.processes.largest(0 if problem is None else 1 + placement.processes.rank)
-        if failed:
-            if first:
-                checkpoint.abandon(root)
-            last = next((path.name for path in checkpoint.named(root)), None)
-            raise NotKeptError(
-                f"the checkpoint of step {step} could not be written"
-                f"{f': {problem}' if problem else f' by rank {failed - 1}'}; "
-                f"{f'{last} is as it was' if last else 'there is none before it'}",
-                speaks=problem is not None,
-            ) from problem
-
-
-def description(
-    config: Config, checked: Checked, placement: Placement, compiled: list[str]
-) -> dict[str, Any]:
-    """Return what a checkpoint says about its run; ``compiled`` names its compiled peers."""
-    return {
-        "config": config.as_dict(),
-        "world_size": placement.processes.world_size,
-        "placement": {"kind": placement.kind, "ranks": placement.ranks},
-        "versions": versions(),
-        "compiled": compiled,
-        "starts": checked.starts,
-        **_beside_the_config(config, checked),
     }

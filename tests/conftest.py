@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from dml_accel import cohort, data, frozen, links, sources
+from dml_accel import building, cohort, data, frozen, links, sources
 from dml_accel.allocation import allocate, everywhere
 from dml_accel.cohort import Peer
 from dml_accel.config import Config
@@ -113,7 +113,7 @@ class Training:
         )
 
     def _peer(self, spec: cohort.PeerSpec) -> Peer:
-        module = cohort.build(spec, self.config, len(self.data.classes))
+        module = building.build(spec, self.config, len(self.data.classes))
         net = self.placement.prepare(module, spec.name, self.config.compile == "on")
         optimizer = cohort.optimizer(module, self.config)
         return Peer(spec, module, net, optimizer, self.placement.scaler())

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dml_accel import checkpoint
-from dml_accel.checkpoint import CheckpointError, load_peers, named, read_state
+from dml_accel import checkpoint, packing
+from dml_accel.checkpoint import load_peers, named, read_state
 from dml_accel.cohort import Peer, PeerSpec
+from dml_accel.packing import CheckpointError
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, fused=True),
@@ -58,7 +59,7 @@ def saved(root: Path, peers: list[Peer], step: int, keep: int = 3) -> Path:
 
 
 def everything(one: Peer) -> dict[str, torch.Tensor]:
-    tensors, _ = checkpoint._pack(one)
+    tensors, _ = packing.pack(one)
     return tensors
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from dml_accel import cli, compare, comparison, comparison_report, plots, sources
-from dml_accel.compare import PRESETS, Preset
 from dml_accel.config import Config
 from dml_accel.published import published
+from dml_accel.subruns import PRESETS, Preset
 from tests.conftest import assert_same_state
 from tests.test_launchers import BIN, ROOT, environment, run
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dml_accel.cohort import build, parse
+from dml_accel.building import build
+from dml_accel.cohort import parse
 from dml_accel.config import Config
 from tests.test_launch import ACCELERATE, WORKERS
 

@@ -38,6 +38,21 @@ def test_low_memory_is_the_same_bit_for_bit(training: Build, changes: dict) -> N
         assert_same_state(state, low.states()[name])
 
 
+def test_channels_last_steps_are_the_contiguous_steps(training: Build) -> None:
+    # 30 steps, within 1e-9: the same sums in another order.
+    flat = training(lr=0.001, memory_format="contiguous")
+    last = training(lr=0.001, memory_format="channels_last")
+    weight = last.peers[0].module.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    for a, b in zip(run(flat, 30), run(last, 30), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    for name, state in flat.states().items():
+        for key, value in state.items():
+            # Momentum is a gradient, in which 1e-9 is less than rounding through the layers.
+            close = 1e-7 if key.startswith("momentum") else 1e-9
+            torch.testing.assert_close(last.states()[name][key], value, rtol=close, atol=close)
+
+
 @pytest.mark.parametrize(
     ("changes", "forwards"),
     [

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dml_accel  # noqa: F401  (registers the networks)
-from dml_accel import cohort
+from dml_accel import building, cohort
 from dml_accel.config import UsageError
 from dml_accel.decoding import Split
 from dml_accel.schedules import train_step
@@ -104,7 +104,7 @@ def test_building_leaves_batch_norm_untouched() -> None:
     # A constructor that tries its network on dummy images would move the running statistics.
     specs = cohort.parse(["resnet8", "timm:resnet10t"])
     for spec in specs:
-        net = cohort.build(spec, tiny_config(image_size=32, float64=False), 10)
+        net = building.build(spec, tiny_config(image_size=32, float64=False), 10)
         assert net.training
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -151,28 +151,28 @@ def test_an_image_size_that_a_net_cannot_take_names_the_argument_that_would() ->
     spec = cohort.parse(["timm:vit_tiny_patch16_224"])[0]
     message = r"cannot take 32 x 32 .*\[img_size=32,patch_size=4\]' or --image-size 224"
     with pytest.raises(UsageError, match=message):
-        cohort.build(spec, tiny_config(image_size=32), 10)
+        building.build(spec, tiny_config(image_size=32), 10)
     spec = cohort.parse(["timm:vit_tiny_patch16_224[img_size=32,patch_size=4,depth=1]"])[0]
-    assert cohort.build(spec, tiny_config(image_size=32), 10).num_classes == 10
+    assert building.build(spec, tiny_config(image_size=32), 10).num_classes == 10
 
 
 def test_an_argument_that_a_net_does_not_know_is_refused() -> None:
     spec = cohort.parse(["resnet8[depth=3]"])[0]
     with pytest.raises(UsageError, match=r"cannot be built: .*depth"):
-        cohort.build(spec, tiny_config(), 10)
+        building.build(spec, tiny_config(), 10)
 
 
 def test_our_own_nets_arguments_are_tried_as_well() -> None:
     spec = cohort.parse(["resnet8[in_chans=1]"])[0]
     with pytest.raises(UsageError, match="resnet8-0 cannot take 16 x 16 images"):
-        cohort.build(spec, tiny_config(), 10)
+        building.build(spec, tiny_config(), 10)
 
 
 def test_a_net_that_cannot_learn_from_one_image_is_refused() -> None:
     spec = cohort.parse(["timm:resnet18"])[0]
     with pytest.raises(UsageError, match="cannot learn from 1 image at a time"):
-        cohort.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=4), 10)
-    assert cohort.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=2), 10).training
+        building.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=4), 10)
+    assert building.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=2), 10).training
 
 
 def test_a_vision_transformer_learns_with_a_resnet() -> None:

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from dml_accel import cli, cohort
+from dml_accel import building, cli, cohort
 from dml_accel.allocation import allocate
 from dml_accel.costs import Cost, count, timed
 from dml_accel.planning import Machine, both, choose, predict
@@ -177,7 +177,7 @@ def test_times_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: obje
     monkeypatch.setenv("DML_CACHE", str(tmp_path))
     config = tiny_config(cohort=("resnet8",))
     (spec,) = cohort.parse(config.cohort)
-    modules = {spec.name: cohort.build(spec, config, 10)}
+    modules = {spec.name: building.build(spec, config, 10)}
     before = next(modules[spec.name].parameters()).clone()
     first = timed([spec], modules, config, torch.device("cpu"))
     assert first["resnet8-0"] > 0

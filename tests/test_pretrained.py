@@ -16,7 +16,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from dml_accel import checking, cli, cohort, pretrained
+from dml_accel import building, checking, cli, cohort, pretrained
 from dml_accel.config import UsageError
 from tests.conftest import tiny_config
 from tests.hub import serve_hub
@@ -52,7 +52,7 @@ def built(text: str, classes: int = 10) -> torch.nn.Module:
     (spec,) = cohort.parse([text])
     assert spec.start is not None
     weights = pretrained.read(spec.arch, spec.start)
-    return cohort.build(spec, tiny_config(float64=False), classes, weights)
+    return building.build(spec, tiny_config(float64=False), classes, weights)
 
 
 # ---------------------------------------------------------------- where they come from
@@ -332,7 +332,9 @@ def test_arguments_that_were_forgotten_are_named(tmp_path: Path) -> None:
 
 def test_untrained_twins_do_not_exist(tmp_path: Path) -> None:
     specs = cohort.parse(["resnet8*2"])
-    cohort.refuse_twins({s.name: cohort.build(s, tiny_config(), 10) for s in specs})
-    net = cohort.build(specs[0], tiny_config(), 10)
+    building.refuse_twins({s.name: building.build(s, tiny_config(), 10) for s in specs})
+    net = building.build(specs[0], tiny_config(), 10)
     with pytest.raises(UsageError, match="a and c start with the same weights"):
-        cohort.refuse_twins({"a": net, "b": cohort.build(specs[1], tiny_config(), 10), "c": net})
+        building.refuse_twins(
+            {"a": net, "b": building.build(specs[1], tiny_config(), 10), "c": net}
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dml_accel import cli, cohort
+from dml_accel import cli, cohort, flags
 from dml_accel.config import Config
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -61,7 +61,7 @@ def test_there_is_no_python_that_is_not_run() -> None:
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_can_be_read(words: list[str]) -> None:
-    values = cli._parse(words)
+    values = flags.parse(words)
     if words[0] not in ("train", "compare", "plan"):
         return
     fields = Config.from_dict({n: v for n, v in values.items() if n in Config.__annotations__})

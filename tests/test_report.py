@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageStat
 
-from dml_accel import cli, history, page
+from dml_accel import cli, history, methods, page
 from dml_accel.analysis import NOISE, analysis
 from dml_accel.config import Config, UsageError
 from dml_accel.history import Run
@@ -75,7 +75,7 @@ def test_runs_are_found_once_and_grouped_by_what_may_be_compared(runs: Path) -> 
 def test_a_configuration_has_the_name_of_its_method(changes: dict, peers: int, method: str) -> None:
     known = {"arch": "vit", "sha256": "0123456789"}
     teachers = {"frozen-0": known} if "frozen_peers" in changes else {}
-    assert history.method_of(Config(**changes), peers, teachers) == method
+    assert methods.method_of(Config(**changes), peers, teachers) == method
 
 
 def test_curves_are_means_over_seeds_by_hand(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dml_accel import checkpoint, cli, engine, schedules, training
+from dml_accel import checkpoint, cli, engine, preparing, recording, schedules, training
 from dml_accel.cohort import Peer
 from dml_accel.runfolder import RunFolder
 from tests.conftest import assert_same_state
@@ -158,9 +158,9 @@ def test_killed_while_a_checkpoint_is_written(
     [
         (engine, "evaluate", 2, 3),  # of step 4, which the checkpoint of step 3 is before
         (engine, "evaluate", 7, 15),  # the last, after the last checkpoint
-        (training, "write_peer", 1, 15),
-        (training, "write_peer", 2, 15),
-        (training, "results_markdown", 1, 15),
+        (recording, "write_peer", 1, 15),
+        (recording, "write_peer", 2, 15),
+        (recording, "results_markdown", 1, 15),
         (RunFolder, "write", 3, 15),  # results.json, after status.json and config.json
     ],
     ids=str,
@@ -299,7 +299,7 @@ def test_a_run_that_goes_on_elsewhere_has_a_checkpoint_of_its_own_at_once(
 ) -> None:
     new, given = tmp_path / "new", ("--resume", str(interrupted / "checkpoints/step-00000006"))
     with pytest.MonkeyPatch.context() as patch:
-        on_call(patch, training, "_peer", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        on_call(patch, preparing, "_peer", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(new, *given) == 75
     assert steps(new) == [6]
     assert train(new) == 0
@@ -338,7 +338,7 @@ def test_peers_that_cannot_be_written_leave_no_finished_run(
         raise SafetensorError("I/O error: No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "write_peer", full)
+        patch.setattr(recording, "write_peer", full)
         assert train(tmp_path) == 1
     said = capsys.readouterr().err
     assert "cannot be written: I/O error: No space left" in said and "Traceback" not in said
@@ -528,7 +528,7 @@ def on_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, a
 
 
 PHASES = {
-    "building": (training, "_peer", 1, 0),
+    "building": (preparing, "_peer", 1, 0),
     "the first step": (engine, "train_step", 1, 1),
     "a step": (engine, "train_step", 8, 8),
     "an evaluation": (engine, "batch_sums", 2, 4),
@@ -572,7 +572,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
 
 def test_a_signal_when_all_is_measured_lets_the_run_end(tmp_path: Path, straight: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        on_call(patch, training, "write_peer", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        on_call(patch, recording, "write_peer", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(tmp_path) == 0
     assert_same_run(tmp_path, straight)
 
