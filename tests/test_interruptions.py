@@ -25,7 +25,7 @@ from tests.test_resume import NAMES, events, load, steps
     [
         ("one process", "writing"),
         ("2 processes, split", "evaluation"),
-        ("3 processes, replicate", "steps"),
+        ("2 processes, replicate", "steps"),
     ],
 )
 def test_killed_for_real_at_a_random_moment(tmp_path: Path, case: str, phase: str) -> None:
