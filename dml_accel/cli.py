@@ -19,7 +19,7 @@ from dml_accel.comparison_report import comparison_table, comparison_title
 from dml_accel.config import Config, UsageError
 from dml_accel.flags import parse
 from dml_accel.keeping import NotKeptError
-from dml_accel.launching import StoppedError, launched_processes, launched_rank
+from dml_accel.launching import StoppedError, launched_processes, launched_rank, share_cores
 from dml_accel.page import write_page
 from dml_accel.planning import this_machine
 from dml_accel.processes import MemoryShortError, ProcessLostError
@@ -111,6 +111,7 @@ def _plan(values: dict[str, typing.Any]) -> int:
             f"--world {world} is more than the {config.batch_size // config.grad_accum} images of "
             "a part of the batch (--batch-size, --grad-accum)"
         )
+    share_cores(config)  # what is assumed of a process is by its threads
     machine = this_machine()
     machine = dataclasses.replace(
         machine,

@@ -197,6 +197,16 @@ def test_plan_prints_both_placements_and_the_choice(capsys: pytest.CaptureFixtur
     assert sum(line.startswith("2 ") for line in said.splitlines()) == 2  # a row per process
 
 
+def test_what_a_process_computes_is_by_its_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for count, rate in (("1", "40 billion"), ("3", "120 billion")):
+            assert cli.main(["plan", "--cohort", "resnet8*2", "--cpu", "--threads", count]) == 0
+            assert f"assumed: {rate} multiply-accumulates a second" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
