@@ -1,5 +1,6 @@
 """Data: augmentation as in the paper, keyed per image and epoch; the split to choose by."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -265,3 +266,17 @@ def _only_its_precision(to: Callable[..., torch.Tensor]) -> Callable[..., torch.
         return to(tensor, *words, **named)
 
     return checked
+
+
+def test_a_batch_may_be_all_images_and_not_one_more(digits: Source) -> None:
+    few = dataclasses.replace(digits, train=digits.train.select(torch.arange(20)))
+    assert data.check_sizes(few, tiny_config(batch_size=20)) == (20, 0)
+    assert data.check_sizes(few, tiny_config(batch_size=15, val_fraction=0.25)) == (15, 5)
+    assert data.check_sizes(few, tiny_config(batch_size=12, train_limit=12)) == (12, 0)
+    for changes, text in (
+        ({"batch_size": 21}, "--batch-size 21 is more than the 20 training images"),
+        ({"batch_size": 16, "val_fraction": 0.25}, "--batch-size 16 is more than the 15"),
+        ({"train_limit": 21}, "--train-limit 21 is more than the 20"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            data.check_sizes(few, tiny_config(**changes))
