@@ -229,11 +229,13 @@ def test_weights_of_another_network_do_not_fit(tmp_path: Path) -> None:
         load_peers(folder, [peer("a-0")])
 
 
-def test_a_well_formed_stranger_is_refused(written: tuple[Path, list[Peer]]) -> None:
+@pytest.mark.parametrize("beyond", [0, 90])
+def test_a_well_formed_stranger_is_refused(written: tuple[Path, list[Peer]], beyond: int) -> None:
     # Every sha256 right, and yet a tensor too many: shapes and names are checked too.
-    folder, _ = written
+    folder, peers = written
     path = folder / "a-0.safetensors"
-    tensors = load_file(path) | {"optimizer.99.momentum_buffer": torch.zeros(3)}
+    index = len(list(peers[0].module.parameters())) + beyond  # the first that is none, and one far
+    tensors = load_file(path) | {f"optimizer.{index}.momentum_buffer": torch.zeros(3)}
     save_file(tensors, path, metadata={"format": "pt"})
     state = json.loads((folder / "state.json").read_text())
     del state["sha256"]
