@@ -92,6 +92,8 @@ def learn(
         DivergedError: a peer is lost.
     """
     config = config or Config()
+    if not isinstance(modules, Mapping):
+        raise UsageError(f"modules is a {type(modules).__name__}; it must map names to networks")
     for name in _OF_FOLDERS:
         if getattr(config, name):
             raise UsageError(f"Config({name}={getattr(config, name)!r}): learn writes no files")

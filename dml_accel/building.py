@@ -42,6 +42,11 @@ def build(
         except Exception as error:  # every model family raises its own kinds
             reason = " ".join(str(error).split())
             raise UsageError(f"{spec.name} ({spec.arch}) cannot be built: {reason}") from error
+    if not hasattr(net, "pretrained_cfg"):
+        raise UsageError(
+            f"{spec.name}: {spec.arch} has no pretrained_cfg, by which timm loads trained weights; "
+            "let its function return timm.models.build_model_with_cfg(...)"
+        )
     reason = refusal(net, config.image_size, classes)
     if reason:
         raise UsageError(

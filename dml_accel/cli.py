@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launched_rank() == 0:
             print(error, file=sys.stderr, flush=True)
         return _leave(_STOPPED)
+    except BrokenPipeError:  # who reads has seen enough; nothing is left to flush at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _leave(1)
     except (DivergedError, MemoryShortError, NotKeptError, ProcessLostError, OSError) as error:
         if getattr(error, "speaks", launched_rank() == 0 or isinstance(error, OSError)):
             print(f"error: {error}", file=sys.stderr, flush=True)

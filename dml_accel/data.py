@@ -234,7 +234,8 @@ def check_sizes(source: Source, config: Config) -> tuple[int, int]:
         )
     if config.batch_size > trained:
         raise UsageError(
-            f"--batch-size {config.batch_size} is more than the {trained} training images"
+            f"--batch-size {config.batch_size} is more than the {trained} training images; it must "
+            f"be at most {trained}"
         )
     return trained, held
 

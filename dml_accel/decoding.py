@@ -207,7 +207,8 @@ def decode(
                 reason = str(error).split(" <_io.BytesIO")[0]
                 where = f" ({path})" if path else ""
                 raise UsageError(
-                    f"image {row} of split {split!r}{where} cannot be read: {reason}"
+                    f"image {row} of split {split!r}{where} cannot be read: {reason}; repair or "
+                    "remove it"
                 ) from error
     return torch.from_numpy(images)
 

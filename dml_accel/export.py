@@ -49,9 +49,16 @@ def write_peer(
     temporary = folder / ".model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / "model.safetensors")
+    dataset = without_place(dataset)
     config = timm_config(peer, classes, normalisation, image_size)
     write_json(folder / "config.json", config)
     _card(peer, metrics, dataset, steps, taught_by, distilled).save(folder / "README.md")
+
+
+def without_place(dataset: str) -> str:
+    """Return how a data set is called elsewhere: where a folder lies is nobody else's business."""
+    folder = Path(dataset).expanduser()
+    return folder.resolve().name if folder.is_dir() else dataset
 
 
 def timm_config(

@@ -1,8 +1,10 @@
 """A chosen network, or all of a cohort, as a folder of its own: for timm, or for ONNX runtimes."""
 
 import contextlib
+import math
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import nn
 
 from dml_accel import frozen, onnx_model
 from dml_accel.config import UsageError
-from dml_accel.export import TIMM_USAGE, model_card
+from dml_accel.export import TIMM_USAGE, model_card, without_place
 from dml_accel.files import UnreadableError, can_be_made, read_at_most, write_json, write_text
 from dml_accel.frozen import PeerFolder
 from dml_accel.trained import Trained
@@ -73,8 +75,8 @@ def choose(trained: Trained, peer: str | None) -> tuple[Trained, str]:
 
 
 def _best(trained: Trained) -> str:
-    """Return the peer of the highest validation accuracy; of equal ones, the first in name."""
-    found = {}
+    """Return the peer of the highest validation accuracy, of equal ones that of the lowest NLL."""
+    found: dict[str, tuple[float, float]] = {}
     for name in trained.folders:
         val = trained.measured.get(name, {}).get("val")
         if not isinstance(val, dict) or not isinstance(val.get("top1"), int | float):
@@ -83,8 +85,15 @@ def _best(trained: Trained) -> str:
                 "test split is for reporting): train with --val-fraction 0.1, or name a peer: "
                 f"{', '.join(trained.folders)}"
             )
-        found[name] = val["top1"]
-    return max(sorted(found), key=lambda name: found[name])
+        nll = val.get("nll")
+        found[name] = (val["top1"], -nll if isinstance(nll, int | float) else -math.inf)
+    best = max(sorted(found), key=lambda name: found[name])
+    said = (
+        f"{name} {100 * top1:.2f}% (NLL {-negative:.4f})"
+        for name, (top1, negative) in found.items()
+    )
+    print(f"{BEST} is {best}: on the validation split {', '.join(said)}", file=sys.stderr)
+    return best
 
 
 def check_target(target: Path) -> None:
@@ -233,6 +242,7 @@ def _card(chosen: Trained, name: str, usage: str, library: str, tags: list[str])
     archs = ", ".join(f"`{arch}`" + f" x {n}" * (n > 1) for arch, n in nets.items())
     config = chosen.run.get("config")
     dataset = config.get("dataset") if isinstance(config, dict) else None
+    dataset = without_place(dataset) if isinstance(dataset, str) else None
     together = name == ENSEMBLE
     metrics = (
         chosen.results.get("ensemble") if together else chosen.measured.get(name, {}).get("test")
@@ -247,7 +257,7 @@ def _card(chosen: Trained, name: str, usage: str, library: str, tags: list[str])
         f"{chosen.image_size} pixels.",
         usage,
         metrics=metrics if known else None,
-        dataset=dataset if isinstance(dataset, str) else None,
+        dataset=dataset,
         steps=steps if isinstance(steps, int) else None,
         library=library,
         tags=tags,

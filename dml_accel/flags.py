@@ -88,6 +88,11 @@ def parse(arguments: Sequence[str]) -> dict[str, typing.Any]:
         elsewhere = _ELSEWHERE.get((parsed.subcommand, unknown[0].split("=")[0]))
         if elsewhere:
             raise UsageError(f"{parsed.subcommand} has no {unknown[0]}: {elsewhere}")
+        if not unknown[0].startswith("-"):
+            raise UsageError(
+                f"{parsed.subcommand} does not know what {unknown[0]} is for: --help shows what it "
+                "takes, and what is quoted"
+            )
         flags = list(commands[parsed.subcommand]._option_string_actions)
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"

@@ -11,7 +11,7 @@ from dml_accel import cohort
 from dml_accel.config import Config, UsageError
 from dml_accel.intervals import Summary, summarise
 from dml_accel.methods import MAY_DIFFER, method_of
-from dml_accel.runfolder import saved_status
+from dml_accel.runfolder import state_of
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def find(paths: Sequence[Path]) -> list[Run]:
             raise UsageError(f"{path} is no folder; name one of runs")
         for folder in sorted(file.parent for file in path.rglob("metrics.jsonl")):
             if not (folder / "results.json").is_file():
-                state = saved_status(folder) or "not finished"
-                print(f"left out: the run in {folder} is {state}", file=sys.stderr)
+                print(f"left out: the run in {folder} is {state_of(folder)}", file=sys.stderr)
             elif folder.resolve() not in found:
                 found[folder.resolve()] = _read(folder)
     if not found:

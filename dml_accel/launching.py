@@ -123,6 +123,11 @@ def check_launch(config: Config) -> None:
         raise UsageError("fp16 needs a GPU (a CPU would compute in fp32); use bf16 or no")
     if config.float64 and precision != "no":
         raise UsageError(f"--float64 and mixed precision {precision} exclude each other")
+    if config.threads and config.threads > (cores := _cores()):
+        raise UsageError(
+            f"--threads is {config.threads}; this machine has {cores} core{'s' * (cores > 1)} for "
+            "it, and more threads than that wait for each other"
+        )
     if config.tf32 and (on_cpu or not torch.cuda.is_available()):
         raise UsageError("--tf32 is for CUDA GPUs; leave it out here")
     if config.float64 and not on_cpu and not torch.cuda.is_available():
@@ -170,5 +175,11 @@ def _threads(config: Config, launched: int) -> int | None:
     """
     if config.threads or launched == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return config.threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", launched)))
+    return max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", launched)))
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -253,6 +253,21 @@ def saved_status(path: Path) -> str:
         return ""
 
 
+def state_of(path: Path) -> str:
+    """Say in words how far the run in a folder is: a killed one could not say so itself."""
+    status, step = saved_status(path) or "not begun", ""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        step = f" at step {int(json.loads((path / 'status.json').read_text())['step'])}"
+    if status == "running":
+        try:
+            with open(path / "run.lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            status = "interrupted"  # nobody holds it
+        except OSError:
+            pass
+    return status + step
+
+
 def is_done(path: Path) -> bool:
     """Whether the folder holds a finished run: results.json comes last, after the peers.
 

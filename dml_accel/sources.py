@@ -44,8 +44,20 @@ def read(config: Config, quiet: bool = False) -> Source:
                     f"--{name.replace('_', '-')} does not apply to digits; leave it out"
                 )
         return _digits(config.image_size)
+    if config.train_split == config.test_split:
+        raise UsageError(
+            f"--train-split and --test-split are both {config.train_split!r}: what is reported "
+            "must not be what was trained on; name two splits"
+        )
     flags = (config.train_split, "--train-split"), (config.test_split, "--test-split")
     (train, test), classes = _read_splits(config, flags, quiet)
+    unseen = (torch.bincount(train.labels, minlength=len(classes)) == 0).nonzero()[:, 0].tolist()
+    if unseen and not quiet:
+        some = ", ".join(repr(classes[label]) for label in unseen[:5])
+        print(
+            f"warning: {len(unseen)} of {len(classes)} classes have no image to train on: {some}",
+            file=sys.stderr,
+        )
     return Source(train, test, classes)
 
 
@@ -160,7 +172,8 @@ def _root_cause(error: BaseException) -> str:
 def _split(splits: Any, name: str, flag: str) -> Any:
     if name not in splits:
         raise UsageError(
-            f"the data set has no split {name!r} (it has: {', '.join(splits)}); choose with {flag}"
+            f"the data set has no split {name!r} (it has: {', '.join(splits)}); choose with "
+            f"{flag}, or lay it out as train/<class>/*.png and test/<class>/*.png"
         )
     if len(splits[name]) == 0:
         raise UsageError(f"split {name!r} has no images; choose another with {flag}")

@@ -19,6 +19,7 @@ from dml_accel.config import UsageError
 from dml_accel.data import ImageSet
 from dml_accel.decoding import Split
 from dml_accel.frozen import PeerFolder, description
+from dml_accel.runfolder import state_of
 
 ROWS = 256  # images that are computed at once, as in the evaluations of training
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,6 +86,13 @@ def find(path: Path) -> Trained:
     """
     if not path.is_dir():
         raise UsageError(f"{path} is no folder; name a run, or peers/<name> of one")
+    is_peer = (path / "model.safetensors").exists()
+    is_run = not is_peer and any((path / name).exists() for name in ("config.json", "status.json"))
+    if is_run and not (path / "results.json").is_file():
+        raise UsageError(
+            f"{path} is not finished ({state_of(path)}): let it end with --resume auto, or name a "
+            "peer's folder"
+        )
     found = frozen.folders_of(path)
     folders = {one.name or one.resolve().name: frozen.read(one) for one in found}
     first = next(iter(folders.values()))
@@ -97,12 +105,7 @@ def find(path: Path) -> Trained:
         )
     run: dict[str, Any] = {}
     results: dict[str, Any] = {}
-    if first.path != path and (path / "config.json").exists():  # a run, no folder of peers
-        if not (path / "results.json").is_file():
-            raise UsageError(
-                f"{path} is not finished (it has no results.json), and its peers are of an earlier "
-                f"state; let it end with --resume auto, or name one of them: {first.path}"
-            )
+    if is_run:
         run, results = description(path / "config.json"), description(path / "results.json")
     trained = Trained(path, folders, classes, first.image_size, run, results)
     differing = trained.measured.keys() ^ folders.keys() if results else set()

@@ -174,8 +174,8 @@ def _evaluate(found: Trained, values: dict[str, Any]) -> int:
     labels = evaluation.by_name(split.labels, classes, found.classes, str(found.path))
     if classes != found.classes:
         missing = len(found.classes) - len(classes)
-        what = f"lack {missing} that it knows" if missing else "come in another order"
-        print(f"the classes {what} and are matched by name", file=sys.stderr)
+        what = f"{missing} known classes are not in the data set" if missing else "another order"
+        print(f"classes are matched by name: {what}", file=sys.stderr)
     split = Split(split.images, labels)
     about = {
         "of": str(found.path),

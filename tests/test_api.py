@@ -131,6 +131,7 @@ def test_what_does_not_fit_is_refused_at_once() -> None:
     twins = {"a": good["a"], "b": copy.deepcopy(good["a"])}
     for modules, train, report, changes, message in (
         ({}, data, test, {}, "modules is empty"),
+        (list(good.values()), data, test, {}, "modules is a list; it must map names to networks"),
         (twins, data, test, {}, "a and b start with the same weights"),
         (good, data, (test[0][:, :1], test[1]), {}, r"test has images \[5, 1, 5\] of"),
         (good, (data[0], data[1][:3]), test, {}, r"images \[24, 2, 5\] and labels \[3\]"),

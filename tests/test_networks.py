@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models import register_model
 from torch import nn
 
 import dml_accel  # noqa: F401  (registers the networks)
@@ -98,6 +99,17 @@ def test_timms_own_ways_of_use(name: str) -> None:
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 9)
     assert timm.data.resolve_model_data_config(net)["input_size"] == (3, 32, 32)
     assert timm.is_model(name)
+
+
+@register_model
+def without_a_cfg(pretrained: bool = False, num_classes: int = 10, **_: object) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+
+def test_a_network_that_timm_could_not_load_again_is_refused() -> None:
+    (spec,) = cohort.parse(["timm:without_a_cfg"])
+    with pytest.raises(UsageError, match=r"no pretrained_cfg, .*build_model_with_cfg\(\.\.\.\)"):
+        building.build(spec, tiny_config(), 10)
 
 
 def test_building_leaves_batch_norm_untouched() -> None:

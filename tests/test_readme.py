@@ -1,12 +1,16 @@
 """The README's examples: those in Python run, and every command that it shows can be read."""
 
+import importlib
 import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dml_accel import cli, cohort, flags
 from dml_accel.config import Config
@@ -42,6 +46,23 @@ def test_a_trained_peer_is_loaded_as_shown(tmp_path: Path, monkeypatch: pytest.M
     assert not names["net"].training and names["net"].num_classes == 10
 
 
+def test_a_network_of_ones_own_is_trained_and_loaded_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text(blocks("register_model"))
+    mine = importlib.import_module("mine")
+    words = "--cohort timm:pebble resnet8 --dataset digits --image-size 16 --batch-size 16 --cpu"
+    words = ["train", *words.split(), "--max-steps", "2", "--output-dir", "runs/mine"]
+    assert mine.dml_accel.cli.main(words) == 0
+    folder = tmp_path / "runs/mine/peers/pebble-0"
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    weights = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+    assert mine.dml_accel.cli.main(["evaluate", "runs/mine", "--cpu"]) == 0
+
+
 def test_networks_of_ones_own_learn_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,7 +77,7 @@ def test_networks_of_ones_own_learn_as_shown(
 
 
 def test_there_is_no_python_that_is_not_run() -> None:
-    assert README.count("```python") == 3  # that of a data set is run where sets are read
+    assert README.count("```python") == 4  # that of a data set is run where sets are read
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

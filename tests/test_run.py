@@ -209,6 +209,7 @@ def test_a_cohort_that_diverges_fails_and_still_writes_json(tmp_path: Path) -> N
         (["--dataset", "no-such/set"], "the hub cannot be reached"),
         (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--batch-size", "2000"], "--batch-size 2000 is more than the 1437 training images"),
+        (["--threads", "9999"], "--threads is 9999; this machine has "),
         (["--lr", "-1"], "--lr is -1.0; it must be 0 or more"),
         (["--lr", "nan"], "--lr is nan; it must be a finite number"),
         (["--momentum", "1"], "--momentum is 1.0; it must be at least 0 and below 1"),

@@ -105,6 +105,18 @@ def test_class_folders_of_images(tmp_path: Path) -> None:
     assert by_label == {0: 50, 1: 0}
 
 
+def test_a_class_that_is_never_trained_on_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, labels in (("train", "ab"), ("test", "abc")):
+        for label in labels:
+            (tmp_path / name / label).mkdir(parents=True)
+            (tmp_path / name / label / "0.png").write_bytes(png(0))
+    assert read(str(tmp_path)).classes == ("a", "b", "c")
+    said = capsys.readouterr().err
+    assert "warning: 1 of 3 classes have no image to train on: 'c'" in said
+
+
 def test_a_changed_image_is_not_answered_from_a_cache(tmp_path: Path) -> None:
     for name in ("train", "test"):
         for label in "ab":
@@ -363,6 +375,11 @@ def words(values: Sequence[str | None]) -> tuple[datasets.Value, list[str | None
 
 
 REFUSED = {
+    "one split for both": (
+        lambda: {"train": split([0]), "test": split([1])},
+        {"test_split": "train"},
+        "--train-split and --test-split are both 'train': what is reported must not be what was",
+    ),
     "no such split": (
         lambda: {"train": split([0]), "valid": split([1])},
         {},
@@ -432,7 +449,7 @@ REFUSED = {
     "text for an image": (
         lambda: {"train": split([0], [b"hello"]), "test": split([1])},
         {},
-        r"image 0 of split 'train' cannot be read: cannot identify image file$",
+        r"image 0 of split 'train' cannot be read: cannot identify image file; repair or remove it$",
     ),
     "an empty split": (
         lambda: {"train": split([0]), "test": split([0]).select([])},

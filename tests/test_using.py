@@ -1,5 +1,6 @@
 """A trained cohort in use: measured, asked about images, and handed on in two formats."""
 
+import fcntl
 import importlib.util
 import io
 import json
@@ -190,7 +191,16 @@ def test_what_cannot_be_measured_is_refused(run: Path, tmp_path: Path, capsys: C
     assert "differ: resnet8-1" in capsys.readouterr().err
     (tmp_path / "run/results.json").unlink()  # as while a run is made longer
     assert cli.main(["evaluate", str(tmp_path / "run"), "--cpu"]) == 2
-    assert "is not finished (it has no results.json)" in capsys.readouterr().err
+    assert "run is not finished (done at step 8): let it end with --res" in capsys.readouterr().err
+    (tmp_path / "run/status.json").write_text('{"status": "running", "step": 5}')
+    shutil.rmtree(tmp_path / "run/peers/resnet8-0")  # as when it was killed before its end
+    assert cli.main(["predict", str(tmp_path / "run"), "x.png"]) == 2
+    assert "run is not finished (interrupted at step 5)" in capsys.readouterr().err
+    with open(tmp_path / "run/run.lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert cli.main(["predict", str(tmp_path / "run"), "x.png"]) == 2
+    assert "run is not finished (running at step 5)" in capsys.readouterr().err
+    shutil.copytree(run / "peers/resnet8-0", tmp_path / "run/peers/resnet8-0")
     (tmp_path / "run/peers/resnet8-0/config.json").write_text('{"num_classes": NaN}')
     assert cli.main(["export", str(tmp_path / "run/peers/resnet8-0"), "--to", "x"]) == 2
     assert "resnet8-0/config.json is no JSON" in capsys.readouterr().err
@@ -210,7 +220,7 @@ def test_a_split_that_lacks_a_class_is_measured(
         (tmp_path / "set/test" / name).rename(tmp_path / "set/test" / f"class {name}")
     words = ["--dataset", str(tmp_path / "set"), "--to", str(tmp_path / "x"), "--cpu"]
     assert cli.main(["evaluate", str(peer), *words]) == 0
-    assert "the classes lack 1 that it knows and are matched by name" in capsys.readouterr().err
+    assert "by name: 1 known classes are not in the data set" in capsys.readouterr().err
     found = {one["name"]: one for one in load(tmp_path / "x/evaluation.json")["classes"]}
     assert found[f"class {first}"] == {
         "name": f"class {first}",
@@ -434,7 +444,9 @@ def test_onnx_answers_alone_as_torch_does(
     assert ModelCard.load(target / "README.md").data.library_name == "onnx"
 
 
-def test_the_best_is_that_of_the_validation_split(run: Path, tmp_path: Path) -> None:
+def test_the_best_is_that_of_the_validation_split(
+    run: Path, tmp_path: Path, capsys: Captured
+) -> None:
     shutil.copytree(run, tmp_path / "run")
     results = load(tmp_path / "run/results.json")
     for peer in results["peers"]:
@@ -443,6 +455,13 @@ def test_the_best_is_that_of_the_validation_split(run: Path, tmp_path: Path) -> 
     (tmp_path / "run/results.json").write_text(json.dumps(results))
     found = trained.find(tmp_path / "run")
     assert exporting.choose(found, "best")[1] == "resnet8-1"
+    for peer, nll in zip(results["peers"], (0.7, 0.6, 0.8), strict=True):  # of equal ones
+        peer["val"] |= {"top1": 0.5, "nll": nll}
+    (tmp_path / "run/results.json").write_text(json.dumps(results))
+    best = results["peers"][1]["name"]
+    assert exporting.choose(trained.find(tmp_path / "run"), "best")[1] == best
+    said = capsys.readouterr().err
+    assert f"best is {best}: " in said and f"{best} 50.00% (NLL 0.6000)" in said
     results["peers"][0]["val"] = None
     (tmp_path / "run/results.json").write_text(json.dumps(results))
     with pytest.raises(
