@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dml_accel.schedules import PARTS
 _STEPS_BETWEEN_LOOKS = 10
 # A cross-entropy that many times that of guessing means that a peer has diverged.
 _BOUND = 100.0
-REMEDY = "a smaller --lr or --clip-norm 1 may help"
+_REMEDY = "a smaller --lr or --clip-norm 1 may help"
 
 
 class DivergedError(RuntimeError):
@@ -172,5 +173,19 @@ class Streaks:
                 raise DivergedError(
                     f"the loss of {name} was not finite, or its cross-entropy above "
                     f"{self._bound:.0f}, for {streak} steps in a row by step {step} "
-                    f"(--max-nonfinite {self._most}); {REMEDY}"
+                    f"(--max-nonfinite {self._most}); {_REMEDY}"
                 )
+
+
+def refuse_lost(peers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse an end at which a peer predicts nothing.
+
+    Args:
+        peers: the last evaluation's metrics by name.
+
+    Raises:
+        DivergedError: predictions are not finite; a peer is named.
+    """
+    for name, metrics in peers.items():
+        if metrics["nll"] is None:
+            raise DivergedError(f"the predictions of {name} are not finite at the end; {_REMEDY}")

@@ -37,7 +37,8 @@ from dml_accel.processes import Processes
 from dml_accel.progress import Display
 from dml_accel.published import is_cifar100
 from dml_accel.resuming import find
-from dml_accel.runfolder import RunFolder, is_done, remedy_of_a_stop, saved_description
+from dml_accel.runfolder import RunFolder, remedy_of_a_stop
+from dml_accel.saved import is_done, saved_description
 from dml_accel.sources import Source
 from dml_accel.subruns import SubRun
 from dml_accel.training import run

@@ -11,13 +11,8 @@ from dml_accel.checking import Checked
 from dml_accel.config import Config, UsageError
 from dml_accel.launching import launched_precision, launched_processes, restarts
 from dml_accel.resuming import has_checkpoint
-from dml_accel.runfolder import (
-    LockedFolder,
-    is_done,
-    saved_config,
-    saved_description,
-    saved_status,
-)
+from dml_accel.runfolder import LockedFolder
+from dml_accel.saved import is_done, saved_config, saved_description, saved_status
 from dml_accel.subruns import SubRun
 
 PLOT = "differences.png"

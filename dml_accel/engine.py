@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dml_accel.agenda import REMEDY, Agenda, DivergedError, Start, Streaks
+from dml_accel.agenda import Agenda, Start, Streaks, refuse_lost
 from dml_accel.cohort import Peer, learning_rate
 from dml_accel.config import Config
 from dml_accel.data import Data, ImageSet
@@ -134,9 +134,7 @@ def fit(
         if looks:
             streaks.refuse_diverged(step)
     assert found is not None, "the last step is evaluated"
-    for name, metrics in found.test["peers"].items():
-        if metrics["nll"] is None:
-            raise DivergedError(f"the predictions of {name} are not finite at the end; {REMEDY}")
+    refuse_lost(found.test["peers"])
 
 
 def _evaluated(

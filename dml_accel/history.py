@@ -11,7 +11,7 @@ from dml_accel import cohort
 from dml_accel.config import Config, UsageError
 from dml_accel.intervals import Summary, summarise
 from dml_accel.methods import MAY_DIFFER, method_of
-from dml_accel.runfolder import state_of
+from dml_accel.saved import state_of
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class Recorder:
             **({"skipped": window.skipped} if window.skipped else {}),
         )
 
+    def stop(self, reason: str) -> None:
+        """Record that training was stopped."""
+        self._folder.status("stopped", reason)
+
     def end(self, last: EvaluationRecord) -> None:
         """Record that training has ended."""
         self._folder.event("end", last.step, last.epoch)

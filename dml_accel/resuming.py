@@ -16,7 +16,7 @@ from dml_accel.launching import launched_precision, restarts
 from dml_accel.origin import Origin
 from dml_accel.packing import CheckpointError
 from dml_accel.provenance import versions
-from dml_accel.runfolder import is_done, saved_config, saved_status
+from dml_accel.saved import is_done, saved_config, saved_status
 
 CHECKPOINTS = "checkpoints"
 # What a run adds to a checkpoint's state.json, with the kind of each value.

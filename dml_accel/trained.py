@@ -19,7 +19,7 @@ from dml_accel.config import UsageError
 from dml_accel.data import ImageSet
 from dml_accel.decoding import Split
 from dml_accel.frozen import PeerFolder, description
-from dml_accel.runfolder import state_of
+from dml_accel.saved import state_of
 
 ROWS = 256  # images that are computed at once, as in the evaluations of training
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

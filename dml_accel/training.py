@@ -130,13 +130,7 @@ def run(
         if not ready.goes_on:
             say_starts(ready.checked)
         recorder = Recorder(folder, ready, command, display)
-    try:
-        last = _take_all_steps(ready, recorder, stop)
-    except StoppedError as stopped:
-        if folder:
-            folder.status("stopped", str(stopped))
-        processes.wait()  # a launcher may end all when the first has ended
-        raise
+    last = _take_all_steps(ready, recorder, stop)
     if recorder:
         recorder.end(last)
     error = write_peers(ready, last)
@@ -161,13 +155,19 @@ def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> E
         ready.teaching,
         ready.teachers,
     )
-    with remedy_of_short_memory(ready.config, ready.takes_turns):
-        for record in records:
-            if isinstance(record, CheckpointRecord):
-                root = ready.path / CHECKPOINTS
-                keep(root, record, ready.peers, state, ready.config, ready.placement)
-            if recorder:
-                recorder.take(record)
-            last = record
+    try:
+        with remedy_of_short_memory(ready.config, ready.takes_turns):
+            for record in records:
+                if isinstance(record, CheckpointRecord):
+                    root = ready.path / CHECKPOINTS
+                    keep(root, record, ready.peers, state, ready.config, ready.placement)
+                if recorder:
+                    recorder.take(record)
+                last = record
+    except StoppedError as stopped:
+        if recorder:
+            recorder.stop(str(stopped))
+        ready.placement.processes.wait()  # a launcher may end all when the first has ended
+        raise
     assert isinstance(last, EvaluationRecord), "fit ends with an evaluation"
     return last

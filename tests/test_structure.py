@@ -41,6 +41,7 @@ ORDER = [
     "costs",
     "planning",
     "provenance",
+    "saved",
     "runfolder",
     "progress",
     "report",

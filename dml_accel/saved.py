@@ -1,0 +1,68 @@
+"""What the folder of a run tells about it, to whoever comes later."""
+
+import contextlib
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from dml_accel.config import Config, UsageError
+
+
+def saved_status(path: Path) -> str:
+    """Return the status of the run in a folder; empty where it has none."""
+    try:
+        return str(json.loads((path / "status.json").read_text())["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def state_of(path: Path) -> str:
+    """Say in words how far the run in a folder is: a killed one could not say so itself."""
+    status, step = saved_status(path) or "not begun", ""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        step = f" at step {int(json.loads((path / 'status.json').read_text())['step'])}"
+    if status == "running":
+        try:
+            with open(path / "run.lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            status = "interrupted"  # nobody holds it
+        except OSError:
+            pass
+    return status + step
+
+
+def is_done(path: Path) -> bool:
+    """Whether the folder holds a finished run: results.json comes last, after the peers.
+
+    Raises:
+        UsageError: that cannot be told.
+    """
+    try:
+        return (path / "results.json").stat().st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UsageError(f"{path / 'results.json'} cannot be read: {error.strerror}") from error
+
+
+def saved_description(path: Path) -> dict[str, Any]:
+    """Return the content of config.json of the run in a folder.
+
+    Raises:
+        UsageError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads((path / "config.json").read_text())
+        return {"config": found["config"], **found}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path / 'config.json'} cannot be read: {error}") from error
+
+
+def saved_config(path: Path) -> Config:
+    """Return the configuration of the run in a folder.
+
+    Raises:
+        UsageError: config.json cannot be read.
+    """
+    return Config.from_dict(saved_description(path)["config"])
