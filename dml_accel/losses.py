@@ -32,9 +32,11 @@ class Targets(NamedTuple):
     """What every peer is taught, row by row: constants.
 
     Attributes:
-        posterior: mean posterior of the other peers, [K, B, C].
-        negative_entropy: mean of the others' negative entropies in nats, [K, B].
-        teachers: how many others that is, or the sum of their links' weights, [K, B].
+        posterior: mean posterior of those that teach the peer, [K, B, C]; for ``mean-logit`` the
+            posterior of their mean logits.
+        negative_entropy: mean of their negative entropies in nats, [K, B]; where there is one
+            target (``mean-prob``, ``mean-logit``), that of the target.
+        teachers: how many they are, or the sum of their links' weights, [K, B].
     """
 
     posterior: Tensor
@@ -69,8 +71,9 @@ def mutual_losses(
         kl_on_labelled: rows without a label have no KL term either.
 
     Returns:
-        ``total`` carries gradients: row k of it into logits k and nowhere else. ``kl`` is the
-        term as it stands in the sum above, before w, T^2 included; 0 where it was not computed.
+        ``total`` carries gradients: row k of it into logits k and nowhere else.
+        ``cross_entropy`` is times ``label_weight``. ``kl`` is the term as it stands in the sum
+        above, before w, T^2 included; 0 where it was not computed.
     """
     logits_KBC = at_least_single(logits_KBC)
     log_p = F.log_softmax(logits_KBC, dim=-1)
@@ -94,7 +97,7 @@ def mutual_losses(
 
 
 def kl_from_targets(log_p_KBC: Tensor, targets: Targets) -> Tensor:
-    """Return mean_{l != k} KL(p_l || p_k) for every peer k and row, [K, B], in nats."""
+    """Return the mean KL from what each peer k is taught to p_k, row by row, [K, B], in nats."""
     return targets.negative_entropy - (targets.posterior * log_p_KBC).sum(-1)
 
 

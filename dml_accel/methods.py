@@ -9,7 +9,7 @@ from dml_accel.config import Config, UsageError
 
 @dataclass(frozen=True)
 class Method:
-    """What a method is called in tables, and what it changes in the default configuration."""
+    """What a method is called in tables, and what it changes in the shared configuration."""
 
     title: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -28,7 +28,7 @@ METHODS = {
 }
 BASELINE = "independent"
 DEFAULT_METHODS = (BASELINE, "mutual")
-# Flags that the methods set.
+# Flags that methods alone set, so that a comparison does not take them.
 SET_BY_METHODS = ("update", "target", "kl_images")
 
 

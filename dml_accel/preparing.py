@@ -21,7 +21,7 @@ from dml_accel.origin import Origin, with_starts
 from dml_accel.placement import Placement
 from dml_accel.processes import Processes, remedy_of_short_memory
 from dml_accel.resuming import CHECKPOINTS
-from dml_accel.schedules import takes_turns
+from dml_accel.schedules import one_at_a_time
 from dml_accel.teaching import Teaching
 
 
@@ -58,9 +58,9 @@ class Prepared:
     goes_on: bool
 
     @property
-    def takes_turns(self) -> bool:
+    def one_at_a_time(self) -> bool:
         """Whether one network's activations at a time are in memory."""
-        return takes_turns(self.config, self.teaching)
+        return one_at_a_time(self.config, self.teaching)
 
 
 def prepare(
@@ -96,7 +96,7 @@ def prepare(
     teaching = Teaching(config, checked.names, list(checked.frozen), checked.links)
     parameters = {name: parameter_count(module) for name, module in checked.modules.items()}
     start = origin.start(path / CHECKPOINTS)
-    with remedy_of_short_memory(config, takes_turns(config, teaching)):
+    with remedy_of_short_memory(config, one_at_a_time(config, teaching)):
         names = origin.compiled(config, processes.world_size)
         if names is None:
             if compiles is None:

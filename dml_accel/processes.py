@@ -231,12 +231,12 @@ class MemoryShortError(RuntimeError):
 
 
 @contextlib.contextmanager
-def remedy_of_short_memory(config: Config, takes_turns: bool) -> Iterator[None]:
+def remedy_of_short_memory(config: Config, one_at_a_time: bool) -> Iterator[None]:
     """Say what needs less memory where it runs short.
 
     Args:
         config: the run's.
-        takes_turns: whether one network's activations are held at a time as it is.
+        one_at_a_time: whether one network's activations are held at a time as it is.
 
     Raises:
         MemoryShortError: in place of the error of torch or Python.
@@ -247,7 +247,7 @@ def remedy_of_short_memory(config: Config, takes_turns: bool) -> Iterator[None]:
         if not memory_ran_short(error):
             raise
         ways, parts = [], 2 * config.grad_accum
-        if not takes_turns and config.update == "simultaneous":
+        if not one_at_a_time and config.update == "simultaneous":
             ways.append("--low-memory keeps one network's activations at a time")
         if parts <= config.batch_size and config.update != "sequential":
             ways.append(f"--grad-accum {parts} computes a batch in smaller parts (another result)")

@@ -151,7 +151,7 @@ def results(
 
 
 def _sent(ready: Prepared) -> list[float]:
-    """Return the payload bytes that each process sends in a step."""
+    """Return the payload bytes that each process sends in a step, as predicted."""
     if ready.placement.processes.world_size == 1:
         return [0.0]
     classes, costs = len(ready.images.classes), ready.checked.costs

@@ -144,7 +144,7 @@ def _simultaneous(step: Step, asks: Callable[[], Sequence[bool]]) -> tuple[Tenso
     for number, part in enumerate(parts):
         x, y = step.rows(step.number, part)
         with placement.micro_batch([peer.net for peer in peers], part is parts[-1]):
-            learn = _in_turn if takes_turns(step.config, step.teaching) else _together
+            learn = _in_turn if one_at_a_time(step.config, step.teaching) else _together
             sums.append(learn(step, x, y, number, part[1] - part[0]))
     means, asked = placement.of_all_peers(torch.stack(sums).sum(0), torch.tensor(asks()))
     means /= step.config.batch_size
@@ -154,7 +154,7 @@ def _simultaneous(step: Step, asks: Callable[[], Sequence[bool]]) -> tuple[Tenso
     return means, asked
 
 
-def takes_turns(config: Config, teaching: Teaching) -> bool:
+def one_at_a_time(config: Config, teaching: Teaching) -> bool:
     """Whether one network's activations are held at a time.
 
     Where nobody teaches, nothing has to be predicted first: less memory for the same work.

@@ -51,7 +51,8 @@ def plan(
     """Return the runs, seed by seed, so that what is there at any time can be compared.
 
     Raises:
-        UsageError: there is nothing to compare.
+        UsageError: there is nothing to compare, a cohort cannot be read, or the configuration does
+            not go with a method.
     """
     if seeds < 1:
         raise UsageError(f"--seeds is {seeds}; it must be at least 1")

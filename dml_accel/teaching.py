@@ -88,7 +88,8 @@ class Teaching:
         """Return what peers learn over their links.
 
         Args:
-            lessons_LBC: of all that learn, in name order, and of all that only teach.
+            lessons_LBC: of all L = K + F that learn, in name order, and that only teach,
+                [L, B, C + 2].
             rows: places in name order of the peers that are taught.
         """
         assert self._links is not None, "links are what this is for"

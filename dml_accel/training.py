@@ -30,7 +30,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
 
     Returns:
         The run folder and the content of its results.json; None in all processes but the first,
-        which alone writes.
+        which writes the records.
 
     Raises:
         UsageError: the input does not allow the run; nothing has been written then.
@@ -156,7 +156,7 @@ def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> E
         ready.teachers,
     )
     try:
-        with remedy_of_short_memory(ready.config, ready.takes_turns):
+        with remedy_of_short_memory(ready.config, ready.one_at_a_time):
             for record in records:
                 if isinstance(record, CheckpointRecord):
                     root = ready.path / CHECKPOINTS
