@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dml_accel.cohort import Peer
-from dml_accel.files import LARGEST_JSON, UnreadableError, read_at_most
+from dml_accel.files import LARGEST_JSON, UnreadableError, read_at_most, strict_json
 from dml_accel.packing import CheckpointError, pack, require_fit, require_state_fits, unpack
 
 _FORMAT = 1
@@ -211,16 +211,12 @@ def _dump(content: Any) -> bytes:
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(content, parse_constant=_refuse_constant)
+        found = strict_json(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is no JSON") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is damaged: it is no JSON object")
     return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _bytes(path: Path, most: int) -> bytes:

@@ -251,9 +251,9 @@ def _costs(plan: Sequence[SubRun], source: Source, root: str | None) -> dict[str
         begin = [sub for sub in subs if begins(sub, root)]
         config = subs[0].config
         checked = check(config, source, bool(begin))  # networks of one cohort at a time
-        for sub in subs if root and begin else ():
-            if sub not in begin:
-                refuse_other_starts(Path(str(root)) / sub.folder, checked)
+        for sub in subs:
+            if root and sub not in begin:
+                refuse_other_starts(Path(root) / sub.folder, checked)
         nets = checked.modules.values()
         costs[cohort_] = float(sum(count(net, config.image_size).macs for net in nets))
     return costs

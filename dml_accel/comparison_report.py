@@ -1,9 +1,9 @@
 """What a comparison has to say: results.md and the table on the screen."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from dml_accel.export import without_place
 from dml_accel.methods import METHODS
 from dml_accel.report import percent, table
 
@@ -42,8 +42,7 @@ def comparison_title(record: dict[str, Any]) -> str:
 def subject(record: dict[str, Any]) -> str:
     """Return one line: networks, images, and what was scaled down."""
     cohorts = ", ".join(" + ".join(_nets(cohort)) for cohort in record["cohorts"])
-    dataset = record["dataset"]
-    where = Path(dataset).name if Path(dataset).is_dir() else dataset
+    where = without_place(record["dataset"])
     smaller = ", ".join(record["scaled_down"])
     title = f"{cohorts or 'nothing finished'} on {where}"
     return title + (f" (scaled down: {smaller})" if smaller else "")

@@ -58,7 +58,8 @@ def write_peer(
 def without_place(dataset: str) -> str:
     """Return how a data set is called elsewhere: where a folder lies is nobody else's business."""
     folder = Path(dataset).expanduser()
-    return folder.resolve().name if folder.is_dir() else dataset
+    # Not resolved: a link is named for what it is to be called.
+    return Path(os.path.abspath(folder)).name if folder.is_dir() else dataset
 
 
 def timm_config(

@@ -50,8 +50,17 @@ def read_at_most(path: Path, most: int) -> bytes:
     return content
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def strict_json(content: bytes) -> Any:
+    """Return what JSON holds; NaN and Infinity are none.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    return json.loads(content, parse_constant=refuse)
 
 
 def read_json(path: Path, most: int) -> dict[str, Any]:
@@ -61,7 +70,7 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
         UnreadableError: it cannot be read, is longer, or holds something else.
     """
     try:
-        found = json.loads(read_at_most(path, most), parse_constant=_refuse_constant)
+        found = strict_json(read_at_most(path, most))
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{path} is no JSON") from error
     if not isinstance(found, dict):

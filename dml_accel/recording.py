@@ -31,6 +31,7 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, ready: Prepared, command: str, display: Display) -> None:
         self._folder, self._ready, self._display = folder, ready, display
+        self._command = command
         images, step = len(ready.images.train), ready.start.step
         self._windows = Windows(ready.placement.names, images // ready.config.batch_size)
         known = step if ready.goes_on else None
@@ -78,17 +79,16 @@ class Recorder:
         self._folder.event("end", last.step, last.epoch)
         self._display.end()
 
-    def conclude(self, last: EvaluationRecord, memory: int, command: str) -> dict[str, Any]:
+    def conclude(self, last: EvaluationRecord, memory: int) -> dict[str, Any]:
         """Write the results; return the content of results.json.
 
         Args:
             last: the last evaluation.
             memory: peak bytes of the process that needed most.
-            command: the command line.
         """
         throughput = self._windows.throughput(images_of_a_step(self._ready.config))
         found = results(self._ready, last, throughput, memory)
-        text = results_markdown(found, self._ready.config.as_dict(), command)
+        text = results_markdown(found, self._ready.config.as_dict(), self._command)
         write_text(self._folder.path / "results.md", text)
         self._told.text("results", text, last.step)
         self._folder.write("results.json", found)  # the last: it says that the run is done

@@ -11,25 +11,27 @@ from dml_accel.config import Config, UsageError
 
 def saved_status(path: Path) -> str:
     """Return the status of the run in a folder; empty where it has none."""
+    return str(_saved_state(path).get("status", ""))
+
+
+def _saved_state(path: Path) -> dict[str, Any]:
+    """Return the content of status.json; nothing where it cannot be read."""
     try:
-        return str(json.loads((path / "status.json").read_text())["status"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        found = json.loads((path / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def state_of(path: Path) -> str:
     """Say in words how far the run in a folder is: a killed one could not say so itself."""
-    status, step = saved_status(path) or "not begun", ""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        step = f" at step {int(json.loads((path / 'status.json').read_text())['step'])}"
+    known = _saved_state(path)
+    status, step = str(known.get("status", "")) or "not begun", known.get("step")
     if status == "running":
-        try:
-            with open(path / "run.lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), open(path / "run.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             status = "interrupted"  # nobody holds it
-        except OSError:
-            pass
-    return status + step
+    return f"{status} at step {step}" if isinstance(step, int) else status
 
 
 def is_done(path: Path) -> bool:

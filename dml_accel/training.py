@@ -139,7 +139,7 @@ def run(
     memory = processes.largest(device_memory(processes.device))
     if unwritten:
         raise error or OSError(f"rank {unwritten - 1} could not write its peers below {path}")
-    return recorder.conclude(last, memory, command) if recorder else None
+    return recorder.conclude(last, memory) if recorder else None
 
 
 def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> EvaluationRecord:

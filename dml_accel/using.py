@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,20 +229,16 @@ def _predict(found: Trained, values: dict[str, Any]) -> int:
 
     good: list[predicting.Prediction] = []
     seen = 0
-    try:
-        for batch in predicting.predict(networks, found.image_size, names(), report):
-            if style == "table":  # its columns are as wide as the longest of all
-                good += batch
-            else:
-                head = predicting.CSV_HEADER if style == "csv" and not seen else ""
-                lines = predicting.as_lines(batch, found.classes, style)
-                print(head + lines, end="", flush=True)
-            seen += len(batch)
-        if good:
-            print(predicting.as_table(good, found.classes), flush=True)
-    except BrokenPipeError:  # who reads has seen enough; nothing is left to flush at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    for batch in predicting.predict(networks, found.image_size, names(), report):
+        if style == "table":  # its columns are as wide as the longest of all
+            good += batch
+        else:
+            head = predicting.CSV_HEADER if style == "csv" and not seen else ""
+            lines = predicting.as_lines(batch, found.classes, style)
+            print(head + lines, end="", flush=True)
+        seen += len(batch)
+    if good:
+        print(predicting.as_table(good, found.classes), flush=True)
     if not found_any:
         raise UsageError(f"there is no image in {' '.join(values['images'])}")
     return 1 if bad else 0
