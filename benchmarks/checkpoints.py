@@ -28,14 +28,15 @@ from benchmarks.measuring import (
     surroundings,
     timed,
 )
-from dml_accel import cohort, keeping
-from dml_accel.allocation import everywhere
-from dml_accel.config import Config
-from dml_accel.engine import CheckpointRecord
-from dml_accel.placement import Placement
-from dml_accel.processes import Processes
-from dml_accel.schedules import Step, train_step
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config
+from dml_accel.distributed.allocation import everywhere
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes
+from dml_accel.models import spec as cohort
+from dml_accel.mutual.step import Step, train_step
+from dml_accel.mutual.teaching import Teaching
+from dml_accel.training import keeping
+from dml_accel.training.loop import CheckpointRecord
 
 _STEPS = 5  # of a block
 

@@ -20,14 +20,14 @@ from scipy import stats
 from tabulate import tabulate
 
 from benchmarks.measuring import HERE, build_peers, image_set, surroundings
-from dml_accel import cohort
-from dml_accel.config import Config
-from dml_accel.launching import check_launch
-from dml_accel.losses import Targets
-from dml_accel.placement import Placement
-from dml_accel.processes import Processes
-from dml_accel.schedules import Step, train_step
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config
+from dml_accel.distributed.launch import check_launch
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes
+from dml_accel.models import spec as cohort
+from dml_accel.mutual.losses import Targets
+from dml_accel.mutual.step import Step, train_step
+from dml_accel.mutual.teaching import Teaching
 
 _WARM_UP = 5
 

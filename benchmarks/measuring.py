@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from dml_accel import building, cohort, decoding
-from dml_accel.cohort import Peer
-from dml_accel.config import Config
-from dml_accel.data import ImageSet, Normalisation
-from dml_accel.intervals import summarise
-from dml_accel.placement import Placement
-from dml_accel.provenance import commit, versions
+from dml_accel.analysis.intervals import summarise
+from dml_accel.core.config import Config
+from dml_accel.core.versions import commit, versions
+from dml_accel.data import decode as decoding
+from dml_accel.data.batches import ImageSet, Normalisation
+from dml_accel.distributed.placement import Placement
+from dml_accel.models import build as building
+from dml_accel.models import spec as cohort
+from dml_accel.models.spec import Peer
 
 HERE = Path(__file__).parent
 IMAGES = 50_000  # CIFAR-100's training split

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.measuring import HERE, MEMORY_KEPT, processor, ratio
-from dml_accel.provenance import commit, versions
+from dml_accel.core.versions import commit, versions
 
 BIN = Path(sys.executable).parent
 TOGETHER = ["--placement", "replicate"]

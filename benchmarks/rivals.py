@@ -23,7 +23,8 @@ from torchvision import transforms
 
 from benchmarks.measuring import BATCH
 from benchmarks.workloads import Steps, configuration, made_fast, prepared, read
-from dml_accel import building, cohort
+from dml_accel.models import build as building
+from dml_accel.models import spec as cohort
 
 _WORKERS = 2
 _MEAN, _STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # pytorch-dml's

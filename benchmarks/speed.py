@@ -26,9 +26,10 @@ from benchmarks.competitors import PARTS, Competitor
 from benchmarks.measuring import HERE, surroundings
 from benchmarks.rivals import has_pytorch_dml
 from benchmarks.workloads import MACS_OF_A_PRODUCT, configuration, read
-from dml_accel import building, cohort
-from dml_accel.costs import count
-from dml_accel.files import write_json
+from dml_accel.core.files import write_json
+from dml_accel.distributed.costs import count
+from dml_accel.models import build as building
+from dml_accel.models import spec as cohort
 
 
 def arithmetic(classes: int) -> int:

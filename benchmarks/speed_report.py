@@ -17,8 +17,8 @@ from benchmarks.speed_tables import (
     seconds,
     series,
 )
-from dml_accel.files import write_text
-from dml_accel.plots import colours, save
+from dml_accel.analysis.plots import colours, save
+from dml_accel.core.files import write_text
 
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"

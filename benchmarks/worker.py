@@ -26,7 +26,7 @@ import torch.distributed as dist
 from benchmarks import rivals, workloads
 from benchmarks.measuring import timed
 from benchmarks.workloads import Steps
-from dml_accel.progress import device_memory
+from dml_accel.training.progress import device_memory
 
 KINDS: dict[str, Callable[..., Steps]] = {
     "training": workloads.training,

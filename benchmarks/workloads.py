@@ -15,17 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring import BATCH, build_peers
-from dml_accel import cohort, data, sources
-from dml_accel.allocation import allocate
-from dml_accel.config import Config
-from dml_accel.data import Data
-from dml_accel.decoding import Split
-from dml_accel.engine import fit
-from dml_accel.losses import mutual_losses
-from dml_accel.placement import Placement
-from dml_accel.processes import Processes
-from dml_accel.sources import Source
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config
+from dml_accel.data import batches as data
+from dml_accel.data import sources
+from dml_accel.data.batches import Data
+from dml_accel.data.decode import Split
+from dml_accel.data.sources import Source
+from dml_accel.distributed.allocation import allocate
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes
+from dml_accel.models import spec as cohort
+from dml_accel.mutual.losses import mutual_losses
+from dml_accel.mutual.teaching import Teaching
+from dml_accel.training.loop import fit
 
 Steps = Callable[[int], None]
 _MADE_IMAGES = 10_000

@@ -10,16 +10,21 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from dml_accel import building, cohort, data, frozen, links, sources
-from dml_accel.allocation import allocate, everywhere
-from dml_accel.cohort import Peer
-from dml_accel.config import Config
-from dml_accel.data import Data
-from dml_accel.frozen import PeerFolder
-from dml_accel.placement import Placement
-from dml_accel.processes import Processes
-from dml_accel.schedules import Step
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config
+from dml_accel.data import batches as data
+from dml_accel.data import sources
+from dml_accel.data.batches import Data
+from dml_accel.distributed.allocation import allocate, everywhere
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes
+from dml_accel.models import build as building
+from dml_accel.models import peer_folder as frozen
+from dml_accel.models import spec as cohort
+from dml_accel.models.peer_folder import PeerFolder
+from dml_accel.models.spec import Peer
+from dml_accel.mutual import links
+from dml_accel.mutual.step import Step
+from dml_accel.mutual.teaching import Teaching
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -28,7 +28,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.measuring import HERE, processor
-from dml_accel.provenance import commit, versions
+from dml_accel.core.versions import commit, versions
 from tests.test_launchers import BIN, ROOT, environment, workers
 
 SAVE_EVERY = 7

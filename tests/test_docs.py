@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dml_accel import cli, cohort, flags
-from dml_accel.config import Config
+from dml_accel import cli
+from dml_accel import parser as flags
+from dml_accel.core.config import Config
+from dml_accel.models import spec as cohort
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PROGRAMS = ("python train.py ", "dml-accel ", "accelerate launch train.py ")

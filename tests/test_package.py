@@ -45,8 +45,9 @@ def run(folder: Path, *words: str, python: str = sys.executable) -> str:
 def test_the_wheel_holds_the_package_alone(built: dict[str, Path]) -> None:
     names = set(zipfile.ZipFile(built["wheel"]).namelist())
     package = {path for path in names if ".dist-info/" not in path}
-    expected = {f"dml_accel/{path.name}" for path in (ROOT / "dml_accel").glob("*.py")}
-    assert package == expected | {"dml_accel/py.typed", "dml_accel/templates/report.html.j2"}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "dml_accel").rglob("*.py")}
+    template = "dml_accel/analysis/templates/report.html.j2"
+    assert package == expected | {"dml_accel/py.typed", template}
 
 
 def test_the_source_archive_can_be_tested(built: dict[str, Path]) -> None:
@@ -82,7 +83,7 @@ def test_what_is_imported_is_required_and_nothing_else() -> None:
     required = re.findall(r"^([\w-]+)", found["options"]["install_requires"], re.M)
     declared = {IMPORTED_AS.get(name, name) for name in required}
     imported = set()
-    for path in (ROOT / "dml_accel").glob("*.py"):
+    for path in (ROOT / "dml_accel").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}

@@ -22,14 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dml_accel import engine, losses, sources
-from dml_accel.cohort import Peer
-from dml_accel.config import Config
-from dml_accel.data import ImageSet
-from dml_accel.launching import check_launch
-from dml_accel.placement import Placement
-from dml_accel.schedules import Step
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config
+from dml_accel.data import sources
+from dml_accel.data.batches import ImageSet
+from dml_accel.distributed.launch import check_launch
+from dml_accel.distributed.placement import Placement
+from dml_accel.models.spec import Peer
+from dml_accel.mutual import losses
+from dml_accel.mutual.step import Step
+from dml_accel.mutual.teaching import Teaching
+from dml_accel.training import loop as engine
 from tests.conftest import Training
 
 

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dml_accel import comparison, plots, sources, subruns
-from dml_accel.agenda import DivergedError, steps_to_take
-from dml_accel.checking import Checked, agreed_ranks, check, saved_here
-from dml_accel.comparison_folder import (
+from dml_accel.analysis import plots, subruns
+from dml_accel.analysis import statistics as comparison
+from dml_accel.analysis.comparison_folder import (
     PLOT,
     ComparisonFolder,
     begins,
@@ -25,24 +24,27 @@ from dml_accel.comparison_folder import (
     refuse_other_starts,
     was_stopped,
 )
-from dml_accel.comparison_report import comparison_markdown, comparison_title
-from dml_accel.config import Config, UsageError
-from dml_accel.costs import count
-from dml_accel.data import check_sizes
-from dml_accel.files import write_text
-from dml_accel.launching import Stop, check_launch, launched_rank, share_cores
-from dml_accel.origin import Origin
-from dml_accel.placement import Placement
-from dml_accel.processes import Processes
-from dml_accel.progress import Display
-from dml_accel.published import is_cifar100
-from dml_accel.resuming import find
-from dml_accel.runfolder import RunFolder, remedy_of_a_stop
-from dml_accel.saved import is_done, saved_description
-from dml_accel.sources import Source
-from dml_accel.subruns import SubRun
-from dml_accel.training import run
-from dml_accel.workload import workload
+from dml_accel.analysis.published import is_cifar100
+from dml_accel.analysis.subruns import SubRun
+from dml_accel.analysis.tables import comparison_markdown, comparison_title
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.files import write_text
+from dml_accel.data import sources
+from dml_accel.data.batches import check_sizes
+from dml_accel.data.sources import Source
+from dml_accel.distributed.costs import count
+from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes
+from dml_accel.training.agenda import DivergedError, steps_to_take
+from dml_accel.training.origin import Origin
+from dml_accel.training.progress import Display
+from dml_accel.training.resume import find
+from dml_accel.training.run_folder import RunFolder, remedy_of_a_stop
+from dml_accel.training.saved import is_done, saved_description
+from dml_accel.training.setup import Checked, agreed_ranks, check, saved_here
+from dml_accel.training.train import run
+from dml_accel.training.workload import workload
 
 
 def compare(

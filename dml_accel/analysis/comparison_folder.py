@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dml_accel.checking import Checked
-from dml_accel.config import Config, UsageError
-from dml_accel.launching import launched_precision, launched_processes, restarts
-from dml_accel.resuming import has_checkpoint
-from dml_accel.runfolder import LockedFolder
-from dml_accel.saved import is_done, saved_config, saved_description, saved_status
-from dml_accel.subruns import SubRun
+from dml_accel.analysis.subruns import SubRun
+from dml_accel.core.config import Config, UsageError
+from dml_accel.distributed.launch import launched_precision, launched_processes, restarts
+from dml_accel.training.resume import has_checkpoint
+from dml_accel.training.run_folder import LockedFolder
+from dml_accel.training.saved import is_done, saved_config, saved_description, saved_status
+from dml_accel.training.setup import Checked
 
 PLOT = "differences.png"
 _TABLES = ("results.json", "results.csv", "results.md", PLOT)

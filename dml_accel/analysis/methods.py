@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dml_accel.config import Config, UsageError
+from dml_accel.core.config import Config, UsageError
 
 
 @dataclass(frozen=True)

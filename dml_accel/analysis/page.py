@@ -9,11 +9,12 @@ from pathlib import Path
 
 import jinja2
 
-from dml_accel import comparison, comparison_report
-from dml_accel.files import write_text
-from dml_accel.history import Run, by_method, comparable
-from dml_accel.pictures import Picture, growth, pictures
-from dml_accel.subruns import SubRun
+from dml_accel.analysis import statistics as comparison
+from dml_accel.analysis import tables as comparison_report
+from dml_accel.analysis.pictures import Picture, growth, pictures
+from dml_accel.analysis.runs import Run, by_method, comparable
+from dml_accel.analysis.subruns import SubRun
+from dml_accel.core.files import write_text
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 

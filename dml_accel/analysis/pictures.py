@@ -15,12 +15,19 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-from dml_accel import plots
-from dml_accel.analysis import NOISE, analysis, holds_weights
-from dml_accel.config import UsageError
-from dml_accel.history import Run, by_method, loss_over_epochs, nets_of, over_epochs, recipe_of
-from dml_accel.intervals import Summary, summarise
-from dml_accel.methods import BASELINE
+from dml_accel.analysis import plots
+from dml_accel.analysis.intervals import Summary, summarise
+from dml_accel.analysis.methods import BASELINE
+from dml_accel.analysis.probes import NOISE, analysis, holds_weights
+from dml_accel.analysis.runs import (
+    Run,
+    by_method,
+    loss_over_epochs,
+    nets_of,
+    over_epochs,
+    recipe_of,
+)
+from dml_accel.core.config import UsageError
 
 
 @dataclass(frozen=True)

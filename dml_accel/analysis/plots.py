@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # imported where something is drawn: that takes a second
     from matplotlib.figure import Figure
 
-from dml_accel.intervals import Summary
+from dml_accel.analysis.intervals import Summary
 
 _SIZE = (4.4, 3.1)  # inches: readable on a phone's width, too
 _COLOURS = ("#4c78a8", "#e4572e", "#54a24b", "#b279a2", "#f2a900", "#72b7b2", "#9d755d", "#8c8c8c")

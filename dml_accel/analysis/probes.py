@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dml_accel import data, frozen, sources
-from dml_accel.config import Config, UsageError
-from dml_accel.data import ImageSet
-from dml_accel.files import write_json
-from dml_accel.history import Run
-from dml_accel.keys import generator
-from dml_accel.metrics import ECE_BINS, finite
+from dml_accel.analysis.runs import Run
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.files import write_json
+from dml_accel.core.rng import generator
+from dml_accel.data import batches as data
+from dml_accel.data import sources
+from dml_accel.data.batches import ImageSet
+from dml_accel.models import peer_folder as frozen
+from dml_accel.mutual.metrics import ECE_BINS, finite
 
 FILE = "analysis.json"
 _FORMAT = 1

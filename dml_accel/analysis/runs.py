@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dml_accel import cohort
-from dml_accel.config import Config, UsageError
-from dml_accel.intervals import Summary, summarise
-from dml_accel.methods import MAY_DIFFER, method_of
-from dml_accel.saved import state_of
+from dml_accel.analysis.intervals import Summary, summarise
+from dml_accel.analysis.methods import MAY_DIFFER, method_of
+from dml_accel.core.config import Config, UsageError
+from dml_accel.models import spec as cohort
+from dml_accel.training.saved import state_of
 
 
 @dataclass(frozen=True)

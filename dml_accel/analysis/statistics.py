@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dml_accel.config import Config
-from dml_accel.intervals import paired_difference, summarise
-from dml_accel.methods import BASELINE
-from dml_accel.published import CIFAR100_TRAINING_IMAGES, published
-from dml_accel.subruns import SubRun
+from dml_accel.analysis.intervals import paired_difference, summarise
+from dml_accel.analysis.methods import BASELINE
+from dml_accel.analysis.published import CIFAR100_TRAINING_IMAGES, published
+from dml_accel.analysis.subruns import SubRun
+from dml_accel.core.config import Config
 
 METRICS = ("top1", "top5", "nll", "ece")
 _NO_RECIPE = frozenset({"cohort", "dataset", "seed", "image_column", "label_column"})

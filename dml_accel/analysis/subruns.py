@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dml_accel import cohort
-from dml_accel.config import Config, UsageError
-from dml_accel.methods import changes_of, refuse
-from dml_accel.published import TABLE_2
+from dml_accel.analysis.methods import changes_of, refuse
+from dml_accel.analysis.published import TABLE_2
+from dml_accel.core.config import Config, UsageError
+from dml_accel.models import spec as cohort
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dml_accel.export import without_place
-from dml_accel.methods import METHODS
-from dml_accel.report import percent, table
+from dml_accel.analysis.methods import METHODS
+from dml_accel.core.tables import percent, table
+from dml_accel.models.model_card import without_place
 
 
 def comparison_markdown(record: dict[str, Any], plot: str) -> str:

@@ -11,23 +11,28 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from dml_accel import history
-from dml_accel.agenda import DivergedError
-from dml_accel.checking import plan
-from dml_accel.compare import compare
-from dml_accel.comparison_report import comparison_table, comparison_title
-from dml_accel.config import Config, UsageError
-from dml_accel.flags import parse
-from dml_accel.keeping import NotKeptError
-from dml_accel.launching import StoppedError, launched_processes, launched_rank, share_cores
-from dml_accel.page import write_page
-from dml_accel.planning import this_machine
-from dml_accel.processes import MemoryShortError, ProcessLostError
-from dml_accel.provenance import command_line
-from dml_accel.report import results_table
-from dml_accel.subruns import PRESETS
-from dml_accel.training import train
-from dml_accel.using import run as use
+from dml_accel.analysis import runs as history
+from dml_accel.analysis.compare import compare
+from dml_accel.analysis.page import write_page
+from dml_accel.analysis.subruns import PRESETS
+from dml_accel.analysis.tables import comparison_table, comparison_title
+from dml_accel.cli.parser import parse
+from dml_accel.cli.using import run as use
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.tables import results_table
+from dml_accel.core.versions import command_line
+from dml_accel.distributed.launch import (
+    StoppedError,
+    launched_processes,
+    launched_rank,
+    share_cores,
+)
+from dml_accel.distributed.plan import this_machine
+from dml_accel.distributed.processes import MemoryShortError, ProcessLostError
+from dml_accel.training.agenda import DivergedError
+from dml_accel.training.keeping import NotKeptError
+from dml_accel.training.setup import plan
+from dml_accel.training.train import train
 
 _SECONDS_FOR_RANK_0 = 20.0
 _STOPPED = 75  # what schedulers know as "try again": sysexits.h's EX_TEMPFAIL

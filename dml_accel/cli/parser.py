@@ -8,10 +8,10 @@ import typing
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dml_accel.config import Config, UsageError
-from dml_accel.methods import DEFAULT_METHODS, METHODS, SET_BY_METHODS
-from dml_accel.subruns import PRESETS
-from dml_accel.using import Add, add_commands
+from dml_accel.analysis.methods import DEFAULT_METHODS, METHODS, SET_BY_METHODS
+from dml_accel.analysis.subruns import PRESETS
+from dml_accel.cli.using import Add, add_commands
+from dml_accel.core.config import Config, UsageError
 
 _EXAMPLES = """examples:
   %(prog)s --cohort 'resnet8*2' --dataset digits --epochs 8 --batch-size 16 --lr 0.05

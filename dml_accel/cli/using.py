@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dml_accel import evaluation, exporting, onnx_model, predicting, sources, trained
-from dml_accel.config import Config, UsageError
-from dml_accel.decoding import Split
-from dml_accel.files import can_be_made
-from dml_accel.frozen import description
-from dml_accel.launching import launched_processes
-from dml_accel.provenance import command_line
-from dml_accel.report import printable
-from dml_accel.trained import Networks, Trained
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.files import can_be_made
+from dml_accel.core.tables import printable
+from dml_accel.core.versions import command_line
+from dml_accel.data import sources
+from dml_accel.data.decode import Split
+from dml_accel.distributed.launch import launched_processes
+from dml_accel.inference import evaluate as evaluation
+from dml_accel.inference import export as exporting
+from dml_accel.inference import load as trained
+from dml_accel.inference import onnx as onnx_model
+from dml_accel.inference import predict as predicting
+from dml_accel.inference.load import Networks, Trained
+from dml_accel.models.peer_folder import description
 
 _EVALUATE = """Measure trained networks on a data set: top-1, top-5, NLL and calibration of every
 peer and of their ensemble, as in training; accuracy by class, and what is taken for what, as tables

@@ -5,8 +5,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from dml_accel.config import Config
-from dml_accel.planning import Machine, Prediction
+from dml_accel.core.config import Config
+from dml_accel.distributed.plan import Machine, Prediction
 
 _HEADERS = ("network", "parameters", "top-1 %", "top-5 %", "NLL (nats)", "ECE %")
 

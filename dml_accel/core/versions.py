@@ -20,7 +20,7 @@ def commit() -> str | None:
 
     None where the package is not part of a checkout of its own.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dml_accel.config import Config, UsageError
-from dml_accel.decoding import Split
-from dml_accel.keys import generator, stratified
-from dml_accel.launching import launched_precision
-from dml_accel.sources import Source
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.rng import generator, stratified
+from dml_accel.data.decode import Split
+from dml_accel.data.sources import Source
+from dml_accel.distributed.launch import launched_precision
 
 _CHANNELS = 3
 _BYTES_PER_PIXEL = 4  # RGB and one unused byte: a pixel is one int32, gathered in one read

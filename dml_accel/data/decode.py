@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dml_accel.config import UsageError
-from dml_accel.keys import key
+from dml_accel.core.config import UsageError
+from dml_accel.core.rng import key
 
 _CACHE_FORMAT = 1
 

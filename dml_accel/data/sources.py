@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dml_accel.config import Config, UsageError
-from dml_accel.decoding import Split, decoded, to_rgb
+from dml_accel.core.config import Config, UsageError
+from dml_accel.data.decode import Split, decoded, to_rgb
 
 _DIGITS_TEST_ROWS = 360
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from dml_accel.config import UsageError
+from dml_accel.core.config import UsageError
 
 
 class _Normalise(torch.autograd.Function):

@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import nn
 
-from dml_accel.cohort import PeerSpec, optimizer
-from dml_accel.config import Config
-from dml_accel.data import lay_weights, memory_format
-from dml_accel.processes import memory_ran_short
+from dml_accel.core.config import Config
+from dml_accel.data.batches import lay_weights, memory_format
+from dml_accel.distributed.processes import memory_ran_short
+from dml_accel.models.spec import PeerSpec, optimizer
 
 _SHORTEST = 600.0  # seconds: compiling one network takes from 20 seconds to minutes
 _TIMED_STEPS = 5

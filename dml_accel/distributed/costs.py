@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dml_accel.building import parameter_count
-from dml_accel.cohort import PeerSpec, optimizer
-from dml_accel.config import Config
-from dml_accel.data import lay_weights, memory_format
-from dml_accel.decoding import cache_dir
-from dml_accel.files import write_json
+from dml_accel.core.config import Config
+from dml_accel.core.files import write_json
+from dml_accel.data.batches import lay_weights, memory_format
+from dml_accel.data.decode import cache_dir
+from dml_accel.models.build import parameter_count
+from dml_accel.models.spec import PeerSpec, optimizer
 
 _TIMED_STEPS = 5
 _TIMED_ROWS = 16

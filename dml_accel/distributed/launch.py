@@ -8,8 +8,8 @@ from typing import Any, Self
 
 import torch
 
-from dml_accel import trackers
-from dml_accel.config import Config, UsageError
+from dml_accel.core.config import Config, UsageError
+from dml_accel.training import trackers
 
 _SAME_SIGNAL_SECONDS = 0.5
 _PLUGINS = {

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dml_accel.batchnorm import span_group
-from dml_accel.compiling import switched, tried
-from dml_accel.config import Config
-from dml_accel.data import lay_weights, memory_format
-from dml_accel.keys import bounds
-from dml_accel.losses import Targets
-from dml_accel.processes import Processes
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config
+from dml_accel.core.rng import bounds
+from dml_accel.data.batches import lay_weights, memory_format
+from dml_accel.distributed.batchnorm import span_group
+from dml_accel.distributed.compile import switched, tried
+from dml_accel.distributed.processes import Processes
+from dml_accel.mutual.losses import Targets
+from dml_accel.mutual.teaching import Teaching
 
 # torch 2.15 gave the argument a new name.
 _HAS_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from dml_accel.allocation import allocate, everywhere
-from dml_accel.config import Config
-from dml_accel.costs import Cost
-from dml_accel.keys import bounds
+from dml_accel.core.config import Config
+from dml_accel.core.rng import bounds
+from dml_accel.distributed.allocation import allocate, everywhere
+from dml_accel.distributed.costs import Cost
 
 _MACS_PER_SECOND_OF_A_THREAD = 40e9
 _MACS_PER_SECOND_OF_A_GPU = 5e12

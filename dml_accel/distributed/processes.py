@@ -19,8 +19,8 @@ from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from dml_accel.config import Config, UsageError
-from dml_accel.launching import launched_processes, launched_rank, restarts, stays_on_cpu
+from dml_accel.core.config import Config, UsageError
+from dml_accel.distributed.launch import launched_processes, launched_rank, restarts, stays_on_cpu
 
 _SECONDS_BETWEEN_BEATS = 0.5
 

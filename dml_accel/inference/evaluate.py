@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dml_accel.building import parameter_count
-from dml_accel.config import UsageError
-from dml_accel.decoding import Split
-from dml_accel.files import write_json
-from dml_accel.metrics import batch_sums, best_five, finish, log_posteriors, no_sums
-from dml_accel.plots import confusion, save
-from dml_accel.provenance import versions
-from dml_accel.report import percent, printable, results_table, table
-from dml_accel.trained import ROWS, Networks, Trained
+from dml_accel.analysis.plots import confusion, save
+from dml_accel.core.config import UsageError
+from dml_accel.core.files import write_json
+from dml_accel.core.tables import percent, printable, results_table, table
+from dml_accel.core.versions import versions
+from dml_accel.data.decode import Split
+from dml_accel.inference.load import ROWS, Networks, Trained
+from dml_accel.models.build import parameter_count
+from dml_accel.mutual.metrics import batch_sums, best_five, finish, log_posteriors, no_sums
 
 ENSEMBLE = "ensemble"
 FILES = ("evaluation.json", "confusion.csv", "confusion.png")

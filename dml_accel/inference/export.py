@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from dml_accel import frozen, onnx_model
-from dml_accel.config import UsageError
-from dml_accel.export import TIMM_USAGE, model_card, without_place
-from dml_accel.files import UnreadableError, can_be_made, read_at_most, write_json, write_text
-from dml_accel.frozen import PeerFolder
-from dml_accel.trained import Trained
+from dml_accel.core.config import UsageError
+from dml_accel.core.files import UnreadableError, can_be_made, read_at_most, write_json, write_text
+from dml_accel.inference import onnx as onnx_model
+from dml_accel.inference.load import Trained
+from dml_accel.models import peer_folder as frozen
+from dml_accel.models.model_card import TIMM_USAGE, model_card, without_place
+from dml_accel.models.peer_folder import PeerFolder
 
 BEST, ENSEMBLE = "best", "ensemble"
 FORMATS = ("safetensors", "onnx")

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dml_accel import frozen
-from dml_accel.config import UsageError
-from dml_accel.data import ImageSet
-from dml_accel.decoding import Split
-from dml_accel.frozen import PeerFolder, description
-from dml_accel.saved import state_of
+from dml_accel.core.config import UsageError
+from dml_accel.data.batches import ImageSet
+from dml_accel.data.decode import Split
+from dml_accel.models import peer_folder as frozen
+from dml_accel.models.peer_folder import PeerFolder, description
+from dml_accel.training.saved import state_of
 
 ROWS = 256  # images that are computed at once, as in the evaluations of training
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dml_accel.config import UsageError
-from dml_accel.keys import generator
+from dml_accel.core.config import UsageError
+from dml_accel.core.rng import generator
 
 FILE = "model.onnx"
 INPUT, LOGITS, LOG_MEAN = "input", "logits", "log_mean_posterior"

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dml_accel.config import UsageError
-from dml_accel.decoding import bounded_pixels, opened, to_rgb
-from dml_accel.files import UnreadableError, read_at_most
-from dml_accel.metrics import best_five, log_posteriors
-from dml_accel.report import printable, table
-from dml_accel.trained import ROWS, Networks
+from dml_accel.core.config import UsageError
+from dml_accel.core.files import UnreadableError, read_at_most
+from dml_accel.core.tables import printable, table
+from dml_accel.data.decode import bounded_pixels, opened, to_rgb
+from dml_accel.inference.load import ROWS, Networks
+from dml_accel.mutual.metrics import best_five, log_posteriors
 
 FORMATS = ("table", "jsonl", "csv")
 _LARGEST_FILE = 2**28  # bytes: several formats are read whole before their header is looked at

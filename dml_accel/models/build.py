@@ -8,11 +8,11 @@ import timm
 import torch
 from torch import nn
 
-from dml_accel import pretrained
-from dml_accel.cohort import PeerSpec
-from dml_accel.config import Config, UsageError
-from dml_accel.keys import key
-from dml_accel.pretrained import Weights
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.rng import key
+from dml_accel.models import pretrained
+from dml_accel.models.pretrained import Weights
+from dml_accel.models.spec import PeerSpec
 
 
 def build(

@@ -8,10 +8,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
 
-from dml_accel.building import parameter_count
-from dml_accel.cohort import Peer
-from dml_accel.data import Normalisation
-from dml_accel.files import write_json
+from dml_accel.core.files import write_json
+from dml_accel.data.batches import Normalisation
+from dml_accel.models.build import parameter_count
+from dml_accel.models.spec import Peer
 
 
 def write_peer(

@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dml_accel import building
-from dml_accel.config import Config, UsageError
-from dml_accel.data import Data, Normalisation, lay_weights, memory_format
-from dml_accel.files import LARGEST_JSON, UnreadableError, read_json
-from dml_accel.placement import Placement
-from dml_accel.pretrained import LEADS_ELSEWHERE
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.files import LARGEST_JSON, UnreadableError, read_json
+from dml_accel.data.batches import Data, Normalisation, lay_weights, memory_format
+from dml_accel.distributed.placement import Placement
+from dml_accel.models import build as building
+from dml_accel.models.pretrained import LEADS_ELSEWHERE
 
 _BESIDE_WEIGHTS = 2**26  # bytes that buffers may take which are not among the weights
 

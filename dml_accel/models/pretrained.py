@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from dml_accel.config import UsageError
-from dml_accel.files import LARGEST_JSON, UnreadableError, read_json
-from dml_accel.sources import hub_answers
+from dml_accel.core.config import UsageError
+from dml_accel.core.files import LARGEST_JSON, UnreadableError, read_json
+from dml_accel.data.sources import hub_answers
 
 # Parts of arguments' names that would make timm read another file, or a pickle, or build elsewhere
 # than where it is told to.

@@ -17,9 +17,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dml_accel import networks, pretrained
-from dml_accel.config import Config, UsageError
-from dml_accel.pretrained import LEADS_ELSEWHERE
+from dml_accel.core.config import Config, UsageError
+from dml_accel.models import networks, pretrained
+from dml_accel.models.pretrained import LEADS_ELSEWHERE
 
 DEFAULT_NET = "resnet32"
 SHORT_NAMES = tuple(name.removesuffix("_cifar") for name in networks.default_cfgs)

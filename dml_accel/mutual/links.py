@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dml_accel.config import UsageError
+from dml_accel.core.config import UsageError
 
 Weights = Mapping[str, Mapping[str, float]]
 _LARGEST_FILE = 2**20  # bytes

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dml_accel.cohort import Peer
-from dml_accel.config import Config
-from dml_accel.data import ImageSet
-from dml_accel.frozen import Frozen
-from dml_accel.keys import bounds, key
-from dml_accel.losses import Losses, Targets, mutual_losses
-from dml_accel.placement import Placement
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config
+from dml_accel.core.rng import bounds, key
+from dml_accel.data.batches import ImageSet
+from dml_accel.distributed.placement import Placement
+from dml_accel.models.peer_folder import Frozen
+from dml_accel.models.spec import Peer
+from dml_accel.mutual.losses import Losses, Targets, mutual_losses
+from dml_accel.mutual.teaching import Teaching
 
 PARTS = ("loss", "cross_entropy", "kl")
 

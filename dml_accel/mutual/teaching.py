@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dml_accel.config import Config
-from dml_accel.links import Weights
-from dml_accel.losses import Targets, at_least_single, lessons, targets
+from dml_accel.core.config import Config
+from dml_accel.mutual.links import Weights
+from dml_accel.mutual.losses import Targets, at_least_single, lessons, targets
 
 
 class Teaching:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dml_accel.config import Config, Interval
-from dml_accel.launching import Stop
-from dml_accel.placement import Placement
-from dml_accel.schedules import PARTS
+from dml_accel.core.config import Config, Interval
+from dml_accel.distributed.launch import Stop
+from dml_accel.distributed.placement import Placement
+from dml_accel.mutual.step import PARTS
 
 _STEPS_BETWEEN_LOOKS = 10
 # A cross-entropy that many times that of guessing means that a peer has diverged.

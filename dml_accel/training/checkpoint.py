@@ -23,9 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dml_accel.cohort import Peer
-from dml_accel.files import LARGEST_JSON, UnreadableError, read_at_most, strict_json
-from dml_accel.packing import CheckpointError, pack, require_fit, require_state_fits, unpack
+from dml_accel.core.files import LARGEST_JSON, UnreadableError, read_at_most, strict_json
+from dml_accel.models.spec import Peer
+from dml_accel.training.packing import (
+    CheckpointError,
+    pack,
+    require_fit,
+    require_state_fits,
+    unpack,
+)
 
 _FORMAT = 1
 _LARGEST_HEADER = 16 * 2**20  # bytes

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dml_accel import checkpoint
-from dml_accel.checking import Checked
-from dml_accel.cohort import Peer
-from dml_accel.config import Config, UsageError
-from dml_accel.engine import CheckpointRecord
-from dml_accel.origin import Origin
-from dml_accel.packing import CheckpointError
-from dml_accel.placement import Placement
-from dml_accel.processes import Processes
-from dml_accel.provenance import versions
-from dml_accel.resuming import beside_the_config
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.versions import versions
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes
+from dml_accel.models.spec import Peer
+from dml_accel.training import checkpoint
+from dml_accel.training.loop import CheckpointRecord
+from dml_accel.training.origin import Origin
+from dml_accel.training.packing import CheckpointError
+from dml_accel.training.resume import beside_the_config
+from dml_accel.training.setup import Checked
 
 
 class NotKeptError(RuntimeError):

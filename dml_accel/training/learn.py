@@ -10,20 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dml_accel import building, cohort, data, frozen, links
-from dml_accel.allocation import everywhere
-from dml_accel.batchnorm import check_spanning
-from dml_accel.cohort import Peer, PeerSpec
-from dml_accel.config import Config, UsageError
-from dml_accel.data import Data, ImageSet, Normalisation
-from dml_accel.decoding import Split
-from dml_accel.engine import CheckpointRecord, EvaluationRecord, StepRecord, fit
-from dml_accel.frozen import PeerFolder
-from dml_accel.launching import check_launch, launched_processes, share_cores
-from dml_accel.placement import Placement
-from dml_accel.processes import Processes
-from dml_accel.sources import Source
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config, UsageError
+from dml_accel.data import batches as data
+from dml_accel.data.batches import Data, ImageSet, Normalisation
+from dml_accel.data.decode import Split
+from dml_accel.data.sources import Source
+from dml_accel.distributed.allocation import everywhere
+from dml_accel.distributed.batchnorm import check_spanning
+from dml_accel.distributed.launch import check_launch, launched_processes, share_cores
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes
+from dml_accel.models import build as building
+from dml_accel.models import peer_folder as frozen
+from dml_accel.models import spec as cohort
+from dml_accel.models.peer_folder import PeerFolder
+from dml_accel.models.spec import Peer, PeerSpec
+from dml_accel.mutual import links
+from dml_accel.mutual.teaching import Teaching
+from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, StepRecord, fit
 
 __all__ = ["Config", "EvaluationRecord", "StepRecord", "UsageError", "learn"]
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dml_accel.agenda import Agenda, Start, Streaks, refuse_lost
-from dml_accel.cohort import Peer, learning_rate
-from dml_accel.config import Config
-from dml_accel.data import Data, ImageSet
-from dml_accel.frozen import Frozen
-from dml_accel.launching import Stop, StoppedError
-from dml_accel.metrics import batch_sums, finish, no_sums
-from dml_accel.placement import Placement
-from dml_accel.schedules import Step, train_step
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config
+from dml_accel.data.batches import Data, ImageSet
+from dml_accel.distributed.launch import Stop, StoppedError
+from dml_accel.distributed.placement import Placement
+from dml_accel.models.peer_folder import Frozen
+from dml_accel.models.spec import Peer, learning_rate
+from dml_accel.mutual.metrics import batch_sums, finish, no_sums
+from dml_accel.mutual.step import Step, train_step
+from dml_accel.mutual.teaching import Teaching
+from dml_accel.training.agenda import Agenda, Start, Streaks, refuse_lost
 
 _EVALUATION_ROWS = 256
 

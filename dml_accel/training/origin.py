@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dml_accel.agenda import Start
-from dml_accel.checking import Checked
-from dml_accel.config import Config, UsageError
-from dml_accel.processes import Processes
+from dml_accel.core.config import Config, UsageError
+from dml_accel.distributed.processes import Processes
+from dml_accel.training.agenda import Start
+from dml_accel.training.setup import Checked
 
 
 @dataclass(frozen=True)

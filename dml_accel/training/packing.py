@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dml_accel.cohort import Peer
+from dml_accel.models.spec import Peer
 
 _SCALER = set(torch.amp.GradScaler("cpu").state_dict())
 

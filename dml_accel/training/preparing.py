@@ -8,21 +8,23 @@ from pathlib import Path
 from accelerate.utils import is_compiled_module
 from torch import nn
 
-from dml_accel import cohort, data, frozen
-from dml_accel.agenda import Start, steps_to_take
-from dml_accel.building import parameter_count
-from dml_accel.checking import Checked, agreed_compilation, agreed_ranks, refuse_other_files
-from dml_accel.cohort import Peer, PeerSpec
-from dml_accel.config import Config
-from dml_accel.data import Data
-from dml_accel.frozen import Frozen
-from dml_accel.keeping import load
-from dml_accel.origin import Origin, with_starts
-from dml_accel.placement import Placement
-from dml_accel.processes import Processes, remedy_of_short_memory
-from dml_accel.resuming import CHECKPOINTS
-from dml_accel.schedules import one_at_a_time
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config
+from dml_accel.data import batches as data
+from dml_accel.data.batches import Data
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes, remedy_of_short_memory
+from dml_accel.models import peer_folder as frozen
+from dml_accel.models import spec as cohort
+from dml_accel.models.build import parameter_count
+from dml_accel.models.peer_folder import Frozen
+from dml_accel.models.spec import Peer, PeerSpec
+from dml_accel.mutual.step import one_at_a_time
+from dml_accel.mutual.teaching import Teaching
+from dml_accel.training.agenda import Start, steps_to_take
+from dml_accel.training.keeping import load
+from dml_accel.training.origin import Origin, with_starts
+from dml_accel.training.resume import CHECKPOINTS
+from dml_accel.training.setup import Checked, agreed_compilation, agreed_ranks, refuse_other_files
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from dml_accel.engine import EvaluationRecord, StepRecord
-from dml_accel.metrics import finite
-from dml_accel.schedules import PARTS
-from dml_accel.workload import Workload
+from dml_accel.mutual.metrics import finite
+from dml_accel.mutual.step import PARTS
+from dml_accel.training.loop import EvaluationRecord, StepRecord
+from dml_accel.training.workload import Workload
 
 _WARM_UP_STEPS = 2
 _SECONDS_BETWEEN_LINES = 10.0

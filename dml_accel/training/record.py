@@ -4,19 +4,19 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dml_accel import trackers
-from dml_accel.agenda import evaluation_follows
-from dml_accel.engine import EvaluationRecord, Record, StepRecord
-from dml_accel.export import write_peer
-from dml_accel.files import write_text
-from dml_accel.planning import predict, this_machine
-from dml_accel.preparing import Prepared
-from dml_accel.progress import Display, Window, Windows
-from dml_accel.provenance import commit, versions
-from dml_accel.report import results_markdown
-from dml_accel.runfolder import RunFolder
-from dml_accel.trackers import Trackers
-from dml_accel.workload import images_of_a_step
+from dml_accel.core.files import write_text
+from dml_accel.core.tables import results_markdown
+from dml_accel.core.versions import commit, versions
+from dml_accel.distributed.plan import predict, this_machine
+from dml_accel.models.model_card import write_peer
+from dml_accel.training import trackers
+from dml_accel.training.agenda import evaluation_follows
+from dml_accel.training.loop import EvaluationRecord, Record, StepRecord
+from dml_accel.training.preparing import Prepared
+from dml_accel.training.progress import Display, Window, Windows
+from dml_accel.training.run_folder import RunFolder
+from dml_accel.training.trackers import Trackers
+from dml_accel.training.workload import images_of_a_step
 
 
 class Recorder:

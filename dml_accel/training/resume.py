@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dml_accel import checkpoint
-from dml_accel.checking import Checked
-from dml_accel.config import Config, UsageError
-from dml_accel.launching import launched_precision, restarts
-from dml_accel.origin import Origin
-from dml_accel.packing import CheckpointError
-from dml_accel.provenance import versions
-from dml_accel.saved import is_done, saved_config, saved_status
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.versions import versions
+from dml_accel.distributed.launch import launched_precision, restarts
+from dml_accel.training import checkpoint
+from dml_accel.training.origin import Origin
+from dml_accel.training.packing import CheckpointError
+from dml_accel.training.saved import is_done, saved_config, saved_status
+from dml_accel.training.setup import Checked
 
 CHECKPOINTS = "checkpoints"
 # What a run adds to a checkpoint's state.json, with the kind of each value.

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
-from dml_accel.config import UsageError
-from dml_accel.files import write_json, write_text
-from dml_accel.launching import StoppedError
-from dml_accel.trackers import FOLDER
+from dml_accel.core.config import UsageError
+from dml_accel.core.files import write_json, write_text
+from dml_accel.distributed.launch import StoppedError
+from dml_accel.training.trackers import FOLDER
 
 _SIGNS_OF_A_RUN = ("config.json", "status.json", "checkpoints")
 _TRACES_OF_A_RUN = (*_SIGNS_OF_A_RUN, "metrics.jsonl", "results.json", "peers", FOLDER)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dml_accel.config import Config, UsageError
+from dml_accel.core.config import Config, UsageError
 
 
 def saved_status(path: Path) -> str:

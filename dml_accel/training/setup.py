@@ -10,21 +10,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from dml_accel import building, cohort, data, frozen, links, pretrained
-from dml_accel.allocation import everywhere
-from dml_accel.batchnorm import check_spanning
-from dml_accel.cohort import PeerSpec
-from dml_accel.compiling import seconds_saved
-from dml_accel.config import Config, UsageError
-from dml_accel.costs import Cost, count, timed
-from dml_accel.frozen import PeerFolder
-from dml_accel.launching import launched_processes
-from dml_accel.links import Weights
-from dml_accel.placement import Placement
-from dml_accel.planning import Machine, both, choose, this_machine
-from dml_accel.processes import Processes
-from dml_accel.report import plan_text
-from dml_accel.sources import Source
+from dml_accel.core.config import Config, UsageError
+from dml_accel.core.tables import plan_text
+from dml_accel.data import batches as data
+from dml_accel.data.sources import Source
+from dml_accel.distributed.allocation import everywhere
+from dml_accel.distributed.batchnorm import check_spanning
+from dml_accel.distributed.compile import seconds_saved
+from dml_accel.distributed.costs import Cost, count, timed
+from dml_accel.distributed.launch import launched_processes
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.plan import Machine, both, choose, this_machine
+from dml_accel.distributed.processes import Processes
+from dml_accel.models import build as building
+from dml_accel.models import peer_folder as frozen
+from dml_accel.models import pretrained
+from dml_accel.models import spec as cohort
+from dml_accel.models.peer_folder import PeerFolder
+from dml_accel.models.spec import PeerSpec
+from dml_accel.mutual import links
+from dml_accel.mutual.links import Weights
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import tracking
 from accelerate.utils import LoggerType
 
-from dml_accel.config import UsageError
+from dml_accel.core.config import UsageError
 
 _PROJECT = "dml_accel"
 LOGS = "logs"

@@ -5,20 +5,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dml_accel import cohort, sources
-from dml_accel.checking import Checked, check, say_starts
-from dml_accel.config import Config, UsageError
-from dml_accel.engine import CheckpointRecord, EvaluationRecord, fit
-from dml_accel.keeping import description, keep
-from dml_accel.launching import Stop, StoppedError, check_launch, launched_rank, share_cores
-from dml_accel.origin import Origin
-from dml_accel.preparing import Prepared, prepare
-from dml_accel.processes import Processes, remedy_of_short_memory
-from dml_accel.progress import Display, device_memory, forget_peak_memory
-from dml_accel.recording import Recorder, write_peers
-from dml_accel.resuming import CHECKPOINTS, continues_in_place, find, has_checkpoint, nothing_to_do
-from dml_accel.runfolder import RunFolder, remedy_of_a_stop
-from dml_accel.workload import images_of_a_step, workload
+from dml_accel.core.config import Config, UsageError
+from dml_accel.data import sources
+from dml_accel.distributed.launch import (
+    Stop,
+    StoppedError,
+    check_launch,
+    launched_rank,
+    share_cores,
+)
+from dml_accel.distributed.processes import Processes, remedy_of_short_memory
+from dml_accel.models import spec as cohort
+from dml_accel.training.keeping import description, keep
+from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, fit
+from dml_accel.training.origin import Origin
+from dml_accel.training.preparing import Prepared, prepare
+from dml_accel.training.progress import Display, device_memory, forget_peak_memory
+from dml_accel.training.record import Recorder, write_peers
+from dml_accel.training.resume import (
+    CHECKPOINTS,
+    continues_in_place,
+    find,
+    has_checkpoint,
+    nothing_to_do,
+)
+from dml_accel.training.run_folder import RunFolder, remedy_of_a_stop
+from dml_accel.training.setup import Checked, check, say_starts
+from dml_accel.training.workload import images_of_a_step, workload
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from dml_accel import cohort, data
-from dml_accel.agenda import steps_to_take
-from dml_accel.config import Config
-from dml_accel.sources import Source
+from dml_accel.core.config import Config
+from dml_accel.data import batches as data
+from dml_accel.data.sources import Source
+from dml_accel.models import spec as cohort
+from dml_accel.training.agenda import steps_to_take
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,14 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
-from dml_accel import cli, compare, comparison, comparison_report, plots, sources
-from dml_accel.config import Config
-from dml_accel.published import published
-from dml_accel.subruns import PRESETS, Preset
+from dml_accel import cli
+from dml_accel.analysis import compare, plots
+from dml_accel.analysis import statistics as comparison
+from dml_accel.analysis import tables as comparison_report
+from dml_accel.analysis.published import published
+from dml_accel.analysis.subruns import PRESETS, Preset
+from dml_accel.core.config import Config
+from dml_accel.data import sources
 from tests.conftest import assert_same_state
 from tests.test_launchers import BIN, ROOT, environment, run
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dml_accel.intervals import paired_difference, summarise
+from dml_accel.analysis.intervals import paired_difference, summarise
 
 
 def test_a_summary_by_hand() -> None:

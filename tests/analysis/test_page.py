@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image, ImageStat
 
-from dml_accel import cli, history, methods, page
-from dml_accel.analysis import NOISE, analysis
-from dml_accel.config import Config, UsageError
-from dml_accel.history import Run
+from dml_accel import cli
+from dml_accel.analysis import methods, page
+from dml_accel.analysis import runs as history
+from dml_accel.analysis.probes import NOISE, analysis
+from dml_accel.analysis.runs import Run
+from dml_accel.core.config import Config, UsageError
 
 TINY = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --cpu".split()
 STEPS = "--max-steps 6 --eval-every 2".split()
@@ -136,7 +138,7 @@ def test_noise_moves_every_weight_by_as_much_as_it_says(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run,) = history.find([runs / "alone"])
-    from dml_accel import analysis as module
+    from dml_accel.analysis import probes as module
 
     seen: list[dict[str, torch.Tensor]] = []
     whole = module._logits
@@ -161,7 +163,7 @@ def test_an_analysis_is_made_once_for_the_same_weights(
     (run,) = history.find([tmp_path])
     first = analysis(run, 10)
     with monkeypatch.context() as patch:
-        patch.setattr("dml_accel.analysis._analyse", None)
+        patch.setattr("dml_accel.analysis.probes._analyse", None)
         assert analysis(run, 10) == json.loads(json.dumps(first))
     (tmp_path / "run/analysis.json").write_text("{")
     assert analysis(run, 10) == first  # damaged: made again, the same

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dml_accel import data
-from dml_accel.config import UsageError
-from dml_accel.data import ImageSet, Normalisation, held_out
-from dml_accel.decoding import Split
-from dml_accel.keys import bounds, generator, stratified
-from dml_accel.sources import Source
+from dml_accel.core.config import UsageError
+from dml_accel.core.rng import bounds, generator, stratified
+from dml_accel.data import batches as data
+from dml_accel.data.batches import ImageSet, Normalisation, held_out
+from dml_accel.data.decode import Split
+from dml_accel.data.sources import Source
 from tests.conftest import tiny_config
 
 N, S, B = 103, 16, 10

@@ -22,8 +22,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dml_accel import cli, decoding, sources
-from dml_accel.config import UsageError
+from dml_accel import cli
+from dml_accel.core.config import UsageError
+from dml_accel.data import decode as decoding
+from dml_accel.data import sources
 from tests.conftest import tiny_config
 from tests.hub import serve_hub
 
@@ -264,7 +266,7 @@ def test_fashion_mnist_is_read_by_way_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = fashion(tmp_path / "package")
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "fashion" in b]
     monkeypatch.chdir(tmp_path)
     exec(block.replace("/usr/share/datasets/fashion-mnist", str(there)), {})
@@ -612,8 +614,8 @@ def read_in_a_process(dataset: str, environment: dict[str, str]) -> tuple[str, f
     """Read the set in a fresh process (the hub's address is read at import)."""
     script = (
         "import sys, time\n"
-        "from dml_accel import decoding, sources\n"
-        "from dml_accel.config import Config, UsageError\n"
+        "from dml_accel.data import decode as decoding, sources\n"
+        "from dml_accel.core.config import Config, UsageError\n"
         "start = time.monotonic()\n"
         "try:\n"
         "    found = sources.read(Config(dataset=sys.argv[1], image_size=16))\n"

@@ -6,8 +6,13 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from dml_accel.batchnorm import GroupBatchNorm2d, GroupBatchNormAct2d, check_spanning, span_group
-from dml_accel.config import UsageError
+from dml_accel.core.config import UsageError
+from dml_accel.distributed.batchnorm import (
+    GroupBatchNorm2d,
+    GroupBatchNormAct2d,
+    check_spanning,
+    span_group,
+)
 from tests.conftest import Training, tiny_config
 
 

@@ -17,14 +17,16 @@ from safetensors.torch import load_file
 from timm.models import register_model
 from torch import Tensor, nn
 
-from dml_accel import checking, compiling, sources
 from dml_accel.cli import main
-from dml_accel.config import Config
-from dml_accel.processes import Processes
+from dml_accel.core.config import Config
+from dml_accel.data import sources
+from dml_accel.distributed import compile as compiling
+from dml_accel.distributed.processes import Processes
+from dml_accel.training import setup as checking
 from tests.conftest import Training, assert_same_state, tiny_config
 from tests.test_engine import run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 Build = Callable[..., Training]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dml_accel import launching
-from dml_accel.config import UsageError
-from dml_accel.launching import check_launch
+from dml_accel.core.config import UsageError
+from dml_accel.distributed import launch as launching
+from dml_accel.distributed.launch import check_launch
 from tests.conftest import tiny_config
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}

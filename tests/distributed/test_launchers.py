@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dml_accel.building import build
-from dml_accel.cohort import parse
-from dml_accel.config import Config
+from dml_accel.core.config import Config
+from dml_accel.models.build import build
+from dml_accel.models.spec import parse
 from tests.test_launch import ACCELERATE, WORKERS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 TINY = "--dataset digits --image-size 16 --batch-size 9 --lr 0.001 --cohort resnet8*2".split()
 TINY += ["--placement", "replicate"]

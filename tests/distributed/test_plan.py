@@ -6,10 +6,12 @@ import random
 import pytest
 import torch
 
-from dml_accel import building, cli, cohort
-from dml_accel.allocation import allocate
-from dml_accel.costs import Cost, count, timed
-from dml_accel.planning import Machine, both, choose, predict
+from dml_accel import cli
+from dml_accel.distributed.allocation import allocate
+from dml_accel.distributed.costs import Cost, count, timed
+from dml_accel.distributed.plan import Machine, both, choose, predict
+from dml_accel.models import build as building
+from dml_accel.models import spec as cohort
 from tests.conftest import tiny_config
 
 SMALL = Cost(macs=1_000_000, parameters=1000, activation_bytes=50, norms=2, channels=10)

@@ -19,9 +19,15 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from dml_accel import cli, evaluation, exporting, onnx_model, predicting, sources, trained
-from dml_accel.config import UsageError
-from dml_accel.trained import Networks
+from dml_accel import cli
+from dml_accel.core.config import UsageError
+from dml_accel.data import sources
+from dml_accel.inference import evaluate as evaluation
+from dml_accel.inference import export as exporting
+from dml_accel.inference import load as trained
+from dml_accel.inference import onnx as onnx_model
+from dml_accel.inference import predict as predicting
+from dml_accel.inference.load import Networks
 from tests.conftest import real_dataset, tiny_config
 from tests.test_sources import forged
 

@@ -9,11 +9,12 @@ from timm.models import register_model
 from torch import nn
 
 import dml_accel  # noqa: F401  (registers the networks)
-from dml_accel import building, cohort
-from dml_accel.config import UsageError
-from dml_accel.decoding import Split
-from dml_accel.schedules import train_step
-from dml_accel.sources import Source
+from dml_accel.core.config import UsageError
+from dml_accel.data.decode import Split
+from dml_accel.data.sources import Source
+from dml_accel.models import build as building
+from dml_accel.models import spec as cohort
+from dml_accel.mutual.step import train_step
 from tests.conftest import Training, tiny_config
 
 # name: parameters with 100 classes. ResNets: He et al. 2016 (0.27M, 0.46M, 0.85M, 1.7M with 10
@@ -208,7 +209,7 @@ def test_a_vision_transformer_learns_with_a_resnet() -> None:
 
 
 def test_the_readme_prints_the_counts_beside_the_papers() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     for name in cohort.SHORT_NAMES:
         count = f"{parameters(meta(f'{name}_cifar')):,}"
         assert any(name in line and count in line for line in readme.splitlines()), name

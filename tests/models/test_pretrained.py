@@ -16,8 +16,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from dml_accel import building, checking, cli, cohort, pretrained
-from dml_accel.config import UsageError
+from dml_accel import cli
+from dml_accel.core.config import UsageError
+from dml_accel.models import build as building
+from dml_accel.models import pretrained
+from dml_accel.models import spec as cohort
+from dml_accel.training import setup as checking
 from tests.conftest import tiny_config
 from tests.hub import serve_hub
 
@@ -120,7 +124,7 @@ def test_weights_from_the_hub_are_downloaded_and_then_cached(tmp_path: Path) -> 
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     # A fresh process, because the hub's address is read at import; the second time it is offline.
     script = (
-        "from dml_accel import pretrained\n"
+        "from dml_accel.models import pretrained\n"
         "import huggingface_hub.constants\n"
         "for _ in range(2):\n"
         "    found = pretrained.read('test_resnet', pretrained.HUB)\n"

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dml_accel import reference
-from dml_accel.losses import Losses, lessons, mutual_losses, targets
+from dml_accel.mutual import reference
+from dml_accel.mutual.losses import Losses, lessons, mutual_losses, targets
 
 K, B, C = 4, 6, 10
 

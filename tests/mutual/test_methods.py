@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dml_accel import cohort, frozen, links, losses, reference
-from dml_accel.config import Config, UsageError
-from dml_accel.export import write_peer
-from dml_accel.schedules import train_step
-from dml_accel.teaching import Teaching
+from dml_accel.core.config import Config, UsageError
+from dml_accel.models import peer_folder as frozen
+from dml_accel.models import spec as cohort
+from dml_accel.models.model_card import write_peer
+from dml_accel.mutual import links, losses, reference
+from dml_accel.mutual.step import train_step
+from dml_accel.mutual.teaching import Teaching
 from tests.conftest import Training, assert_same_state, tiny_config
 
 Build = Callable[..., Training]

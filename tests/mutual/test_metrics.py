@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dml_accel.metrics import ECE_BINS, batch_sums, finish
+from dml_accel.mutual.metrics import ECE_BINS, batch_sums, finish
 
 
 def evaluate(logits: torch.Tensor, labels: torch.Tensor, cuts: list[int]) -> dict:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dml_accel import checkpoint, packing
-from dml_accel.checkpoint import load_peers, named, read_state
-from dml_accel.cohort import Peer, PeerSpec
-from dml_accel.packing import CheckpointError
+from dml_accel.models.spec import Peer, PeerSpec
+from dml_accel.training import checkpoint, packing
+from dml_accel.training.checkpoint import load_peers, named, read_state
+from dml_accel.training.packing import CheckpointError
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, fused=True),

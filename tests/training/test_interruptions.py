@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dml_accel import checkpoint
+from dml_accel.training import checkpoint
 from tests import kills
 from tests.test_launchers import BIN, ROOT, environment, workers
 from tests.test_launchers import run as run_words

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 import dml_accel
-from dml_accel import Config, EvaluationRecord, StepRecord, UsageError, learn, reference
-from dml_accel.cohort import optimizer
-from dml_accel.data import labelled_rows
-from dml_accel.decoding import Split
-from dml_accel.schedules import train_step
-from dml_accel.sources import Source
+from dml_accel import Config, EvaluationRecord, StepRecord, UsageError, learn
+from dml_accel.data.batches import labelled_rows
+from dml_accel.data.decode import Split
+from dml_accel.data.sources import Source
+from dml_accel.models.spec import optimizer
+from dml_accel.mutual import reference
+from dml_accel.mutual.step import train_step
 from tests.conftest import Training
 
 ROWS, CLASSES = 24, 3
@@ -161,7 +162,7 @@ def test_what_does_not_fit_is_refused_at_once() -> None:
 def test_importing_the_package_imports_no_more_than_its_networks() -> None:
     script = (
         "import sys, dml_accel\n"
-        "assert 'accelerate' not in sys.modules and 'dml_accel.api' not in sys.modules\n"
+        "assert 'accelerate' not in sys.modules and 'dml_accel.training.learn' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
     with pytest.raises(AttributeError, match="has no attribute 'lern'"):

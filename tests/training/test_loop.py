@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from dml_accel import cohort, losses, reference, schedules
-from dml_accel.cohort import learning_rate
-from dml_accel.config import Config
-from dml_accel.engine import EvaluationRecord, StepRecord, evaluate, fit
-from dml_accel.keys import bounds
-from dml_accel.schedules import train_step
+from dml_accel.core.config import Config
+from dml_accel.core.rng import bounds
+from dml_accel.models import spec as cohort
+from dml_accel.models.spec import learning_rate
+from dml_accel.mutual import losses, reference
+from dml_accel.mutual import step as schedules
+from dml_accel.mutual.step import train_step
+from dml_accel.training.loop import EvaluationRecord, StepRecord, evaluate, fit
 from tests.conftest import Training, assert_same_state
 
 Build = Callable[..., Training]

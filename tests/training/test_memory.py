@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dml_accel.config import Config, UsageError
-from dml_accel.processes import MemoryShortError, remedy_of_short_memory
+from dml_accel.core.config import Config, UsageError
+from dml_accel.distributed.processes import MemoryShortError, remedy_of_short_memory
 from tests.conftest import Training, assert_same_state, tiny_config
 from tests.test_engine import run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Build = Callable[..., Training]
 DROPPING = "timm:resnet10t[drop_rate=0.3]"
 

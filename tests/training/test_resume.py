@@ -17,9 +17,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dml_accel import checkpoint, cli, engine, preparing, recording, schedules, training
-from dml_accel.cohort import Peer
-from dml_accel.runfolder import RunFolder
+from dml_accel import cli
+from dml_accel.models.spec import Peer
+from dml_accel.mutual import step as schedules
+from dml_accel.training import checkpoint, preparing
+from dml_accel.training import loop as engine
+from dml_accel.training import record as recording
+from dml_accel.training import train as training
+from dml_accel.training.run_folder import RunFolder
 from tests.conftest import assert_same_state
 
 # 5 steps an epoch; every third step a checkpoint, every fourth an evaluation.
@@ -580,7 +585,8 @@ def test_a_signal_when_all_is_measured_lets_the_run_end(tmp_path: Path, straight
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, time\n"
-        "from dml_accel import cli, engine\n"
+        "from dml_accel import cli\n"
+        "from dml_accel.training import loop as engine\n"
         "whole = engine.train_step\n"
         "def slow(*words, **named):\n"
         "    if words[0].number == 4:\n"

@@ -12,14 +12,15 @@ import pytest
 import timm
 import torch
 
-from dml_accel import cli, sources
-from dml_accel.config import Config, Interval, UsageError
-from dml_accel.data import prepare
-from dml_accel.engine import StepRecord
-from dml_accel.progress import Windows
-from dml_accel.runfolder import RunFolder
+from dml_accel import cli
+from dml_accel.core.config import Config, Interval, UsageError
+from dml_accel.data import sources
+from dml_accel.data.batches import prepare
+from dml_accel.training.loop import StepRecord
+from dml_accel.training.progress import Windows
+from dml_accel.training.run_folder import RunFolder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --max-steps 20 --cpu".split()
 
 
@@ -322,7 +323,7 @@ def test_a_model_card_says_how_it_was_taught(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_failure_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dml_accel import training
+    from dml_accel.training import train as training
 
     def broken(*_: object) -> None:
         raise RuntimeError("out of luck")

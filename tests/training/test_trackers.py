@@ -8,8 +8,9 @@ import pytest
 from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dml_accel import cli, trackers
-from dml_accel.config import UsageError
+from dml_accel import cli
+from dml_accel.core.config import UsageError
+from dml_accel.training import trackers
 
 TINY = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --cpu --eval-every 4".split()
 PAIR = ("--cohort", "resnet8*2", "--val-fraction", "0.1", "--save-every", "4")
