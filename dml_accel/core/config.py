@@ -1,47 +1,74 @@
-"""What a run is: one frozen record, checked once and saved with the run. No torch here.
+"""The configuration of a run: a cohort, a seed and six sections, validated once. No torch here.
 
-Every field is one flag of the command line; its ``help`` teaches what it does and in which unit.
+Every field is one flag of the command line. Its default, its help and its range stand on the field.
+Sections group the fields by who reads them, and by what they may change:
+
+    data       which images                        changes the result
+    optim      batches, optimizer, learning rate   changes the result
+    method     who learns what from whom           changes the result
+    numerics   precision, batch statistics         changes the result
+    compute    devices, processes, speed           same result
+    run        files, evaluations, checkpoints     same result
+
+Outside this file the sections are invisible to users: flags, ``config.json`` and the keywords of
+``Config`` are flat.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from dml_accel.core.errors import UsageError
+from dml_accel.core.updates import UPDATE_SCHEDULES, UpdateSchedule
 
 IntervalUnit = Literal["step", "ep", "min"]
-_LEAVES_THE_RESULT_ALONE = frozenset(
-    {
-        "output_dir",
-        "timeout",
-        "cpu",
-        "eval_every",
-        "placement",
-        "measure",
-        "exchange",
-        "max_nonfinite",
-        "resume",
-        "save_every",
-        "keep_checkpoints",
-        "compile",
-        "compile_mode",
-        "memory_format",
-        "low_memory",
-        "threads",
-        "log_with",
-    }
-)
+Differences = dict[str, tuple[Any, Any]]
 
 
-class UsageError(ValueError):
-    """Wrong usage or input. Its text is one line: what, where, the values and the fix."""
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have; None leaves an end open."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        ends = [
+            f"{name.replace('_', ' ')} {end:,g}" if end < 2**53 else f"{name} 2**63"
+            for name, end in dataclasses.asdict(self).items()
+            if end is not None
+        ]
+        return " and ".join(ends) or "a finite number"
 
 
-def flag(default: Any, text: str, **argparse: Any) -> Any:
-    """Return a dataclass field that the command line turns into a flag."""
-    return dataclasses.field(default=default, metadata={"help": text, "argparse": argparse})
+def flag(default: Any, text: str, allowed: Range | None = None, **argparse: Any) -> Any:
+    """Return a dataclass field that is one flag of the command line.
+
+    Args:
+        default: its value where it is not given.
+        text: its help, with the unit.
+        allowed: the range of a number (default: any finite number).
+        argparse: further arguments of ``add_argument``, such as ``choices``.
+    """
+    metadata = {"help": text, "range": allowed or Range(), "argparse": argparse}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -69,30 +96,72 @@ class Interval:
         return cls(count, unit)
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Return the optimizer steps between two ends of the interval (0: it is in minutes)."""
+        """Return the interval in optimizer steps; 0 if it is in minutes."""
         return {"step": 1, "ep": steps_per_epoch, "min": 0}[self.unit] * int(self.count)
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether the interval ends with optimizer step ``step`` (never, for minutes)."""
+        """Whether the interval ends with optimizer step ``step``; never if it is in minutes."""
         period = self.steps(steps_per_epoch)
         return period > 0 and step % period == 0
 
 
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a value that is out of its range, or not one of its choices."""
+    choices = field.metadata["argparse"].get("choices")
+    if choices and value is not None:
+        _require(value in choices, field.name, value, "one of " + ", ".join(choices))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _require(value in field.metadata["range"], field.name, value, field.metadata["range"])
+
+
+def _require(holds: bool, name: str, value: object, allowed: object) -> None:
+    _refuse(not holds, f"--{name.replace('_', '-')} is {value}; it must be {allowed}")
+
+
+def _refuse(conflict: bool, text: str) -> None:
+    if conflict:
+        raise UsageError(text)
+
+
+# ---------------------------------------------------------------- the sections
+
+
+def fields_of(section: "type[Section] | Section") -> tuple[dataclasses.Field[Any], ...]:
+    """Return the fields of a section."""
+    return dataclasses.fields(section)  # type: ignore[arg-type]
+
+
+class Section:
+    """Fields that are read together and have the same effect on the result."""
+
+    title: ClassVar[str]
+    changes_result: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        for field in fields_of(type(self)):
+            _check(field, getattr(self, field.name))
+        self.check()
+
+    def check(self) -> None:
+        """Refuse values of this section that exclude each other."""
+
+    def differences(self, other: "Section") -> Differences:
+        """Return the fields that differ, {name: (mine, the other's)}."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields_of(self))
+        return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}
+
+    def refused_on_resume(self, saved: "Section") -> Differences:
+        """Return the differences to a saved run that forbid resuming it."""
+        return self.differences(saved) if self.changes_result else {}
+
+
 @dataclass(frozen=True)
-class Config:
-    """The configuration of one run. The result depends on it, seed included, and nothing else.
+class DataConfig(Section):
+    """Which images are trained on and evaluated."""
 
-    Raises:
-        UsageError: a value is out of its range; the text names the flag and the values allowed.
-    """
+    title = "data"
+    changes_result = True
 
-    cohort: tuple[str, ...] = flag(
-        ("2",),
-        "the networks that learn together: a number K (K times resnet32), or names with name*N, "
-        "mixed freely: 'resnet32*2' wrn_28_10 timm:efficientnet_b0. Quote * and [",
-        nargs="+",
-        metavar="NET",
-    )
     dataset: str = flag(
         "uoft-cs/cifar100",
         "hub id, local folder (parquet files or class folders of images), or 'digits' (offline)",
@@ -104,282 +173,324 @@ class Config:
     )
     train_split: str = flag("train", "split to train on")
     test_split: str = flag("test", "split to report on")
-    image_size: int = flag(32, "pixels; images of another size are resized to a square of it")
+    image_size: int = flag(
+        32,
+        "pixels per side; images of another size are resized to a square",
+        Range(at_least=8, at_most=4096),
+    )
     augment: str | None = flag(
         None,
-        "random crop from a reflect-padded image, horizontal flip "
-        "(default: crop-flip; crop for digits, which have no mirror image)",
+        "random crop from the reflect-padded image, and horizontal flip "
+        "(default: crop-flip; crop for digits, because a mirrored digit is not a digit)",
         choices=("crop-flip", "crop", "none"),
     )
-    epochs: int = flag(200, "passes over the training images")
-    batch_size: int = flag(
-        64, "images per optimizer step, over all processes; the last partial batch is dropped"
-    )
-    lr: float = flag(0.1, "learning rate at the start")
-    momentum: float = flag(0.9, "Nesterov momentum of SGD; 0 turns it off")
-    weight_decay: float = flag(5e-4, "L2 penalty, on all parameters")
-    lr_step: int = flag(60, "epochs between two drops of the learning rate")
-    lr_gamma: float = flag(0.1, "factor of each drop")
-    max_steps: int | None = flag(None, "stop after that many optimizer steps (default: off)")
     train_limit: int | None = flag(
         None,
-        "train on that many images only, chosen stratified by class, the same for every seed "
+        "train on this many images only, stratified by class, the same for every seed "
         "(default: all)",
+        Range(at_least=1),
     )
+    val_fraction: float = flag(
+        0.0,
+        "share of the training images held out for validation: to choose a peer or an epoch. The "
+        "test split is for reporting only",
+        Range(at_least=0, below=1),
+    )
+    labelled_fraction: float = flag(
+        1.0,
+        "share of the training images whose labels are used, stratified by class and keyed by the "
+        "seed; the cross-entropy is averaged over the labelled images of a batch",
+        Range(above=0, at_most=1),
+    )
+
+    @property
+    def augmentation(self) -> str:
+        """``augment`` with the default of the data set filled in."""
+        return self.augment or ("crop" if self.dataset == "digits" else "crop-flip")
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """Batches, optimizer and learning rate."""
+
+    title = "optimization"
+    changes_result = True
+    # The learning rate is a function of the step alone. A schedule that depends on the last step
+    # must say so here, because a longer run would then have had other rates from the start.
+    depends_on_last_step: ClassVar[bool] = False
+
+    epochs: int = flag(200, "passes over the training images", Range(at_least=1))
+    max_steps: int | None = flag(
+        None, "stop after this many optimizer steps (default: off)", Range(at_least=1)
+    )
+    batch_size: int = flag(
+        64,
+        "images per optimizer step, over all processes; the last partial batch is dropped",
+        Range(at_least=1),
+    )
+    grad_accum: int = flag(
+        1, "micro-batches per batch, computed one after the other", Range(at_least=1)
+    )
+    lr: float = flag(0.1, "initial learning rate", Range(at_least=0))
+    lr_step: int = flag(60, "epochs between two drops of the learning rate", Range(at_least=1))
+    lr_gamma: float = flag(0.1, "factor of each drop", Range(at_least=0, at_most=1))
+    momentum: float = flag(
+        0.9, "Nesterov momentum of SGD; 0 turns it off", Range(at_least=0, below=1)
+    )
+    weight_decay: float = flag(5e-4, "L2 penalty on all parameters", Range(at_least=0))
+    clip_norm: float | None = flag(
+        None, "largest gradient norm, per peer (default: off)", Range(above=0)
+    )
+
+    def check(self) -> None:
+        """Refuse more micro-batches than images."""
+        if self.grad_accum > self.batch_size:
+            raise UsageError(
+                f"--grad-accum is {self.grad_accum}; it must be at most --batch-size "
+                f"({self.batch_size})"
+            )
+
+    @property
+    def smallest_micro_batch(self) -> int:
+        """Images in the smallest micro-batch."""
+        return self.batch_size // self.grad_accum
+
+    def refused_on_resume(self, saved: "Section") -> Differences:
+        """A resumed run may stop at another step, and may have more epochs."""
+        found = self.differences(saved)
+        if not self.depends_on_last_step:
+            found.pop("max_steps", None)
+            if self.epochs > typing.cast(OptimConfig, saved).epochs:
+                found.pop("epochs", None)
+        return found
+
+
+@dataclass(frozen=True)
+class MethodConfig(Section):
+    """Who learns what from whom."""
+
+    title = "method"
+    changes_result = True
+
     kl_weight: float = flag(
-        1.0, "weight of the KL term; 0 skips it: every network then trains independently"
+        1.0,
+        "weight of the KL term; 0 skips it, so every network trains independently",
+        Range(at_least=0),
     )
-    temperature: float = flag(1.0, "softmax temperature T of the KL term, which is scaled by T^2")
+    temperature: float = flag(
+        1.0, "softmax temperature T of the KL term, which is scaled by T^2", Range(above=0)
+    )
     kl_reduction: str = flag(
-        "mean", "over the K-1 peers: their mean, or their sum", choices=("mean", "sum")
+        "mean", "mean or sum over the K-1 other peers", choices=("mean", "sum")
     )
-    kl_warmup: int = flag(0, "epochs over which the KL weight grows linearly to --kl-weight")
+    kl_warmup: int = flag(
+        0, "epochs over which the KL weight grows linearly to --kl-weight", Range(at_least=0)
+    )
     update: str = flag(
         "simultaneous",
-        "who is updated when. simultaneous: all peers, from the same predictions; sequential (the "
-        "paper's Algorithm 1): one after the other in the order given, each predicting the batch "
-        "again for those after it; official (the authors' code): one after the other, each on a "
-        "batch of its own, KLs summed",
-        choices=("simultaneous", "sequential", "official"),
+        "which peers are updated when. "
+        + "; ".join(f"{one.name}: {one.text}" for one in UPDATE_SCHEDULES.values()),
+        choices=tuple(UPDATE_SCHEDULES),
     )
     target: str = flag(
         "peers",
-        "what teaches a peer: every other peer's posterior (peers), their mean (mean-prob, the "
-        "paper's DML_e: the same gradients), or the posterior of their mean logits (mean-logit)",
+        "what a peer learns from: the posterior of every other peer (peers), their mean "
+        "(mean-prob, the paper's DML_e: the same gradients), or the posterior of their mean logits "
+        "(mean-logit)",
         choices=("peers", "mean-prob", "mean-logit"),
     )
     links: str = flag(
         "full",
         "who learns from whom: full (all from all), ring (each from the one given before it), "
-        "star:PEER (all from PEER, and PEER from all), frozen (all from --frozen-peers alone), or "
-        "a CSV file: teachers' names in its first line, then a line for each learner, its name "
+        "star:PEER (all from PEER, and PEER from all), frozen (all from --frozen-peers only), or "
+        "a CSV file: teachers' names in its first line, then a line for each learner with its name "
         "and the weight of every teacher",
     )
     frozen_peers: tuple[str, ...] = flag(
         (),
-        "trained networks that teach and do not learn: folders peers/<name> of finished runs, or "
-        "run folders for all of their peers. In --links they are frozen-0, frozen-1, ...",
+        "trained networks that teach and are not updated: folders peers/<name> of finished runs, "
+        "or run folders for all of their peers. In --links they are frozen-0, frozen-1, ...",
         nargs="+",
         metavar="DIR",
     )
-    labelled_fraction: float = flag(
-        1.0,
-        "share of the training images whose labels are used, stratified by class, keyed by the "
-        "seed; the cross-entropy is the mean over those of a batch",
-    )
     kl_images: str = flag(
         "all",
-        "with --labelled-fraction: the KL term on all images, or on the labelled ones alone",
+        "with --labelled-fraction: the KL term on all images, or on the labelled ones only",
         choices=("all", "labelled"),
     )
-    seed: int = flag(0, "keys initial weights, data order, augmentation and dropout")
-    output_dir: str | None = flag(None, "the run folder (default: runs/<time>-<cohort>)")
-    grad_accum: int = flag(1, "parts that a batch is computed in, one after the other")
-    clip_norm: float | None = flag(None, "largest gradient norm, per peer (default: off)")
+
+    def check(self) -> None:
+        """Refuse a reduction or links that the target or the teachers do not have."""
+        one_target = self.target != "peers"
+        _refuse(
+            one_target and self.schedule.sums_kl,
+            f"--update {self.update} sums the KL terms of all peers, but --target {self.target} "
+            "has a single one: use --target peers",
+        )
+        _refuse(
+            one_target and self.kl_reduction == "sum",
+            f"--kl-reduction sum needs --target peers: --target {self.target} has a single KL term",
+        )
+        _refuse(
+            self.links == "frozen" and not self.frozen_peers,
+            "--links frozen needs --frozen-peers, the only teachers",
+        )
+
+    @property
+    def schedule(self) -> UpdateSchedule:
+        """The update schedule."""
+        return UPDATE_SCHEDULES[self.update]
+
+    @property
+    def sums_kl(self) -> bool:
+        """Whether the KL terms of several teachers are summed, not averaged."""
+        return self.kl_reduction == "sum" or self.schedule.sums_kl
+
+
+@dataclass(frozen=True)
+class NumericsConfig(Section):
+    """Precision and batch statistics."""
+
+    title = "numerics"
+    changes_result = True
+
     mixed_precision: str | None = flag(
         None,
-        "bf16 or fp16 (GPU only) computes the networks in half precision "
+        "bf16, or fp16 (GPU only), computes the networks in half precision "
         "(default: what accelerate launch says, else no)",
         choices=("no", "bf16", "fp16"),
     )
+    float64: bool = flag(False, "double precision throughout, files included: to check numerics")
+    tf32: bool = flag(False, "TF32 for all matrix products on CUDA: faster, 10 bits of mantissa")
+    batch_norm: str = flag(
+        "group",
+        "with several processes: batch statistics over all of them, as in one process (group), or "
+        "over each one's own images (local: faster, but another result)",
+        choices=("group", "local"),
+    )
+    exchange_dtype: str | None = flag(
+        None,
+        "bf16 rounds the logits that peers learn from, and halves their volume "
+        "(default: as computed)",
+        choices=("bf16",),
+    )
+
+    def check(self) -> None:
+        """Refuse TF32 in double precision."""
+        _refuse(self.tf32 and self.float64, "--tf32 has no effect with --float64: drop one")
+
+
+@dataclass(frozen=True)
+class ComputeConfig(Section):
+    """Devices, processes and speed; none of it is meant to change the result."""
+
+    title = "compute"
+    changes_result = False
+
+    cpu: bool = flag(False, "use the CPU even if there is an accelerator")
+    threads: int | None = flag(
+        None,
+        "threads of each process on a CPU (default: with several processes, an equal share of "
+        "this machine's cores; else OMP_NUM_THREADS, or all)",
+        Range(at_least=1),
+    )
     compile: str = flag(
         "off",
-        "torch.compile each network that one process trains by itself; without a word it means on, "
-        "auto measures first and compiles where the run is long enough to repay it",
+        "torch.compile for each network that a single process trains; --compile alone means on, "
+        "auto measures first and compiles if the run is long enough to repay it",
         nargs="?",
         const="on",
         choices=("off", "on", "auto"),
     )
     compile_mode: str = flag(
         "default",
-        "with --compile, torch.compile's own: reduce-overhead uses CUDA graphs, max-autotune tries "
-        "more kernels",
+        "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune tries more kernels",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     )
     memory_format: str | None = flag(
         None,
-        "how images and weights lie in memory (default: channels_last on a CPU in bf16, else "
-        "contiguous); channels_last is faster on a CPU, with less exact sums in single precision",
+        "memory layout of images and weights (default: channels_last on a CPU in bf16, else "
+        "contiguous); channels_last is faster on a CPU, but its sums in single precision are less "
+        "exact",
         choices=("contiguous", "channels_last"),
     )
     low_memory: bool = flag(
         False,
-        "one network's activations at a time: all predict first, then each predicts again and "
-        "learns; the same result for a third more work",
-    )
-    threads: int | None = flag(
-        None,
-        "threads of each process on a CPU (default: with several processes, an equal share of "
-        "this machine's cores; else OMP_NUM_THREADS, or all)",
-    )
-    tf32: bool = flag(
-        False, "TF32 for all products of matrices on CUDA: faster, with 10 bits of mantissa"
-    )
-    batch_norm: str = flag(
-        "group",
-        "with several processes, batch statistics of all of them, as in one process, or each "
-        "its own (local: faster, another result)",
-        choices=("group", "local"),
+        "keep the activations of one network at a time: all predict first, then each predicts "
+        "again and is updated; the same result for a third more work",
     )
     placement: str = flag(
         "auto",
-        "with several processes: every peer in each of them (replicate), or each peer in one or "
-        "more of its own, exchanging logits (split); auto predicts which is faster",
+        "with several processes: every peer in each process (replicate), or each peer in one or "
+        "more processes of its own, which exchange logits (split); auto predicts which is faster",
         choices=("auto", "replicate", "split"),
     )
     measure: bool = flag(
-        False, "time the networks to choose a placement, instead of counting their arithmetic"
+        False, "choose the placement by timing the networks, not by counting their operations"
     )
     exchange: str = flag(
         "logits",
-        "what crosses between processes under split: every peer's logits, or the sum of the "
-        "peers' posteriors, whose volume does not grow with the cohort",
+        "what processes exchange under split: the logits of every peer, or the sum of the peers' "
+        "posteriors, whose volume does not grow with the cohort",
         choices=("logits", "sum"),
     )
-    exchange_dtype: str | None = flag(
+    timeout: float = flag(
+        10.0,
+        "minutes to wait for another process before giving up",
+        Range(above=0, at_most=10**6),
+    )
+
+    def check(self) -> None:
+        """Refuse a mode of compilation without compilation."""
+        _refuse(
+            self.compile == "off" and self.compile_mode != "default",
+            f"--compile-mode {self.compile_mode} has no effect without --compile",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """The run folder, evaluations, checkpoints and trackers."""
+
+    title = "run"
+    changes_result = False
+
+    output_dir: str | None = flag(None, "the run folder (default: runs/<time>-<cohort>)")
+    resume: str | None = flag(
         None,
-        "bf16 rounds the logits that teach, and halves their volume (default: as computed)",
-        choices=("bf16",),
-    )
-    max_nonfinite: int = flag(
-        10,
-        "a peer whose loss is not finite skips that step; after so many in a row the run stops",
-    )
-    timeout: float = flag(10.0, "minutes to wait for another process before giving up")
-    cpu: bool = flag(False, "stay on the CPU even where there is an accelerator")
-    float64: bool = flag(False, "double precision throughout, files included: to check numerics")
-    val_fraction: float = flag(
-        0.0, "share of the training images held out to choose by; the test split only reports"
+        "auto: resume from the newest good checkpoint of --output-dir, or start if there is none; "
+        "or the path of a checkpoint or run to continue in a new folder",
     )
     eval_every: str = flag(
         "1ep", "how often to evaluate: optimizer steps (500), epochs (2ep) or minutes (10min)"
     )
     save_every: str = flag(
         "1ep",
-        "how often to write a checkpoint: optimizer steps, epochs or minutes; one is written at "
-        "the end, and when the run is asked to stop, in any case",
+        "how often to write a checkpoint: optimizer steps, epochs or minutes; one is always "
+        "written at the end, and when the run is asked to stop",
     )
-    keep_checkpoints: int = flag(2, "how many checkpoints to keep, the newest ones")
+    keep_checkpoints: int = flag(2, "how many of the newest checkpoints to keep", Range(at_least=1))
+    max_nonfinite: int = flag(
+        10,
+        "stop after this many steps in a row in which a peer's loss is not finite; the peer skips "
+        "those steps",
+        Range(at_least=1),
+    )
     log_with: tuple[str, ...] = flag(
         (),
-        "trackers of Accelerate that are told what metrics.jsonl holds: tensorboard, wandb and "
+        "trackers of Accelerate that receive the records of metrics.jsonl: tensorboard, wandb and "
         "others, or all that are installed; files go to logs in the run folder (default: none)",
         nargs="+",
         metavar="TRACKER",
     )
-    resume: str | None = flag(
-        None,
-        "auto: go on from the newest good checkpoint of --output-dir, or start where there is "
-        "none; or the path of a checkpoint or run to go on from, into a new folder",
-    )
 
-    def __post_init__(self) -> None:
-        finite = {
-            f.name: v
-            for f in dataclasses.fields(self)
-            if isinstance(v := getattr(self, f.name), (int, float)) and not isinstance(v, bool)
-        }
-        for name, value in finite.items():
-            if isinstance(value, float):
-                _require(math.isfinite(value), name, value, "a finite number")
-        for name in (
-            "image_size",
-            "epochs",
-            "batch_size",
-            "lr_step",
-            "grad_accum",
-            "max_nonfinite",
-            "keep_checkpoints",
-        ):
-            _require(finite[name] >= 1, name, finite[name], "at least 1")
-        for name in ("lr", "weight_decay", "lr_gamma", "kl_weight", "kl_warmup", "seed"):
-            _require(finite[name] >= 0, name, finite[name], "0 or more")
-        for name in ("momentum", "val_fraction"):
-            _require(0 <= finite[name] < 1, name, finite[name], "at least 0 and below 1")
-        for name in ("temperature", "clip_norm", "timeout"):
-            _require(finite.get(name, 1) > 0, name, finite.get(name), "above 0")
-        for name in ("max_steps", "train_limit", "threads"):
-            _require(finite.get(name, 1) >= 1, name, finite.get(name), "at least 1")
-        _require(8 <= self.image_size <= 4096, "image_size", self.image_size, "8 to 4096 pixels")
-        _require(self.timeout <= 10**6, "timeout", self.timeout, "at most 1000000 minutes")
-        _require(self.lr_gamma <= 1, "lr_gamma", self.lr_gamma, "0 to 1")
-        _require(
-            self.grad_accum <= self.batch_size,
-            "grad_accum",
-            self.grad_accum,
-            f"at most --batch-size ({self.batch_size})",
+    def check(self) -> None:
+        """Refuse intervals that cannot be read, and ``--resume auto`` without a folder."""
+        _refuse(
+            self.resume == "auto" and self.output_dir is None,
+            "--resume auto needs --output-dir, the run folder to resume",
         )
-        if self.exchange == "sum" and self.exchange_dtype:
-            raise UsageError(
-                f"--exchange-dtype {self.exchange_dtype} rounds logits; --exchange sum sends none"
-            )
-        _require(
-            0 < self.labelled_fraction <= 1,
-            "labelled_fraction",
-            self.labelled_fraction,
-            "above 0 and at most 1",
-        )
-        _require(self.seed < 2**63, "seed", self.seed, "below 2**63")
-        for f in dataclasses.fields(self):
-            choices, value = f.metadata["argparse"].get("choices"), getattr(self, f.name)
-            if choices and value is not None:
-                _require(value in choices, f.name, value, "one of " + ", ".join(choices))
-        _require(bool(self.cohort), "cohort", self.cohort, "at least one network")
-        if self.resume == "auto" and self.output_dir is None:
-            raise UsageError("--resume auto needs --output-dir, the run folder to go on in")
-        _ = self.eval_interval, self.save_interval  # reading them checks them
-        self._refuse_what_excludes_each_other()
-
-    def _refuse_what_excludes_each_other(self) -> None:
-        in_turn = self.update != "simultaneous"
-        for excluded, text in (
-            (
-                in_turn and self.placement == "split",
-                f"--update {self.update} takes turns, which leaves processes of --placement split "
-                "idle; use replicate",
-            ),
-            (
-                self.update == "sequential" and self.grad_accum > 1,
-                "--update sequential predicts a batch again after each update: it goes with "
-                "--grad-accum 1 alone",
-            ),
-            (
-                self.low_memory and in_turn,
-                f"--low-memory cuts the step of --update simultaneous; {self.update} predicts for "
-                "its own order",
-            ),
-            (
-                self.compile == "off" and self.compile_mode != "default",
-                f"--compile-mode {self.compile_mode} has nothing to do without --compile",
-            ),
-            (
-                self.tf32 and self.float64,
-                "--tf32 shortens single precision; --float64 has none of it",
-            ),
-            (
-                self.update == "official" and self.target != "peers",
-                f"--update official sums the KL to every peer; --target {self.target} has one",
-            ),
-            (
-                self.kl_reduction == "sum" and self.target != "peers",
-                f"--kl-reduction sum has nothing to add up with --target {self.target}",
-            ),
-            (
-                self.links != "full" and self.exchange == "sum",
-                "--links weighs every peer on its own, and --exchange sum sends their sum; use "
-                "--exchange logits",
-            ),
-            (
-                self.links == "frozen" and not self.frozen_peers,
-                "--links frozen needs --frozen-peers, who alone teach",
-            ),
-            (
-                self.kl_images == "labelled" and self.labelled_fraction == 1,
-                "--kl-images labelled needs --labelled-fraction below 1",
-            ),
-        ):
-            if excluded:
-                raise UsageError(text)
+        _ = self.eval_interval, self.save_interval  # parsing them checks them
 
     @property
     def eval_interval(self) -> Interval:
@@ -391,65 +502,204 @@ class Config:
         """``save_every``, parsed."""
         return Interval.parse(self.save_every, "--save-every")
 
-    @property
-    def kl_is_summed(self) -> bool:
-        """Whether the KLs of several teachers are summed, as in the authors' code, or averaged."""
-        return self.kl_reduction == "sum" or self.update == "official"
+
+# ---------------------------------------------------------------- the whole
+
+
+@dataclass(frozen=True, init=False)
+class Config:
+    """The configuration of one run. Its result depends on this and on nothing else.
+
+    Every flag is a keyword: ``Config(epochs=5, lr=0.05)``. ``config.optim.lr`` reads one back.
+
+    Raises:
+        UsageError: a name is unknown, a value has the wrong type or is out of its range, or values
+            exclude each other; the text names the flag and what is allowed.
+    """
+
+    cohort: tuple[str, ...] = flag(
+        ("2",),
+        "the networks that learn together: a number K (K times resnet32), or names with name*N, "
+        "freely mixed: 'resnet32*2' wrn_28_10 timm:efficientnet_b0. Quote * and [",
+        nargs="+",
+        metavar="NET",
+    )
+    seed: int = flag(
+        0,
+        "keys initial weights, data order, augmentation and dropout",
+        Range(at_least=0, below=2**63),
+    )
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    method: MethodConfig = MethodConfig()
+    numerics: NumericsConfig = NumericsConfig()
+    compute: ComputeConfig = ComputeConfig()
+    run: RunConfig = RunConfig()
+
+    def __init__(self, **values: Any) -> None:
+        known = flag_types()
+        unknown = sorted(set(values) - set(known))
+        _refuse(
+            bool(unknown),
+            f"unknown configuration {', '.join(unknown)}; known are: {', '.join(known)}",
+        )
+        values = {name: _typed(name, value) for name, value in values.items()}
+        for field in dataclasses.fields(type(self)):
+            value = values.get(field.name, field.default)
+            if isinstance(value, Section):
+                names = [inner.name for inner in fields_of(value)]
+                value = type(value)(**{name: values[name] for name in names if name in values})
+            else:
+                _check(field, value)
+            object.__setattr__(self, field.name, value)
+        _require(bool(self.cohort), "cohort", self.cohort, "at least one network")
+        _refuse_conflicts(self)
 
     @property
-    def augmentation(self) -> str:
-        """``augment`` with the data set's default filled in (a mirrored digit is no digit)."""
-        return self.augment or ("crop" if self.dataset == "digits" else "crop-flip")
+    def sections(self) -> dict[str, Section]:
+        """The six sections by name."""
+        found = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in found if isinstance(value, Section)}
 
-    def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
-        """Return the fields by which the results differ: {name: (mine, the other's)}."""
-        mine, theirs = self.as_dict(), other.as_dict()
-        return {
-            name: (value, theirs[name])
-            for name, value in mine.items()
-            if name not in _LEAVES_THE_RESULT_ALONE and theirs[name] != value
-        }
+    def __getattr__(self, name: str) -> Any:  # TEMPORARY
+        if name == "kl_is_summed":
+            name = "sums_kl"
+        for section in ("data", "optim", "method", "numerics", "compute", "run"):
+            if section not in self.__dict__:
+                break
+            if hasattr(self.__dict__[section], name):
+                return getattr(self.__dict__[section], name)
+        raise AttributeError(name)
 
-    def differences_from_start(self, saved: "Config") -> dict[str, tuple[Any, Any]]:
-        """Return what forbids going on with a run that was begun as ``saved``, as ``differences``.
-
-        A run may be made longer, and may stop at another step.
-        """
-        found = self.differences(saved)
-        found.pop("max_steps", None)
-        if self.epochs > saved.epochs:
-            found.pop("epochs", None)
-        return found
+    def changed(self, **values: Any) -> "Config":
+        """Return a copy in which some flags have other values."""
+        return Config(**self.as_dict() | values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        values = dataclasses.asdict(self)
+        """Return all flags, flat, as plain JSON values."""
+        values: dict[str, Any] = {"cohort": self.cohort, "seed": self.seed}
+        for section in self.sections.values():
+            values |= {field.name: getattr(section, field.name) for field in fields_of(section)}
         return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """Build a config from ``as_dict``'s output.
+    def differences(self, other: "Config") -> Differences:
+        """Return the flags by which the results differ: {name: (mine, the other's)}."""
+        found = self._own_differences(other)
+        for name, section in self.sections.items():
+            if section.changes_result:
+                found |= section.differences(other.sections[name])
+        return found
 
-        Raises:
-            UsageError: a key is unknown (the known ones are listed) or a value is out of range.
-        """
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise UsageError(
-                f"unknown configuration {', '.join(unknown)}; known are: {', '.join(known)}"
-            )
-        for name, hint in typing.get_type_hints(cls).items():
-            if typing.get_origin(hint) is tuple and isinstance(values.get(name), list):
-                values = values | {name: tuple(values[name])}
-            accepted = typing.get_origin(hint) or hint
-            accepted = accepted if accepted is not types.UnionType else hint
-            value = values.get(name, getattr(cls, name))
-            if not isinstance(value, accepted) and not (hint is float and type(value) is int):
-                raise UsageError(f"configuration {name} is {value!r}; it must be {hint}")
-        return cls(**values)
+    def refused_on_resume(self, saved: "Config") -> Differences:
+        """Return the differences to a saved run that forbid resuming it: {name: (mine, saved)}."""
+        found = self._own_differences(saved)
+        for name, section in self.sections.items():
+            found |= section.refused_on_resume(saved.sections[name])
+        return found
+
+    def _own_differences(self, other: "Config") -> Differences:
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in ("cohort", "seed"))
+        return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}
 
 
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {allowed}")
+def _refuse_conflicts(config: Config) -> None:
+    """Refuse what sections exclude in each other."""
+    method, compute = config.method, config.compute
+    schedule = method.schedule
+    _refuse(
+        schedule.takes_turns and compute.placement == "split",
+        f"--update {method.update} updates peers in turn, which leaves processes of --placement "
+        "split idle: use --placement replicate",
+    )
+    _refuse(
+        not schedule.splits_batches and config.optim.grad_accum > 1,
+        f"--update {method.update} predicts each batch again after an update, so it needs "
+        "--grad-accum 1",
+    )
+    _refuse(
+        schedule.takes_turns and compute.low_memory,
+        f"--low-memory works with --update simultaneous only, not with {method.update}",
+    )
+    _refuse(
+        compute.exchange == "sum" and config.numerics.exchange_dtype is not None,
+        f"--exchange-dtype {config.numerics.exchange_dtype} rounds logits, but --exchange sum "
+        "sends none: drop one",
+    )
+    _refuse(
+        compute.exchange == "sum" and method.links != "full",
+        "--links weighs every peer separately, but --exchange sum sends only their sum: use "
+        "--exchange logits",
+    )
+    _refuse(
+        method.kl_images == "labelled" and config.data.labelled_fraction == 1,
+        "--kl-images labelled needs --labelled-fraction below 1",
+    )
+
+
+# ---------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True)
+class FlagGroup:
+    """Flags that stand together in ``--help``: a section, or the cohort and the seed."""
+
+    title: str
+    text: str
+    fields: tuple[dataclasses.Field[Any], ...]
+
+
+@functools.cache
+def flag_groups() -> tuple[FlagGroup, ...]:
+    """Return all flags in groups, in the order of ``--help``."""
+    own = tuple(field for field in dataclasses.fields(Config) if "help" in field.metadata)
+    found = [FlagGroup("cohort", "The networks and their random seed.", own)]
+    for field in dataclasses.fields(Config):
+        if isinstance(field.default, Section):
+            section = type(field.default)
+            found.append(FlagGroup(section.title, section.__doc__ or "", fields_of(section)))
+    return tuple(found)
+
+
+@functools.cache
+def flag_types() -> Mapping[str, Any]:
+    """Return the type of every flag, by name."""
+    owners = [Config, *(type(f.default) for f in dataclasses.fields(Config))]
+    hints = {name: hint for owner in owners for name, hint in typing.get_type_hints(owner).items()}
+    return {field.name: hints[field.name] for group in flag_groups() for field in group.fields}
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return a value with lists made tuples.
+
+    Raises:
+        UsageError: it does not have the type of the flag.
+    """
+    hint = flag_types()[name]
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+            return tuple(value)
+    else:
+        accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if type(value) in accepted or (float in accepted and type(value) is int):
+            return value
+    words = getattr(hint, "__name__", str(hint))
+    raise UsageError(f"configuration {name} is {value!r}; its type must be {words}")
+
+
+def differences_text(differences: Differences) -> str:
+    """Return in words how a saved run was started, and what the flags of this command say.
+
+    Args:
+        differences: {name: (this command's value, the saved one)}.
+    """
+
+    def said(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    names = {
+        name: f"--{name.replace('_', '-')}" if name in flag_types() else name
+        for name in differences
+    }
+    started = ", ".join(f"{names[n]} {said(saved)}" for n, (_, saved) in differences.items())
+    now = ", ".join(f"{names[n]} {said(mine)}" for n, (mine, _) in differences.items())
+    return f"was started with {started}, but this command says {now}"

@@ -1,31 +1,44 @@
-"""Files that appear whole or not at all, and files of strangers, which are read up to a bound."""
+"""Write files whole or not at all; read untrusted files up to a size limit."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LARGEST_JSON = 16 * 2**20  # bytes; a stranger's file is not read into memory whatever its size
+from dml_accel.core.errors import UnreadableError
+
+LARGEST_JSON = 16 * 2**20  # bytes: an untrusted file must not fill the memory
 
 
-class UnreadableError(RuntimeError):
-    """A file cannot be read, or is longer than it may be; the text names it."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, and rename it to ``path`` at the end.
+
+    A reader sees the whole new file or the old one; after an error the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the whole file or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content)
-    os.replace(temporary, path)
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(content)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON, whole or not at all; NaN and infinities are refused."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def can_be_made(folder: Path) -> bool:
-    """Whether files could be written into a folder that is there, or could be made."""
+    """Whether a folder exists and is writable, or could be created."""
     try:
         while not folder.exists():
             folder = folder.parent
@@ -35,7 +48,7 @@ def can_be_made(folder: Path) -> bool:
 
 
 def read_at_most(path: Path, most: int) -> bytes:
-    """Return a file's content of ``most`` bytes or less; one may be longer than it says.
+    """Return the content of a file of at most ``most`` bytes, whatever size the system reports.
 
     Raises:
         UnreadableError: it cannot be read, or is longer.
@@ -46,33 +59,35 @@ def read_at_most(path: Path, most: int) -> bytes:
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > most:
-        raise UnreadableError(f"{path} has more than the {most:,} bytes that it may")
+        raise UnreadableError(f"{path} has more than the allowed {most:,} bytes")
     return content
 
 
 def strict_json(content: bytes) -> Any:
-    """Return what JSON holds; NaN and Infinity are none.
+    """Parse JSON, which has no NaN and no Infinity.
 
     Raises:
-        ValueError, RecursionError: it is no JSON.
+        ValueError, RecursionError: it is not JSON.
     """
 
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
+        raise ValueError(f"{name} is not a JSON number")
 
     return json.loads(content, parse_constant=refuse)
 
 
-def read_json(path: Path, most: int) -> dict[str, Any]:
-    """Return the object in a JSON file of ``most`` bytes or less.
+def read_json(path: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
+    """Return the object in an untrusted JSON file of at most ``most`` bytes.
 
     Raises:
-        UnreadableError: it cannot be read, is longer, or holds something else.
+        UnreadableError: it cannot be read, is longer, or does not hold a JSON object.
     """
     try:
         found = strict_json(read_at_most(path, most))
     except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{path} is no JSON") from error
+        if isinstance(error, UnreadableError):
+            raise
+        raise UnreadableError(f"{path} is not valid JSON") from error
     if not isinstance(found, dict):
-        raise UnreadableError(f"{path} is no JSON object")
+        raise UnreadableError(f"{path} does not hold a JSON object")
     return found

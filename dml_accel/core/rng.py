@@ -1,13 +1,11 @@
-"""Keyed randomness: every draw is a function of what it is for, so nothing random is carried.
+"""Keyed randomness: every draw depends on its key only, so no random state is ever saved.
 
-Two processes, two placements or a resumed run that ask for the same key get the same draws,
-whatever was drawn before. Draws are made on the CPU, so that every device sees the same ones;
-they are stable within one torch version, which config.json records.
+Two processes, two placements or a resumed run that use the same key get the same draws, whatever
+was drawn before. Draws are made on the CPU, so that every device gets the same ones; they are
+stable within one torch version, which config.json records.
 """
 
 import hashlib
-import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,15 +23,15 @@ def generator(*parts: object) -> torch.Generator:
 
 
 def stratified(labels: Tensor, count: int, *parts: object) -> Tensor:
-    """Choose ``count`` rows with every class in proportion, keyed by ``parts``.
+    """Choose ``count`` rows stratified by class, keyed by ``parts``.
 
-    Within each class the rows are shuffled and spread evenly over [0, 1); the rows with the
-    smallest positions are taken, so class shares are kept to within one image.
+    Within each class, rows are shuffled and spread evenly over [0, 1); the rows with the smallest
+    positions are chosen, so every class keeps its share to within one row.
 
     Args:
         labels: class of each row, shape [N], int64.
         count: rows to choose, 0 to N.
-        parts: the key; never the run's seed, so that seeds share the choice.
+        parts: the key; without the run's seed, all seeds share the choice.
 
     Returns:
         The chosen rows in ascending order, shape [count], int64.
@@ -47,9 +45,3 @@ def stratified(labels: Tensor, count: int, *parts: object) -> Tensor:
 
 def _spread(size: int) -> Tensor:
     return (torch.arange(size, dtype=torch.float64) + 0.5) / size
-
-
-def bounds(rows: int, parts: int) -> Sequence[tuple[int, int]]:
-    """Cut ``rows`` rows into ``parts`` consecutive slices whose sizes differ by at most one."""
-    cuts = [rows * i // parts for i in range(parts + 1)]
-    return list(itertools.pairwise(cuts))

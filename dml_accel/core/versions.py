@@ -1,4 +1,4 @@
-"""Where results come from: versions, the commit of the code, the command line."""
+"""Where results come from: package versions, the commit of the code, the command line."""
 
 import platform
 import shlex
@@ -16,9 +16,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit of this source tree, ``-dirty`` behind it where files differ from it.
+    """Return the commit of this source tree, with ``-dirty`` appended if files were changed.
 
-    None where the package is not part of a checkout of its own.
+    None if the package is not in a checkout of its own.
     """
     root = Path(__file__).resolve().parents[2]
 
