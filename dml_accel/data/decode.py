@@ -1,7 +1,7 @@
-"""From encoded images to one array in memory: decoding, the labels' check, the cache.
+"""Decode the images of a split into one array in memory, check the labels, cache both.
 
-No process rank is known here: whoever comes first decodes under a file lock, the rest read the
-cache. Nothing that is read can execute code: Arrow, image files and safetensors only.
+Ranks play no role here: the first process decodes while it holds a file lock, and the others read
+the cache. Only Arrow, image files and safetensors are read, so no input can execute code.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dml_accel.core.config import UsageError
+from dml_accel.core.errors import UsageError
+from dml_accel.core.files import replacing
 from dml_accel.core.rng import key
 
 _CACHE_FORMAT = 1
@@ -47,15 +48,15 @@ class Split:
 
 
 def to_rgb(image: Image.Image, size: int) -> np.ndarray:
-    """Return the image as RGB levels [S, S, 3] uint8, resized where it is not S x S.
+    """Return an image as RGB values [S, S, 3] uint8, resized if it is not S x S.
 
     Raises:
-        ValueError: its pixels have no known range.
+        ValueError: the range of its pixels is unknown.
     """
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range; store 8 or 16 bits")
+        raise ValueError(f"the range of pixels of mode {image.mode} is unknown; store 8 or 16 bits")
     if image.size != (size, size):
         image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image.convert("RGB"))
@@ -63,32 +64,32 @@ def to_rgb(image: Image.Image, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def bounded_pixels() -> Iterator[None]:
-    """Let Pillow refuse an image of more pixels than its bound, which it sees in the header."""
+    """Make Pillow refuse images above its pixel limit, which it checks in the header."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a curious tag is no reason to speak
+        warnings.simplefilter("ignore")  # unusual tags are harmless
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
 
 def opened(file: str | Path | IO[bytes]) -> Image.Image:
-    """Open an image, which may be a stranger's; use it within ``bounded_pixels``.
+    """Open an untrusted image; use it within ``bounded_pixels``.
 
     Raises:
-        Exception: of many kinds, where it is none.
+        Exception: many kinds, if it is not an image.
     """
     return Image.open(file, formats=_formats())
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Return Pillow's formats but PostScript, which it would hand to another program to run."""
-    Image.preinit()  # the usual ones come first
+    """Return Pillow's formats except PostScript, which Pillow passes to another program to run."""
+    Image.preinit()  # registers the common formats first, so that they are tried first
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 
 
 def cache_dir() -> Path:
-    """The folder of decoded images: ``$DML_CACHE``, else ``~/.cache/dml_accel``."""
+    """Return the folder of decoded images: ``$DML_CACHE``, else ``~/.cache/dml_accel``."""
     return Path(os.environ.get("DML_CACHE", "~/.cache/dml_accel")).expanduser()
 
 
@@ -102,9 +103,17 @@ def decoded(
     quiet: bool,
     roots: Sequence[Path],
 ) -> Split:
-    """Return the split's images, from the cache where it holds them undamaged; see ``decode``.
+    """Return the images and labels of a split, from the cache if it holds them undamaged.
 
-    ``classes`` are the names of the classes, in label order.
+    Args:
+        dataset: of the datasets library.
+        split: its name, for messages.
+        image: the column of images.
+        label: the column of classes.
+        classes: class names, in label order.
+        size: pixels per side.
+        quiet: show no progress.
+        roots: see ``decode``.
     """
     stats = [(f["filename"], os.stat(f["filename"])) for f in dataset.cache_files]
     identity = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -116,7 +125,7 @@ def decoded(
             try:
                 return _load(path)
             except (ValueError, SafetensorError) as damage:
-                print(f"{path} is damaged ({damage}); decoding again", file=sys.stderr)
+                print(f"{path} is damaged ({damage}): decoding again", file=sys.stderr)
         labels = _labels(dataset, split, label, classes, bool(by_value))
         decoded = Split(decode(dataset, split, image, size, quiet, roots), labels)
         if writable and identity:
@@ -126,7 +135,7 @@ def decoded(
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Hold the file's lock, so that one process decodes and the others then read."""
+    """Hold the lock of a cache file; yield whether the cache can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
@@ -146,17 +155,17 @@ def _labels(dataset: Any, split: str, column: str, names: Sequence[str], by_valu
         for row, value in enumerate(found):
             if str(value) not in places:
                 raise UsageError(
-                    f"row {row} of split {split!r} has {column} = {value!r}, which the split that "
-                    "is trained on does not have"
+                    f"row {row} of split {split!r} has {column} = {value!r}, a class that the "
+                    "training split does not have"
                 )
         found = [places[str(value)] for value in found]
     labels = np.asarray(found, dtype=np.float64)
-    bad = ~((labels >= 0) & (labels < classes))  # a missing label is NaN here
+    bad = ~((labels >= 0) & (labels < classes))  # a missing label has become NaN
     if bad.any():
         row = int(bad.argmax())
         raise UsageError(
-            f"row {row} of split {split!r} has {column} = {labels[row]:g}; with {classes} classes "
-            f"labels run from 0 to {classes - 1}"
+            f"row {row} of split {split!r} has {column} = {labels[row]:g}; with {classes} classes, "
+            f"labels must be 0 to {classes - 1}"
         )
     return torch.from_numpy(labels.astype(np.int64))
 
@@ -177,10 +186,10 @@ def decode(
         column: of images.
         size: S.
         quiet: show no progress.
-        roots: folders that files which a row names must be in; rows may be a stranger's.
+        roots: folders that must contain every file that a row names; rows are untrusted.
 
     Raises:
-        UsageError: an image cannot be read; its row, and its file where it has one, are named.
+        UsageError: an image cannot be read; the text names its row, and its file if it has one.
     """
     import datasets
 
@@ -199,11 +208,11 @@ def decode(
                 if content is None and path is None:
                     raise ValueError("the row is empty")
                 if content is None and not any(_is_inside(path, root) for root in roots):
-                    raise ValueError("the file that the row names is outside the data set")
+                    raise ValueError("the row names a file outside the data set")
                 with opened(io.BytesIO(content) if content is not None else path) as picture:
                     images[row] = to_rgb(picture, size)
             except Exception as error:  # Pillow raises many kinds for files it cannot parse
-                # A buffer's address says nothing to a reader.
+                # Pillow adds the address of our buffer, which tells a reader nothing.
                 reason = str(error).split(" <_io.BytesIO")[0]
                 where = f" ({path})" if path else ""
                 raise UsageError(
@@ -214,7 +223,7 @@ def decode(
 
 
 def _is_inside(path: str, root: Path) -> bool:
-    """Whether a path is below a folder by its name; a link in the folder may lead elsewhere."""
+    """Whether a path lies in a folder by name; a link in the folder may still lead elsewhere."""
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
 
 
@@ -225,14 +234,11 @@ def _digest(split: Split) -> str:
 
 
 def _store(path: Path, split: Split) -> None:
-    """Write under a temporary name, then rename: a reader sees the whole file or none."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         tensors = {"images": split.images, "labels": split.labels}
-        save_file(tensors, temporary, metadata={"sha256": _digest(split)})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"sha256": _digest(split)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         print(f"images are not cached: {error}; set DML_CACHE to a folder", file=sys.stderr)
 
 
@@ -240,5 +246,5 @@ def _load(path: Path) -> Split:
     with safe_open(path, framework="pt") as file:
         split = Split(file.get_tensor("images"), file.get_tensor("labels"))
         if (file.metadata() or {}).get("sha256") != _digest(split):
-            raise ValueError("its sha256 is not the recorded one")
+            raise ValueError("its sha256 differs from the recorded one")
     return split

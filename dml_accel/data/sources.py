@@ -1,4 +1,4 @@
-"""Where images come from: the hub, a local folder or scikit-learn's digits."""
+"""Data sets: read from the hub, from a local folder, or scikit-learn's digits."""
 
 import http.client
 import sys
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dml_accel.core.config import Config, UsageError
+from dml_accel.core.config import DataConfig
+from dml_accel.core.errors import UsageError
 from dml_accel.data.decode import Split, decoded, to_rgb
 
 _DIGITS_TEST_ROWS = 360
@@ -20,74 +21,77 @@ _DIGITS_TEST_ROWS = 360
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: the split to train on, the split to report on, and the names of the classes."""
+    """A data set: the split to train on, the split to report on, and the class names."""
 
     train: Split
     test: Split
     classes: tuple[str, ...]
 
 
-def read(config: Config, quiet: bool = False) -> Source:
-    """Read ``config.dataset``, all of it, into memory.
+def read(data: DataConfig, quiet: bool = False) -> Source:
+    """Read a whole data set into memory.
 
     Args:
-        config: names the set, its splits, columns and the image size.
-        quiet: show no progress (another process does).
+        data: names the data set, its splits and columns, and the image size.
+        quiet: show no progress, because another process does.
 
     Raises:
-        UsageError: the set cannot be reached, or a split, column, label or image is not usable.
+        UsageError: the data set cannot be reached, or a split, column, label or image cannot be
+            used.
     """
-    if config.dataset == "digits":
+    if data.dataset == "digits":
         for name in ("image_column", "label_column", "train_split", "test_split"):
-            if getattr(config, name) != getattr(Config, name):
+            if getattr(data, name) != getattr(DataConfig, name):
                 raise UsageError(
-                    f"--{name.replace('_', '-')} does not apply to digits; leave it out"
+                    f"--{name.replace('_', '-')} has no effect with --dataset digits: drop it"
                 )
-        return _digits(config.image_size)
-    if config.train_split == config.test_split:
+        return _digits(data.image_size)
+    if data.train_split == data.test_split:
         raise UsageError(
-            f"--train-split and --test-split are both {config.train_split!r}: what is reported "
-            "must not be what was trained on; name two splits"
+            f"--train-split and --test-split are both {data.train_split!r}: test images must not "
+            "be training images; name two different splits"
         )
-    flags = (config.train_split, "--train-split"), (config.test_split, "--test-split")
-    (train, test), classes = _read_splits(config, flags, quiet)
+    flags = (data.train_split, "--train-split"), (data.test_split, "--test-split")
+    (train, test), classes = _read_splits(data, flags, quiet)
     unseen = (torch.bincount(train.labels, minlength=len(classes)) == 0).nonzero()[:, 0].tolist()
     if unseen and not quiet:
         some = ", ".join(repr(classes[label]) for label in unseen[:5])
         print(
-            f"warning: {len(unseen)} of {len(classes)} classes have no image to train on: {some}",
+            f"warning: {len(unseen)} of {len(classes)} classes have no training images: {some}",
             file=sys.stderr,
         )
     return Source(train, test, classes)
 
 
-def read_test(config: Config, quiet: bool = False) -> tuple[Split, tuple[str, ...]]:
-    """Read the split to report on alone, and the names of the classes; see ``read``."""
-    if config.dataset == "digits":
-        source = read(config, quiet)
+def read_test(data: DataConfig, quiet: bool = False) -> tuple[Split, tuple[str, ...]]:
+    """Read only the split to report on, and the class names; see ``read``."""
+    if data.dataset == "digits":
+        source = read(data, quiet)
         return source.test, source.classes
-    (test,), classes = _read_splits(config, ((config.test_split, "--test-split"),), quiet)
+    (test,), classes = _read_splits(data, ((data.test_split, "--test-split"),), quiet)
     return test, classes
 
 
 def _read_splits(
-    config: Config, flags: tuple[tuple[str, str], ...], quiet: bool
+    data: DataConfig, flags: tuple[tuple[str, str], ...], quiet: bool
 ) -> tuple[list[Split], tuple[str, ...]]:
-    """Read some splits, each with the flag that names it, and the classes, the same in all."""
-    splits = _open(config.dataset, quiet)
+    """Read splits, each given with the flag that names it, and their common class names."""
+    splits = _open(data.dataset, quiet)
     features = [_split(splits, name, flag).features for name, flag in flags]
-    image = _image_column(features[0], config.image_column)
-    label = _label_column(features[0], config.label_column)
+    image = _image_column(features[0], data.image_column)
+    label = _label_column(features[0], data.label_column)
     for other in features[1:]:
         if other.get(image) != features[0][image] or other.get(label) != features[0][label]:
             raise UsageError(
-                f"columns {image!r} and {label!r} of split {config.test_split!r} are not those of "
-                f"{config.train_split!r}: both need the same image column and the same classes"
+                f"columns {image!r} and {label!r} of split {data.test_split!r} differ from those "
+                f"of {data.train_split!r}: both splits need the same image column and classes"
             )
     classes = _classes(splits[flags[0][0]], label)
     if len(classes) < 2:
-        raise UsageError(f"column {label!r} has {len(classes)} class; at least 2 are needed")
-    size, roots = config.image_size, _roots(config.dataset)
+        raise UsageError(
+            f"column {label!r} has {len(classes)} distinct class; at least 2 are needed"
+        )
+    size, roots = data.image_size, _roots(data.dataset)
     read = [
         decoded(splits[name], name, image, label, classes, size, quiet, roots) for name, _ in flags
     ]
@@ -98,7 +102,7 @@ def _read_splits(
 
 
 def _roots(dataset: str) -> list[Path]:
-    """Return the folders that files of a data set are in: its own, or the hub's caches."""
+    """Return the folders that may hold a data set's files: its own, or the hub's caches."""
     import datasets
     import huggingface_hub.constants as hub
 
@@ -109,7 +113,7 @@ def _roots(dataset: str) -> list[Path]:
 
 
 def _open(dataset: str, quiet: bool) -> Any:
-    import datasets  # imported late: it costs a second that 'digits' need not pay
+    import datasets  # imported late: it takes a second, which digits does not need
 
     try:
         folder = Path(dataset).expanduser()
@@ -117,11 +121,11 @@ def _open(dataset: str, quiet: bool) -> Any:
     except (OSError, RuntimeError) as error:
         raise UsageError(f"--dataset {dataset} cannot be a folder: {error}") from error
     if not dataset or folder.is_file():
-        raise UsageError(f"--dataset {dataset!r} is no folder; name the one that holds the images")
+        raise UsageError(f"--dataset {dataset!r} is not a folder; name the folder with the images")
     if not present and (dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1):
-        raise UsageError(f"--dataset {dataset}: there is no such folder")
+        raise UsageError(f"--dataset {dataset}: this folder does not exist")
     if not present and not hub_answers():
-        # The library would retry for half a minute; offline it uses what is cached, at once.
+        # Online, the library would retry for half a minute; offline it uses its cache at once.
         datasets.config.HF_HUB_OFFLINE = True
         import huggingface_hub.constants
 
@@ -129,25 +133,26 @@ def _open(dataset: str, quiet: bool) -> Any:
     if quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        # On disk and not in memory: the cache of decoded images is keyed by those files.
+        # Kept on disk, because the cache of decoded images is keyed by those files.
         name = str(folder) if present else dataset
         return datasets.load_dataset(name, keep_in_memory=False)
     except ConnectionError as error:
         raise UsageError(
-            f"--dataset {dataset}: the hub cannot be reached, nothing of it is cached here, and no "
-            "local folder has that name. Connect once, name a folder of images, or use "
+            f"--dataset {dataset}: the hub cannot be reached, the data set is not cached here, and "
+            "there is no local folder of that name. Connect once, name a folder of images, or use "
             "--dataset digits"
         ) from error
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UsageError(
-            f"--dataset {dataset}: neither a folder here nor a data set that the hub lets you read"
+            f"--dataset {dataset}: not a local folder, and not a data set that you can read on the "
+            "hub"
         ) from error
     except Exception as error:  # the library raises many kinds for files it cannot parse
         raise UsageError(f"--dataset {dataset} cannot be read: {_root_cause(error)}") from error
 
 
 def hub_answers() -> bool:
-    """Whether the hub answers at all, within seconds (any HTTP status is an answer)."""
+    """Whether the hub answers within seconds; any HTTP status counts as an answer."""
     import huggingface_hub.constants as hub
 
     if hub.HF_HUB_OFFLINE:
@@ -172,8 +177,8 @@ def _root_cause(error: BaseException) -> str:
 def _split(splits: Any, name: str, flag: str) -> Any:
     if name not in splits:
         raise UsageError(
-            f"the data set has no split {name!r} (it has: {', '.join(splits)}); choose with "
-            f"{flag}, or lay it out as train/<class>/*.png and test/<class>/*.png"
+            f"the data set has no split {name!r} (it has: {', '.join(splits)}); choose one with "
+            f"{flag}, or arrange the folder as train/<class>/*.png and test/<class>/*.png"
         )
     if len(splits[name]) == 0:
         raise UsageError(f"split {name!r} has no images; choose another with {flag}")
@@ -213,7 +218,7 @@ def _label_column(features: Any, wanted: str | None) -> str:
 
 
 def _may_be_classes(kind: Any) -> bool:
-    """Whether values of a column may be taken for classes, where the user says so."""
+    """Whether the values of a column can be used as classes, if the user names it."""
     import datasets
 
     whole = ("int", "uint", "bool", "string", "large_string")
@@ -221,7 +226,7 @@ def _may_be_classes(kind: Any) -> bool:
 
 
 def _classes(split: Any, label: str) -> tuple[str, ...]:
-    """Return the names of the classes: the column's own, else the values that are trained on."""
+    """Return the class names: the column's own, else the distinct values of the split."""
     names = getattr(split.features[label], "names", None)
     if names is not None:
         return tuple(names)
@@ -231,7 +236,7 @@ def _classes(split: Any, label: str) -> tuple[str, ...]:
 
 def _require_column(features: Any, name: str, flag: str, usable: list[str], what: str) -> None:
     if name not in usable:
-        state = f"holds no {what} but {features[name]}" if name in features else "does not exist"
+        state = f"holds {features[name]}, not {what}" if name in features else "does not exist"
         raise UsageError(
             f"{flag} {name}: this column {state}; columns of {what}: {', '.join(usable) or 'none'}"
         )

@@ -1,8 +1,12 @@
-"""Networks that teach and do not learn, read from the folders of trained peers.
+"""The folder of a trained peer, ``peers/<name>``: one reader, one writer.
 
-A folder may be a stranger's. What is read is JSON of bounded size, and from safetensors what fits
-the network; that is built by timm from its registered name and plain arguments, none of which leads
-to another file.
+    model.safetensors    the weights
+    config.json          how timm builds the network and prepares its input (timm_config.py)
+    README.md            the model card (model_card.py)
+
+timm loads such a folder as ``local-dir:<folder>``. A folder may be untrusted: its JSON is limited
+in size, its weights must fit the network, and timm builds that from a registered name and from
+plain arguments, none of which makes it open another file.
 """
 
 import contextlib
@@ -16,30 +20,34 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dml_accel.core.config import Config, UsageError
-from dml_accel.core.files import LARGEST_JSON, UnreadableError, read_json
-from dml_accel.data.batches import Data, Normalisation, lay_weights, memory_format
-from dml_accel.distributed.placement import Placement
-from dml_accel.models import build as building
-from dml_accel.models.pretrained import LEADS_ELSEWHERE
+from dml_accel.core.errors import UsageError, one_line
+from dml_accel.core.files import replacing
+from dml_accel.data.batches import Normalisation
+from dml_accel.models.build import image_problem
+from dml_accel.models.model_card import peer_card
+from dml_accel.models.spec import PeerSpec, opens_files
+from dml_accel.models.timm_config import FILE, read_timm_config, write_timm_config
 
-_BESIDE_WEIGHTS = 2**26  # bytes that buffers may take which are not among the weights
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+_LARGEST_BUFFERS = 2**26  # bytes of buffers that are not among the weights
 
 
 @dataclass(frozen=True)
 class PeerFolder:
-    """A trained peer as its folder describes it; the weights are read, and no network is built.
+    """A trained peer as its folder describes it, before its network is built.
 
     Attributes:
         path: the folder.
         arch: timm's name of the network.
         arguments: what timm builds it with.
-        classes: names of the classes; empty where the folder does not tell.
-        number_of_classes: how many there are.
-        image_size: pixels a side of its inputs.
+        classes: class names; empty if the folder has none.
+        number_of_classes: how many classes there are.
+        image_size: pixels per side of its inputs.
         normalisation: of its inputs.
         sha256: of model.safetensors.
     """
@@ -54,71 +62,73 @@ class PeerFolder:
     sha256: str
 
 
-def folders_of(path: Path) -> list[Path]:
-    """Return the folders of peers that a path means: itself, all peers of a run, or those in it.
+# ---------------------------------------------------------------- reading
+
+
+def find_peers(path: Path) -> list[Path]:
+    """Return the peer folders that a path names: itself, those of a run, or those in it.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: there are none.
     """
-    if (path / "model.safetensors").is_file():
+    if (path / WEIGHTS).is_file():
         return [path]
-    for pattern in ("peers/*/model.safetensors", "*/model.safetensors"):
+    for pattern in (f"peers/*/{WEIGHTS}", f"*/{WEIGHTS}"):
         found = sorted(file.parent for file in path.glob(pattern))
         if found:
             return found
     raise UsageError(
-        f"{path} holds no trained peer (model.safetensors), nor peers/<name> of a finished run"
+        f"{path} holds no trained peer: neither {WEIGHTS} nor peers/<name> of a finished run"
     )
 
 
-def read(path: Path) -> PeerFolder:
+def read_peer(path: Path) -> PeerFolder:
     """Read one peer's folder.
 
     Raises:
-        UsageError: a file is missing, too large, or not what it should be; it is named.
+        UsageError: a file is missing, too large or malformed; the text names it.
     """
-    file, weights = path / "config.json", path / "model.safetensors"
-    described = description(file)
+    file, weights = path / FILE, path / WEIGHTS
+    config = read_timm_config(file)
     try:
         with open(weights, "rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as error:
         raise UsageError(f"{weights} cannot be read: {error.strerror}") from error
     try:
-        cfg = described["pretrained_cfg"]
+        cfg = config.content["pretrained_cfg"]
         size = cfg["input_size"]
-        arguments = dict(described.get("model_args") or {})
-        known = PeerFolder(
+        found = PeerFolder(
             path=path,
-            arch=str(described["architecture"]),
-            arguments=arguments,
-            classes=tuple(str(name) for name in described.get("label_names") or ()),
-            number_of_classes=int(described["num_classes"]),
+            arch=config.arch,
+            arguments=config.arguments,
+            classes=tuple(str(name) for name in config.content.get("label_names") or ()),
+            number_of_classes=int(config.content["num_classes"]),
             image_size=int(size[1]),
             normalisation=Normalisation(_three(cfg["mean"]), _three(cfg["std"])),
             sha256=sha256,
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UsageError(f"{file} does not describe a network as timm does: {error!r}") from error
-    if not all(0 < value < math.inf for value in known.normalisation.std):
-        raise UsageError(f"{file}: std {list(known.normalisation.std)} is not above 0")
-    if list(size) != [3, known.image_size, known.image_size]:
-        raise UsageError(f"{file}: input size {size} is not three channels of a square")
-    for name in arguments:
-        if any(part in name for part in LEADS_ELSEWHERE):
-            raise UsageError(f"{file}: the argument {name!r} would lead to other files")
-    if not timm.is_model(known.arch):
-        raise UsageError(f"{file}: timm knows no network {known.arch!r}")
-    return known
+    if not all(0 < value < math.inf for value in found.normalisation.std):
+        raise UsageError(f"{file}: std {list(found.normalisation.std)} must be above 0")
+    if list(size) != [3, found.image_size, found.image_size]:
+        raise UsageError(f"{file}: input_size {size} must be three channels of a square image")
+    for name in found.arguments:
+        if opens_files(name):
+            raise UsageError(f"{file}: the argument {name!r} would make timm open other files")
+    if not timm.is_model(found.arch):
+        raise UsageError(f"{file}: timm has no network {found.arch!r}")
+    return found
 
 
-def build(folder: PeerFolder) -> nn.Module:
-    """Build the network of a peer's folder, with its weights and in their precision, on the CPU.
+def load_network(folder: PeerFolder) -> nn.Module:
+    """Build the network of a peer's folder with its weights, in their precision, on the CPU.
 
     Raises:
-        UsageError: timm does not accept the arguments, or the weights are of another network.
+        UsageError: timm does not accept the arguments, or the weights belong to another network.
     """
-    path = folder.path / "model.safetensors"
+    path = folder.path / WEIGHTS
 
     def make() -> nn.Module:
         return timm.create_model(
@@ -128,21 +138,23 @@ def build(folder: PeerFolder) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: one.get_shape() for name, one in slices.items()}
-            # Nothing is allocated, nor built without end, before the sizes are known to fit.
-            with torch.device("meta"), _at_most_parameters(len(found)):
-                _require_fit(make(), found, path)
+            shapes = {name: one.get_shape() for name, one in slices.items()}
+            # Sizes are compared before anything is allocated, and the network that is built for it
+            # may not have more parameters than the file has tensors.
+            with torch.device("meta"), _at_most_parameters(len(shapes)):
+                _require_fit(make(), shapes, path)
             double = any(one.get_dtype() == "F64" for one in slices.values())
-            net, weights = make(), {name: file.get_tensor(name) for name in found}
+            net, weights = make(), {name: file.get_tensor(name) for name in shapes}
             net.load_state_dict(weights)
     except UsageError:
         raise
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
     except Exception as error:  # every model family raises its own kinds
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{folder.path}: {folder.arch} cannot be built: {reason}") from error
-    reason = building.refusal(net, folder.image_size, folder.number_of_classes)
+        raise UsageError(
+            f"{folder.path}: {folder.arch} cannot be built: {one_line(error)}"
+        ) from error
+    reason = image_problem(net, folder.image_size, folder.number_of_classes)
     if reason:
         size = folder.image_size
         raise UsageError(f"{folder.path} cannot take {size} x {size} images ({reason})")
@@ -151,26 +163,26 @@ def build(folder: PeerFolder) -> nn.Module:
     return net.eval()
 
 
-def _require_fit(net: nn.Module, found: Mapping[str, list[int]], path: Path) -> None:
+def _require_fit(net: nn.Module, shapes: Mapping[str, list[int]], path: Path) -> None:
     expected = {name: list(like.shape) for name, like in net.state_dict().items()}
-    if found != expected:
-        names = sorted(expected.keys() | found.keys())
-        wrong = [name for name in names if expected.get(name) != found.get(name)]
+    if shapes != expected:
+        names = sorted(expected.keys() | shapes.keys())
+        wrong = [name for name in names if expected.get(name) != shapes.get(name)]
         raise UsageError(f"{path} does not fit its network: {', '.join(wrong[:3])}")
-    beside = sum(b.numel() * b.element_size() for b in net.buffers())
-    if beside > path.stat().st_size + _BESIDE_WEIGHTS:
-        raise UsageError(f"{path}: its network would take {beside:,} bytes beside its weights")
+    buffers = sum(b.numel() * b.element_size() for b in net.buffers())
+    if buffers > path.stat().st_size + _LARGEST_BUFFERS:
+        raise UsageError(f"{path}: its network has {buffers:,} bytes of buffers beside its weights")
 
 
 @contextlib.contextmanager
 def _at_most_parameters(most: int) -> Iterator[None]:
-    """Stop the building of a network that has more parameters than there are weights for."""
+    """Abort building a network once it has more parameters than there are weights."""
     left = [most]
 
     def count(*_: object) -> None:
         left[0] -= 1
         if left[0] < 0:
-            raise ValueError(f"it has more than the {most} tensors of model.safetensors")
+            raise ValueError(f"it has more than the {most} tensors of {WEIGHTS}")
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -179,95 +191,55 @@ def _at_most_parameters(most: int) -> Iterator[None]:
         hook.remove()
 
 
-class Frozen:
-    """A trained network among peers that learn, on their device and in their precision.
-
-    Args:
-        name: what ``--links`` calls it.
-        folder: where it comes from.
-        net: on the right device, in the right precision, in evaluation mode.
-        normalisation: what the images of the run are normalised with.
-    """
-
-    def __init__(
-        self, name: str, folder: PeerFolder, net: nn.Module, normalisation: Normalisation
-    ) -> None:
-        self.name, self.folder, self._net = name, folder, net
-        like = next(net.parameters())
-        ours, theirs = normalisation, folder.normalisation
-        scale = [a / b for a, b in zip(ours.std, theirs.std, strict=True)]
-        shift = [(a - b) / c for a, b, c in zip(ours.mean, theirs.mean, theirs.std, strict=True)]
-        self._scale = None if ours == theirs else like.new_tensor(scale).view(3, 1, 1)
-        self._shift = like.new_tensor(shift).view(3, 1, 1)
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Return logits [B, C] of images [B, 3, S, S] that are normalised as the run's are."""
-        return self._net(x if self._scale is None else x * self._scale + self._shift)
-
-
-def read_all(
-    paths: Sequence[str], classes: Sequence[str], image_size: int
-) -> dict[str, PeerFolder]:
-    """Read the frozen peers of a run: frozen-0, frozen-1, ... in the order given.
-
-    Raises:
-        UsageError: one cannot be read, or has other classes or another image size than the run.
-    """
-    folders = [read(found) for path in paths for found in folders_of(Path(path).expanduser())]
-    for folder in folders:
-        if folder.number_of_classes != len(classes):
-            raise UsageError(
-                f"--frozen-peers {folder.path} tells {folder.number_of_classes} classes apart; "
-                f"these images have {len(classes)}"
-            )
-        if folder.classes and folder.classes != tuple(classes):
-            differing = next((a, b) for a, b in zip(folder.classes, classes, strict=True) if a != b)
-            raise UsageError(
-                f"--frozen-peers {folder.path} was trained on other classes: {differing[0]!r} "
-                f"where these images have {differing[1]!r}"
-            )
-        if folder.image_size != image_size:
-            raise UsageError(
-                f"--frozen-peers {folder.path} takes images of {folder.image_size} pixels and not "
-                f"{image_size}; use --image-size {folder.image_size}"
-            )
-    return {f"frozen-{index}": folder for index, folder in enumerate(folders)}
-
-
-def prepare(
-    folders: Mapping[str, PeerFolder], images: Data, config: Config, placement: Placement
-) -> list[Frozen]:
-    """Build the frozen peers, each process all of them, on its device and in the run's precision.
-
-    Args:
-        folders: by name, in order.
-        images: of the run.
-        config: the run's.
-        placement: where this process's networks are.
-    """
-    prepared = []
-    for name, folder in folders.items():
-        net = build(folder).requires_grad_(False)
-        net = net.double() if config.float64 else net.float()
-        lay_weights(net, memory_format(config, placement.device))
-        net = placement.processes.accelerator.prepare_model(net, evaluation_mode=True).eval()
-        prepared.append(Frozen(name, folder, net, images.normalisation))
-    return prepared
-
-
 def _three(values: Sequence[float]) -> tuple[float, ...]:
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 
 
-def description(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file of bounded size, which may be a stranger's.
+# ---------------------------------------------------------------- writing
 
-    Raises:
-        UsageError: it cannot be read, or is no such thing.
+
+def write_peer(
+    folder: Path,
+    module: nn.Module,
+    spec: PeerSpec,
+    metrics: dict[str, Any],
+    *,
+    classes: tuple[str, ...],
+    normalisation: Normalisation,
+    image_size: int,
+    dataset: str,
+    steps: int,
+    teachers: list[str],
+    distilled: bool = False,
+) -> None:
+    """Write the three files of a trained peer.
+
+    Args:
+        folder: created if it is missing.
+        module: the trained network.
+        spec: the peer's name, its network and arguments.
+        metrics: on the test split, for the model card.
+        classes: class names, in label order.
+        normalisation: of its inputs.
+        image_size: pixels per side of its inputs.
+        dataset: it was trained on.
+        steps: optimizer steps taken.
+        teachers: whom it learned from; empty if it learned alone.
+        distilled: whether none of the teachers was updated.
     """
-    try:
-        return read_json(path, LARGEST_JSON)
-    except UnreadableError as error:
-        raise UsageError(str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    # Cloned, because the format refuses tensors that share memory (tied weights).
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in module.state_dict().items()}
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_timm_config(
+        folder / FILE,
+        module,
+        spec,
+        classes=classes,
+        normalisation=normalisation,
+        image_size=image_size,
+    )
+    card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled)
+    card.save(folder / CARD)

@@ -1,8 +1,8 @@
-"""Networks that start from trained weights: of the hub, of a peer's folder, or of a file.
+"""Networks that start from trained weights: from the hub, a peer's folder or a file.
 
-A file may be a stranger's. What is read is safetensors and JSON of bounded size beside it, neither
-of which can execute. timm fits the weights to the network, and every one of them must have its
-place there; only a classifier for another number of classes is left out.
+Files are untrusted: only safetensors and a size-limited config.json beside them are read, and
+neither can execute code. timm adapts the weights to the network, and every weight must have its
+place there; only a classifier for another number of classes is dropped.
 """
 
 import hashlib
@@ -19,30 +19,27 @@ from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from dml_accel.core.config import UsageError
-from dml_accel.core.files import LARGEST_JSON, UnreadableError, read_json
+from dml_accel.core.errors import UsageError, one_line
 from dml_accel.data.sources import hub_answers
+from dml_accel.models.spec import HUB
+from dml_accel.models.timm_config import FILE, TimmConfig, read_timm_config
 
-# Parts of arguments' names that would make timm read another file, or a pickle, or build elsewhere
-# than where it is told to.
-LEADS_ELSEWHERE = ("pretrained", "checkpoint", "cache_dir", "url", "file", "device", "dtype")
-HUB = ""  # what a peer's start is called where timm knows the place on the hub
 _WEIGHTS = "model.safetensors"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".tar")
-_LONGEST_REASON = 300  # characters; timm names every tensor that does not fit
+_LONGEST_REASON = 300  # characters: timm lists every tensor that does not fit
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Trained weights that no network holds yet.
+class PretrainedWeights:
+    """Trained weights, before a network holds them.
 
     Attributes:
         source: the file, or its name on the hub.
         sha256: of the file.
-        classes: how many its classifier tells apart.
+        classes: of its classifier.
         tensors: by name.
-        overlay: what else timm has to know about them.
-        arguments: what their network was built with, where that is known.
+        overlay: what else timm must know about them (its ``pretrained_cfg_overlay``).
+        arguments: what their network was built with, if that is known.
     """
 
     source: str
@@ -53,78 +50,83 @@ class Weights:
     arguments: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """Return what a run keeps about them."""
+        """Return what a run records about them."""
         return {"source": self.source, "sha256": self.sha256, "classes": self.classes}
 
 
-def read(arch: str, start: str) -> Weights:
-    """Read the weights that a network starts from.
+def read_weights(arch: str, start: str) -> PretrainedWeights:
+    """Read the trained weights that a network starts from.
 
     Args:
         arch: timm's name of the network.
-        start: ``HUB``, a folder with model.safetensors, or a file of that kind.
+        start: ``HUB``, a folder with model.safetensors, or a safetensors file.
 
     Raises:
-        UsageError: they cannot be reached or read, are of another network, or could execute.
+        UsageError: they cannot be downloaded or read, belong to another network, or are pickled.
     """
     known = _known(arch)
+    classes = known.num_classes if known else 0
     if start == HUB:
         path, source = _download(arch, known)
-        described, overlay = {"num_classes": known.num_classes}, {}
-    else:
-        try:
-            path = _file(Path(start).expanduser())
-        except (OSError, RuntimeError) as error:  # no permission; no such user's home
-            raise UsageError(f"pretrained={start} cannot be read: {error}") from error
-        source, described = str(path), _described(path, arch)
-        # Files hold the weights as the network has them now, whatever the first ones were like.
-        overlay = {"label_offset": None}
+        tensors, sha256 = _tensors(path)
+        return PretrainedWeights(source, sha256, classes, tensors, {}, {})
+    try:
+        path = _file(Path(start).expanduser())
+    except (OSError, RuntimeError) as error:  # no permission; no such user's home
+        raise UsageError(f"pretrained={start} cannot be read: {error}") from error
+    config = _config_beside(path, arch)
     tensors, sha256 = _tensors(path)
-    classes = described.get("num_classes") or (known.num_classes if known else 0)
     classifier = known.classifier if known else None
     first = classifier if isinstance(classifier, str) else next(iter(classifier or ("",)))
-    if start != HUB and f"{first}.weight" in tensors:
+    if f"{first}.weight" in tensors:
         classes = len(tensors[f"{first}.weight"])
-    arguments = dict(described.get("model_args") or {})
-    return Weights(source, sha256, classes, tensors, overlay, arguments)
+    elif config and config.classes:
+        classes = config.classes
+    # A file holds the classifier as this network has it, without the offset of timm's original.
+    overlay = {"label_offset": None}
+    arguments = config.arguments if config else {}
+    return PretrainedWeights(str(path), sha256, classes, tensors, overlay, arguments)
 
 
 def _known(arch: str) -> Any:
-    """Return what timm knows of a network's trained weights; None where it knows nothing."""
+    """Return what timm knows about a network's trained weights; None if it knows nothing."""
     try:
         return get_pretrained_cfg(arch)
-    except RuntimeError:  # the network, but not the tag behind its name
+    except RuntimeError:  # it knows the network, but not the tag behind its name
         return None
 
 
-def build(arch: str, arguments: Mapping[str, Any], classes: int, weights: Weights) -> nn.Module:
-    """Build a network that holds trained weights, on the CPU; a new classifier is drawn at random.
+def build_pretrained(
+    arch: str, arguments: Mapping[str, Any], classes: int, weights: PretrainedWeights
+) -> nn.Module:
+    """Build a network with trained weights on the CPU; a classifier of another size is random.
 
     Raises:
-        UsageError: the weights are of another network.
+        UsageError: the weights belong to another network.
     """
     try:
-        # With their own number of classes every weight must have its place: no memory is needed to
-        # find out, and that nothing is loaded is what the warnings say.
+        # First with the weights' own number of classes, where every weight must have its place. On
+        # the meta device this needs no memory; the warnings say that nothing was loaded.
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             _create(arch, arguments, weights.classes, weights)
         net = _create(arch, arguments, classes, weights)
     except Exception as error:  # every model family raises its own kinds
-        reason = " ".join(str(error).split())
         hint = ""
         if weights.arguments != dict(arguments):
             text = ",".join(f"{name}={value}" for name, value in weights.arguments.items())
             hint = f"; it was built with [{text}]"
         raise UsageError(
-            f"{weights.source} does not fit {arch}{hint}: {reason[:_LONGEST_REASON]}"
+            f"{weights.source} does not fit {arch}{hint}: {one_line(error)[:_LONGEST_REASON]}"
         ) from error
     net.pretrained_cfg.pop("state_dict", None)
     return net
 
 
-def _create(arch: str, arguments: Mapping[str, Any], classes: int, weights: Weights) -> Any:
+def _create(
+    arch: str, arguments: Mapping[str, Any], classes: int, weights: PretrainedWeights
+) -> Any:
     overlay = weights.overlay | {
-        "state_dict": dict(weights.tensors),  # timm takes a classifier out
+        "state_dict": dict(weights.tensors),  # a copy: timm removes a classifier that does not fit
         "num_classes": weights.classes,
     }
     return timm.create_model(
@@ -136,7 +138,7 @@ def _create(arch: str, arguments: Mapping[str, Any], classes: int, weights: Weig
 
 
 def _download(arch: str, known: Any) -> tuple[Path, str]:
-    """Return the file of timm's weights in the hub's cache, and its name on the hub."""
+    """Return the file of timm's weights in the cache of the hub, and its name on the hub."""
     from huggingface_hub import errors, hf_hub_download
 
     if known is None or not known.hf_hub_id:
@@ -144,14 +146,14 @@ def _download(arch: str, known: Any) -> tuple[Path, str]:
         there = f" (there are: {', '.join(tagged[:5])})" if tagged else ""
         raise UsageError(
             f"there are no weights of {arch} on the hub{there}; write pretrained=FOLDER_OR_FILE, "
-            "or leave pretrained out"
+            "or drop pretrained"
         )
     repository, _, revision = known.hf_hub_id.partition("@")
     file = (known.hf_hub_filename or _WEIGHTS).replace("pytorch_model.bin", _WEIGHTS)
     source = f"{repository}/{file}"
     if not file.endswith(".safetensors"):
         raise UsageError(
-            f"the weights of {arch} on the hub ({source}) are no safetensors; convert them, and "
+            f"the weights of {arch} on the hub ({source}) are not safetensors; convert them, and "
             "write pretrained=FILE.safetensors"
         )
 
@@ -166,13 +168,13 @@ def _download(arch: str, known: Any) -> tuple[Path, str]:
         pass
     if not hub_answers():
         raise UsageError(
-            f"the weights of {arch} ({source}): the hub cannot be reached, and they are not cached "
-            "here; connect once, write pretrained=FOLDER_OR_FILE, or leave pretrained out"
+            f"the weights of {arch} ({source}) are not cached here, and the hub cannot be reached; "
+            "connect once, write pretrained=FOLDER_OR_FILE, or drop pretrained"
         )
     try:
         return fetch(cached=False), source
-    except Exception as error:  # of the hub's library, of the connection or of the disk
-        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+    except Exception as error:  # from the hub's library, the connection or the disk
+        reason = one_line(error)[:_LONGEST_REASON]
         raise UsageError(
             f"the weights of {arch} ({source}) cannot be downloaded: {type(error).__name__}: "
             f"{reason}"
@@ -183,10 +185,10 @@ def _download(arch: str, known: Any) -> tuple[Path, str]:
 
 
 def _file(path: Path) -> Path:
-    """Return the file of safetensors that a path means.
+    """Return the safetensors file that a path names.
 
     Raises:
-        UsageError: there is none; what is there could execute.
+        UsageError: there is none, or the file is pickled and could execute code.
     """
     found = path / _WEIGHTS if path.is_dir() else path
     if found.suffix == ".safetensors" and found.is_file():
@@ -197,33 +199,26 @@ def _file(path: Path) -> Path:
         pickles = [path.name] if path.suffix in _PICKLES else []
     if pickles:
         raise UsageError(
-            f"pretrained={path}: {pickles[0]} is pickled and could execute code; load it where "
-            f"you trust it, and save its tensors with safetensors.torch.save_file as {_WEIGHTS}"
+            f"pretrained={path}: {pickles[0]} is pickled and could execute code; if you trust it, "
+            f"load it and save its tensors with safetensors.torch.save_file as {_WEIGHTS}"
         )
     if not path.exists():
-        raise UsageError(f"pretrained={path}: there is no such file or folder")
+        raise UsageError(f"pretrained={path}: this file or folder does not exist")
     peers = sorted(one.parent.name for one in path.glob(f"peers/*/{_WEIGHTS}"))
-    hint = f"; it is a run, name one of its peers: {path}/peers/{peers[0]}" if peers else ""
+    hint = f"; it is a run: name one of its peers, {path}/peers/{peers[0]}" if peers else ""
     raise UsageError(
-        f"pretrained={path} is no .safetensors file, nor a folder with {_WEIGHTS}{hint}"
+        f"pretrained={path} is neither a .safetensors file nor a folder with {_WEIGHTS}{hint}"
     )
 
 
-def _described(path: Path, arch: str) -> dict[str, Any]:
-    """Return what the config.json beside weights says; nothing where there is none."""
-    file = path.with_name("config.json")
+def _config_beside(path: Path, arch: str) -> TimmConfig | None:
+    """Return the config.json beside weights, if there is one and it is of this network."""
+    file = path.with_name(FILE)
     if path.name != _WEIGHTS or not file.exists():
-        return {}
-    try:
-        found = read_json(file, LARGEST_JSON)
-    except UnreadableError as error:
-        raise UsageError(str(error)) from error
-    theirs = str(found.get("architecture"))
-    if theirs.partition(".")[0] != arch.partition(".")[0]:
-        raise UsageError(f"{path} holds the weights of a {theirs}, and not of a {arch}")
-    classes, arguments = found.get("num_classes"), found.get("model_args") or {}
-    if not isinstance(classes, int) or classes < 0 or not isinstance(arguments, dict):
-        raise UsageError(f"{file} does not describe a network as timm does")
+        return None
+    found = read_timm_config(file)
+    if found.arch.partition(".")[0] != arch.partition(".")[0]:
+        raise UsageError(f"{path} holds the weights of {found.arch}, not of {arch}")
     return found
 
 
@@ -233,10 +228,10 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], str]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not tensors:  # timm would take others instead
+        raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
+    if not tensors:  # timm would load other weights instead
         raise UsageError(f"{path} holds no weights")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UsageError(f"{path}: {name} holds numbers that are not finite")
+            raise UsageError(f"{path}: {name} has values that are not finite")
     return tensors, sha256

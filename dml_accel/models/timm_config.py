@@ -1,0 +1,95 @@
+"""config.json as timm writes it beside a network's weights: one reader, one writer.
+
+Files are untrusted: their size is limited, and every value that is used is checked.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dml_accel.core.errors import UsageError
+from dml_accel.core.files import read_json, write_json
+from dml_accel.data.batches import Normalisation
+from dml_accel.models.spec import PeerSpec
+
+FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """What config.json says about a network.
+
+    Attributes:
+        path: of the file.
+        arch: timm's name of the network.
+        classes: how many classes it has; 0 if the file does not say.
+        arguments: what timm builds the network with.
+        content: the whole file.
+    """
+
+    path: Path
+    arch: str
+    classes: int
+    arguments: dict[str, Any]
+    content: dict[str, Any]
+
+
+def read_timm_config(path: Path) -> TimmConfig:
+    """Read a config.json.
+
+    Raises:
+        UsageError: it cannot be read, is too large, or does not describe a network as timm does.
+    """
+    content = read_json(path)
+    arch, arguments = content.get("architecture"), content.get("model_args") or {}
+    classes = content.get("num_classes") or 0
+    if not (isinstance(arch, str) and isinstance(classes, int) and isinstance(arguments, dict)):
+        raise UsageError(f"{path} does not describe a network as timm does")
+    if classes < 0:
+        raise UsageError(f"{path} has num_classes {classes}; it must be above 0")
+    return TimmConfig(path, arch, classes, dict(arguments), content)
+
+
+def write_timm_config(
+    path: Path,
+    module: nn.Module,
+    spec: PeerSpec,
+    *,
+    classes: tuple[str, ...],
+    normalisation: Normalisation,
+    image_size: int,
+) -> None:
+    """Write how to build a network and how to prepare its input.
+
+    Args:
+        path: of the file.
+        module: the network, with timm's ``pretrained_cfg``.
+        spec: its name in timm, and its arguments.
+        classes: class names, in label order.
+        normalisation: of its inputs.
+        image_size: pixels per side of its inputs.
+    """
+    known: Any = module.pretrained_cfg
+    heads = {name: known[name] for name in ("first_conv", "classifier") if known.get(name)}
+    content = {
+        "architecture": spec.arch,
+        "num_classes": len(classes),
+        "num_features": getattr(module, "num_features", None),
+        "model_args": spec.arguments,
+        "label_names": list(classes),
+        "pretrained_cfg": {
+            "num_classes": len(classes),
+            "input_size": [3, image_size, image_size],
+            "fixed_input_size": bool(known.get("fixed_input_size")),
+            "pool_size": None,
+            "mean": list(normalisation.mean),
+            "std": list(normalisation.std),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            **heads,
+        },
+    }
+    write_json(path, content)
