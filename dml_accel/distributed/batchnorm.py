@@ -1,10 +1,10 @@
 """Batch normalisation whose statistics span a group of processes, on any backend.
 
-Forward and backward give what one process would compute on all the group's rows together, with
-slices of any size, not zero. torch's SyncBatchNorm does this on CUDA only, and converting to it
-loses the activation that timm fuses into its own layers.
+Forward and backward give what a single process would compute on all rows of the group together, for
+slices of any size above zero. torch's SyncBatchNorm works on CUDA only, and converting to it loses
+the activation that timm fuses into its own layers.
 
-Shape letters: B our rows, C channels, W processes of the group.
+Shape letters: B rows of this process, C channels, W processes of the group.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from dml_accel.core.config import UsageError
+from dml_accel.core.errors import UsageError
 
 
 class _Normalise(torch.autograd.Function):
@@ -42,7 +42,7 @@ class _Normalise(torch.autograd.Function):
         """
         x, weight, mean, var = ctx.saved_tensors
         inverse_std = (var + ctx.eps).rsqrt()
-        unused = mean.new_empty(0)  # statistics of this batch alone; CUDA wants a tensor here
+        unused = mean.new_empty(0)  # no statistics of our own batch; CUDA needs a tensor here
         fixed, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, unused, unused, False, ctx.eps, [True, True, True]
         )
@@ -53,23 +53,23 @@ class _Normalise(torch.autograd.Function):
         offset = weight * inverse_std * sum_dy - slope * mean
         shape = (1, -1, *[1] * (x.dim() - 2))
         through = torch.addcmul(offset.view(shape), x, slope.view(shape))
-        # Weight and bias get our rows' part; DDP adds up the group's, as for all parameters.
+        # Weight and bias get the part of our rows; DDP adds up the group's, as for all parameters.
         return fixed.sub_(through), grad_weight, grad_bias, None, None
 
 
 def _group_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the group's count per channel [], mean [C] and biased variance [C] of x [B, C, ...].
+    """Return count per channel [], mean [C] and biased variance [C] of the group's x [B, C, ...].
 
-    Each process sends its own count, mean and variance; the spread of the means is added to the
-    mean of the variances, so nothing large is subtracted from anything large.
+    Each process sends its count, mean and variance. The variance of the means is added to the mean
+    of the variances, so no two large numbers are subtracted from each other.
     """
-    if x.device.type == "cpu":  # the same numbers, four times as fast there
+    if x.device.type == "cpu":  # the same numbers, four times as fast
         mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
     else:
         dims = [dim for dim in range(x.dim()) if dim != 1]
         var, mean = torch.var_mean(x, dims, correction=0)
     count = torch.full_like(mean[:1], x.numel() / x.shape[1])
-    # Every process fills its row of zeros: a sum that only ever adds zero is an exact exchange.
+    # Every process fills its own row of zeros: a sum that only adds zeros is an exact all-gather.
     table = x.new_zeros(dist.get_world_size(group), 2 * len(mean) + 1)
     table[dist.get_rank(group)] = torch.cat([count, mean, var])
     dist.all_reduce(table, group=group)
@@ -81,7 +81,7 @@ def _group_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _normalise(layer: Any, x: Tensor) -> Tensor:
-    """Normalise in training with the group's statistics and move the running ones, once."""
+    """Normalise with the group's statistics and update the running ones."""
     y, count, mean, var = _Normalise.apply(x, layer.weight, layer.bias, layer.eps, layer.group)
     if layer.track_running_stats:
         with torch.no_grad():
@@ -119,14 +119,14 @@ _SPANNING: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def check_spanning(net: nn.Module, name: str) -> None:
-    """Refuse a network of which some batch norm cannot span processes.
+    """Refuse a network with a batch norm that cannot span processes.
 
     Args:
         net: the network.
-        name: what to call it in the message.
+        name: of the peer, for the message.
 
     Raises:
-        UsageError: naming the layer.
+        UsageError: the text names the layer.
     """
     for path, layer in net.named_modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -138,13 +138,13 @@ def check_spanning(net: nn.Module, name: str) -> None:
             what = "without weights or running statistics"
         if what:
             raise UsageError(
-                f"{name}: layer {path} is a batch norm {what}, which cannot span processes; "
-                "--batch-norm local keeps its statistics in each process"
+                f"{name}: layer {path} is a batch norm {what}, which cannot span processes: use "
+                "--batch-norm local, which keeps the statistics of each process apart"
             )
 
 
 def span_group(net: nn.Module, group: Any) -> None:
-    """Let every batch norm of ``net`` span ``group``, in place: weights and names stay."""
+    """Make every batch norm of ``net`` span ``group``, in place: weights and names stay."""
     for layer in net.modules():
         if type(layer) in _SPANNING:
             layer.__class__ = _SPANNING[type(layer)]

@@ -1,7 +1,7 @@
-"""Compilation of networks by torch.compile: whether it pays, and what happens where it fails.
+"""torch.compile for networks: whether it pays, and what happens if it fails.
 
 Compiled and eager kernels add up in different orders: a compiled run equals the eager one as two
-partitions equal each other, and itself bit for bit.
+placements equal each other, and equals itself bit for bit.
 """
 
 import contextlib
@@ -18,18 +18,21 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import nn
 
-from dml_accel.core.config import Config
-from dml_accel.data.batches import lay_weights, memory_format
-from dml_accel.distributed.processes import memory_ran_short
-from dml_accel.models.spec import PeerSpec, optimizer
+from dml_accel.core.config import OptimConfig
+from dml_accel.core.errors import one_line
+from dml_accel.distributed.costs import seconds_of_step
+from dml_accel.distributed.processes import is_out_of_memory
+from dml_accel.models.build import set_memory_format
+from dml_accel.models.optim import make_optimizer
+from dml_accel.models.spec import PeerSpec
 
-_SHORTEST = 600.0  # seconds: compiling one network takes from 20 seconds to minutes
+_SHORTEST = 600.0  # seconds of training: compiling a network takes from 20 seconds to minutes
 _TIMED_STEPS = 5
 
 
 @contextlib.contextmanager
-def switched(accelerator: Accelerator, on: bool, mode: str) -> Iterator[None]:
-    """Let Accelerate's dynamo plugin compile, or not, what is prepared within the context."""
+def compiling(accelerator: Accelerator, on: bool, mode: str) -> Iterator[None]:
+    """Make Accelerate compile the networks that are prepared within the context, or not."""
     plugin = accelerator.state.dynamo_plugin
     plugin.backend = DynamoBackend.INDUCTOR if on else DynamoBackend.NO
     plugin.mode, plugin.dynamic = mode, False
@@ -45,121 +48,128 @@ def _configure(device: torch.device, mode: str) -> None:
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
-    # Dropout draws what it draws in an eager run; the key is set before each forward pass.
+    # Dropout draws what it draws in an eager run; its key is set before each forward pass.
     inductor.fallback_random = True
-    # Every peer and every size of a part of a batch is one: running out of them must not be silent.
+    # Every peer and every size of a micro-batch is a graph: exceeding the limit must not be silent.
     dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 256, True
     dynamo.accumulated_recompile_limit = 1024
-    # Kernels are chosen without timing them: a run that goes on must take the same. On a CPU only
-    # max-autotune times any, and the flag keeps kernels apart that save a tenth of a step together.
+    # Kernels may not be chosen by timing: a resumed run must get the same ones. On a CPU only
+    # max-autotune times any, and the flag prevents fusions that save a tenth of a step.
     inductor.deterministic = device.type != "cpu" or mode != "default"
-    # Machines without a GPU are told on every start that there is none.
+    # Without this, machines that have no GPU are told so at every start.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def tried(net: nn.Module, name: str, attempt: Callable[[nn.Module], object]) -> nn.Module:
-    """Return a network that was prepared for compilation, or its eager one where it fails, aloud.
+def or_eager(net: nn.Module, name: str, attempt: Callable[[nn.Module], object]) -> nn.Module:
+    """Return a network that was prepared for compilation, or the eager one if compiling fails.
 
     Args:
         net: the network; one that is not compiled is returned as it is.
-        name: of the peer.
-        attempt: a pass through it, without effect, that compiles it.
+        name: of the peer, for the message.
+        attempt: a pass through the network, without effect, that compiles it.
 
     Raises:
-        RuntimeError, MemoryError: memory ran short, which is no fault of the compiler's.
+        RuntimeError, MemoryError: memory ran out, which is not the compiler's fault.
     """
     if not is_compiled_module(net):
         return net
     try:
         attempt(net)
     except Exception as error:  # every part of the compiler raises its own kinds
-        if memory_ran_short(error):
+        if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
-        text = f"--compile: {name} runs eagerly, as compiling it fails: {reason}"
+        reason = one_line(error)[:200]
+        text = f"--compile: {name} runs eagerly because it cannot be compiled: {reason}"
         print(text, file=sys.stderr, flush=True)
         return typing.cast(nn.Module, net._orig_mod)
     return net
 
 
-def seconds_saved(
-    specs: Sequence[PeerSpec],
-    modules: Mapping[str, nn.Module],
-    config: Config,
-    steps: int,
-    accelerator: Accelerator,
-) -> float:
-    """Return what compiling saves over some steps less what it takes, by measured times; say it.
-
-    Each architecture is timed once, eagerly and compiled, step by step in turns. What was compiled
-    stays in torch's own cache, so that a run need not do it again.
+class Trial:
+    """Times the steps of networks eagerly and compiled, on copies of them.
 
     Args:
-        specs: the peers that this process trains alone.
-        modules: their networks, left as they are.
-        config: batch and precision.
-        steps: optimizer steps of the run, or of all runs alike.
         accelerator: device and precision.
-
-    Returns:
-        Seconds; 0 where the steps are too few to try it.
+        optim: optimizer and batch.
+        image_size: pixels per side.
+        layout: memory layout of images and weights.
+        mode: of torch.compile.
     """
-    kinds = {spec.name: repr((spec.arch, spec.arguments)) for spec in specs}
-    named = {kind: name for name, kind in kinds.items()}
-    trials = {kind: _Trial(modules[name], config, accelerator) for kind, name in named.items()}
-    if steps * sum(trials[kind].eager for kind in kinds.values()) < _SHORTEST:
-        _say("the steps are too few to repay it")
-        return 0.0
-    found = {kind: trial.compare(named[kind]) for kind, trial in trials.items()}
-    eager, compiled = (sum(found[kind][i] for kind in kinds.values()) for i in (0, 1))
-    compiling = sum(seconds for _, _, seconds in found.values())
-    _say(
-        f"{1e3 * eager:.0f} ms a step eagerly, {1e3 * compiled:.0f} ms compiled, "
-        f"{compiling:.0f} s to compile, {steps} steps"
-    )
-    return steps * (eager - compiled) - compiling
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        optim: OptimConfig,
+        image_size: int,
+        layout: torch.memory_format,
+        mode: str,
+    ) -> None:
+        self._accelerator, self._optim, self._mode = accelerator, optim, mode
+        self._image_size, self._layout = image_size, layout
+
+    def seconds_saved(
+        self, specs: Sequence[PeerSpec], modules: Mapping[str, nn.Module], steps: int
+    ) -> float:
+        """Return what compiling saves over some steps, less the time that it takes; print it.
+
+        Each architecture is timed once, alternating between eager and compiled steps. What was
+        compiled stays in torch's own cache, so that the run need not compile it again.
+
+        Args:
+            specs: the peers that only this process trains.
+            modules: their networks, left as they are.
+            steps: optimizer steps of the run, or of all equal runs together.
+
+        Returns:
+            Seconds; 0 if the steps are too few to try.
+        """
+        kinds = {spec.name: repr((spec.arch, spec.arguments)) for spec in specs}
+        named = {kind: name for name, kind in kinds.items()}
+        eager = {kind: self._eager_seconds(modules[name]) for kind, name in named.items()}
+        if steps * sum(eager[kind] for kind in kinds.values()) < _SHORTEST:
+            _say("the run is too short to repay it")
+            return 0.0
+        found = {kind: self._compare(modules[name], name) for kind, name in named.items()}
+        before, after = (sum(found[kind][i] for kind in kinds.values()) for i in (0, 1))
+        once = sum(seconds for _, _, seconds in found.values())
+        _say(
+            f"{1e3 * before:.0f} ms per step eagerly, {1e3 * after:.0f} ms compiled, "
+            f"{once:.0f} s to compile, {steps} steps"
+        )
+        return steps * (before - after) - once
+
+    def _prepared(
+        self, module: nn.Module, compiled: bool
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        module = copy.deepcopy(module)
+        set_memory_format(module, self._layout)
+        with compiling(self._accelerator, compiled, self._mode):
+            net = self._accelerator.prepare_model(module, evaluation_mode=True)
+        return net, make_optimizer(module, self._optim)
+
+    def _step(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+        """Return the seconds of an optimizer step, all micro-batches included."""
+        rows, size = self._optim.smallest_micro_batch, self._image_size
+        images = next(net.parameters()).new_empty(rows, 3, size, size).normal_()
+        images = images.contiguous(memory_format=self._layout)
+        return seconds_of_step(net, optimizer, images) * self._optim.grad_accum
+
+    def _eager_seconds(self, module: nn.Module) -> float:
+        prepared = self._prepared(module, compiled=False)
+        self._step(*prepared)  # warm-up
+        return self._step(*prepared)
+
+    def _compare(self, module: nn.Module, name: str) -> tuple[float, float, float]:
+        """Return the seconds of an eager and of a compiled step, and those that compiling took."""
+        eager = self._prepared(module, compiled=False)
+        self._step(*eager)  # warm-up
+        net, optimizer = self._prepared(module, compiled=True)
+        start = time.perf_counter()
+        net = or_eager(net, name, lambda net: self._step(net, optimizer))
+        once = time.perf_counter() - start
+        times = [(self._step(*eager), self._step(net, optimizer)) for _ in range(_TIMED_STEPS)]
+        return median(a for a, _ in times), median(b for _, b in times), once
 
 
 def _say(text: str) -> None:
     print(f"--compile auto: {text}", file=sys.stderr, flush=True)
-
-
-class _Trial:
-    """One network's step, timed on copies of it."""
-
-    def __init__(self, module: nn.Module, config: Config, accelerator: Accelerator) -> None:
-        self._module, self._config, self._accelerator = module, config, accelerator
-        self._eager = self._prepared(compiled=False)
-        self._step(*self._eager)
-        self.eager = self._step(*self._eager)  # seconds of an optimizer step
-
-    def _prepared(self, compiled: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
-        config = self._config
-        module = copy.deepcopy(self._module)
-        lay_weights(module, memory_format(config, self._accelerator.device))
-        with switched(self._accelerator, compiled, config.compile_mode):
-            net = self._accelerator.prepare_model(module, evaluation_mode=True)
-        return net, optimizer(module, config)
-
-    def _step(self, net: nn.Module, sgd: torch.optim.Optimizer) -> float:
-        config, device = self._config, self._accelerator.device
-        size, rows = config.image_size, config.batch_size // config.grad_accum
-        like = next(net.parameters())
-        images = like.new_empty(rows, 3, size, size).normal_()
-        images = images.contiguous(memory_format=memory_format(config, device))
-        start = time.perf_counter()
-        sgd.zero_grad()
-        net(images).float().logsumexp(1).mean().backward()
-        sgd.step()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        return (time.perf_counter() - start) * config.grad_accum
-
-    def compare(self, name: str) -> tuple[float, float, float]:
-        """Return seconds of an eager step, of a compiled one, and those that compiling took."""
-        net, sgd = self._prepared(compiled=True)
-        start = time.perf_counter()
-        net = tried(net, name, lambda net: self._step(net, sgd))
-        compiling = time.perf_counter() - start
-        times = [(self._step(*self._eager), self._step(net, sgd)) for _ in range(_TIMED_STEPS)]
-        return median(a for a, _ in times), median(b for _, b in times), compiling

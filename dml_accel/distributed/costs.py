@@ -1,9 +1,9 @@
-"""What one image costs a network: arithmetic, memory, time. Counted, or timed on this machine."""
+"""What an image costs a network: operations, memory and time, counted or timed on this machine."""
 
 import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dml_accel.core.config import Config
+from dml_accel.core.config import OptimConfig
 from dml_accel.core.files import write_json
-from dml_accel.data.batches import lay_weights, memory_format
 from dml_accel.data.decode import cache_dir
-from dml_accel.models.build import parameter_count
-from dml_accel.models.spec import PeerSpec, optimizer
+from dml_accel.models.build import parameter_count, set_memory_format
+from dml_accel.models.optim import make_optimizer
+from dml_accel.models.spec import PeerSpec
 
 _TIMED_STEPS = 5
 _TIMED_ROWS = 16
@@ -25,15 +25,15 @@ _TIMED_ROWS = 16
 
 @dataclass(frozen=True)
 class Cost:
-    """A network's cost in training.
+    """What training a network costs.
 
     Attributes:
-        macs: multiply-accumulates of one image's forward pass.
-        parameters: numbers that it learns.
-        activation_bytes: what one image's forward pass keeps for the backward pass.
+        macs: multiply-accumulate operations of the forward pass of one image.
+        parameters: of the network.
+        activation_bytes: what the forward pass of one image keeps for the backward pass.
         norms: batch norm layers.
-        channels: channels of all of them together.
-        seconds: of one image's share of a step, as timed; None where it was not.
+        channels: of all batch norm layers together.
+        seconds: one image's share of a step, if it was timed.
     """
 
     macs: int
@@ -45,7 +45,7 @@ class Cost:
 
 
 def count(module: nn.Module, image_size: int) -> Cost:
-    """Count what a network costs by one forward pass; it is left as it was."""
+    """Count what a network costs by one forward pass, which leaves it as it was."""
     weight = next(module.parameters())
     image = torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device)
     learned = {parameter.data_ptr() for parameter in module.parameters()}
@@ -58,7 +58,7 @@ def count(module: nn.Module, image_size: int) -> Cost:
 
     module.eval()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = module(image)  # held, so that no address is used twice
+        logits = module(image)  # kept alive, so that no address is used twice
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(image)
     module.train()
@@ -73,59 +73,80 @@ def count(module: nn.Module, image_size: int) -> Cost:
     )
 
 
+def seconds_of_step(
+    net: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, images: Tensor
+) -> float:
+    """Return the seconds of a forward pass, a backward pass and an update."""
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    net(images).float().logsumexp(1).mean().backward()
+    optimizer.step()
+    if images.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
 def timed(
     specs: Sequence[PeerSpec],
     modules: Mapping[str, nn.Module],
-    config: Config,
+    optim: OptimConfig,
+    image_size: int,
+    precision: str,
+    layout: torch.memory_format,
     device: torch.device,
 ) -> dict[str, float]:
     """Return the seconds of one image's share of a step of each peer, measured on this machine.
 
-    An architecture is measured once; the times are kept beside the decoded images.
+    Each architecture is measured once; the times are kept in the folder of decoded images.
 
     Args:
         specs: the peers.
         modules: their networks, left as they are.
-        config: image size and precision.
-        device: where they will be trained.
+        optim: the optimizer.
+        image_size: pixels per side.
+        precision: mixed precision: ``no``, ``bf16`` or ``fp16``.
+        layout: memory layout of images and weights.
+        device: where the networks will be trained.
     """
     path = cache_dir() / "costs.json"
     try:
         known: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
-    threads = torch.get_num_threads()
     found = {}
     for spec in specs:
+        module = modules[spec.name]
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        layout = str(memory_format(config, device))
-        where = (name, threads, config.image_size, config.float64, config.mixed_precision, layout)
+        dtype = str(next(module.parameters()).dtype)
+        where = (name, torch.get_num_threads(), image_size, dtype, precision, str(layout))
         key = repr((spec.arch, spec.arguments, *where, torch.__version__))
         if key not in known:
-            known[key] = _seconds(modules[spec.name], config, device)
+            known[key] = _measure(module, optim, image_size, precision, layout, device)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
         found[spec.name] = float(known[key])
     return found
 
 
-def _seconds(module: nn.Module, config: Config, device: torch.device) -> float:
-    layout = memory_format(config, device)
+def _measure(
+    module: nn.Module,
+    optim: OptimConfig,
+    size: int,
+    precision: str,
+    layout: torch.memory_format,
+    device: torch.device,
+) -> float:
     module = copy.deepcopy(module).to(device)
-    lay_weights(module, layout)
-    weight, size = next(module.parameters()), config.image_size
-    images = torch.randn(_TIMED_ROWS, 3, size, size, dtype=weight.dtype, device=device)
+    set_memory_format(module, layout)
+    dtype = next(module.parameters()).dtype
+    images = torch.randn(_TIMED_ROWS, 3, size, size, dtype=dtype, device=device)
     images = images.contiguous(memory_format=layout)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision or "")
-    sgd, seconds = optimizer(module, config), []
-    for _ in range(_TIMED_STEPS + 1):  # the first one warms up
-        started = time.perf_counter()
-        sgd.zero_grad()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    def net(x: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=half, enabled=half is not None):
-            loss = module(images).float().logsumexp(1).mean()
-        loss.backward()
-        sgd.step()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return median(seconds[1:]) / _TIMED_ROWS
+            return module(x)
+
+    optimizer = make_optimizer(module, optim)
+    times = [seconds_of_step(net, optimizer, images) for _ in range(_TIMED_STEPS + 1)]
+    return median(times[1:]) / _TIMED_ROWS  # without the first, which warms up

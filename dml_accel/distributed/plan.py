@@ -1,36 +1,40 @@
-"""Predict what a placement costs, and choose one: arithmetic over rates, bytes over bandwidth.
+"""Predict what a placement costs, and choose one: operations over rates, bytes over bandwidth.
 
-The model knows no waiting for a busy machine and no overlap of exchange and arithmetic. It is
-there to compare placements, not to promise seconds.
+The model assumes an idle machine and no overlap of communication and computation. It compares
+placements; it does not promise seconds.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dml_accel.core.config import Config
-from dml_accel.core.rng import bounds
-from dml_accel.distributed.allocation import allocate, everywhere
+from dml_accel.core.tables import table
+from dml_accel.core.updates import UpdateSchedule
+from dml_accel.data.batches import slices
 from dml_accel.distributed.costs import Cost
 
 _MACS_PER_SECOND_OF_A_THREAD = 40e9
 _MACS_PER_SECOND_OF_A_GPU = 5e12
-_BACKWARD = 2  # the backward pass costs twice the forward pass
-_STATE = 3  # parameters, gradients, momentum
+_BACKWARD = 2  # a backward pass costs as much as two forward passes
+_COPIES = 3  # parameters, gradients, momentum
+_BUCKET_BYTES = 25e6  # DDP averages gradients in messages of this size
+
+Ranks = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model assumes.
+    """The rates that the model assumes.
 
     Attributes:
         bandwidth: bytes per second out of one process.
-        latency: seconds of one message, the wait for a process that is not there yet included.
-            The default is what a ResNet-32 pair's group batch norm took on gloo with two
-            processes of one machine (benchmarks/processes.md).
+        latency: seconds per message, including the wait for a process that is not there yet. The
+            default is what a ResNet-32 pair's group batch norm took on gloo with two processes on
+            one machine (benchmarks/processes.md).
         macs_per_second: of one process, for networks that were not timed.
     """
 
@@ -39,19 +43,67 @@ class Machine:
     macs_per_second: float = _MACS_PER_SECOND_OF_A_THREAD
 
 
+def this_machine() -> Machine:
+    """Return the rates that are assumed by default."""
+    if torch.cuda.is_available():
+        return Machine(1e10, 2e-5, _MACS_PER_SECOND_OF_A_GPU)
+    return Machine(macs_per_second=_MACS_PER_SECOND_OF_A_THREAD * torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class StepLoad:
+    """What one optimizer step computes, keeps and exchanges, whoever does it.
+
+    Attributes:
+        micro_batches: images in each.
+        classes: of the images.
+        number_bytes: of one parameter or activation.
+        logit_bytes: of one logit that is exchanged.
+        spans_batch_norm: whether batch statistics span the processes of a peer.
+        mutual: whether peers learn from each other.
+        low_memory: whether one network's activations at a time are kept.
+        sums: whether the sum of posteriors is exchanged, not every peer's logits.
+    """
+
+    micro_batches: tuple[int, ...]
+    classes: int
+    number_bytes: int
+    logit_bytes: int
+    spans_batch_norm: bool
+    mutual: bool
+    low_memory: bool
+    sums: bool
+
+    @classmethod
+    def of(cls, config: Config, classes: int) -> "StepLoad":
+        """Return the load of a run's steps."""
+        number_bytes = 8 if config.numerics.float64 else 4
+        cuts = slices(config.optim.batch_size, config.optim.grad_accum)
+        return cls(
+            micro_batches=tuple(stop - start for start, stop in cuts),
+            classes=classes,
+            number_bytes=number_bytes,
+            logit_bytes=2 if config.numerics.exchange_dtype == "bf16" else number_bytes,
+            spans_batch_norm=config.numerics.batch_norm == "group",
+            mutual=config.method.kl_weight > 0,
+            low_memory=config.compute.low_memory,
+            sums=config.compute.exchange == "sum",
+        )
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """What one placement is expected to cost, process by process.
+    """The predicted cost of one placement, process by process.
 
     Attributes:
         ranks: the processes of each peer.
         step_seconds: of one optimizer step.
         busy: seconds of it that each process computes and averages within its peers' groups.
-        sent: payload bytes that each process sends in a step.
+        sent: payload bytes that each process sends per step.
         memory: bytes of each process's parameters, gradients, momentum and activations.
     """
 
-    ranks: dict[str, list[int]]
+    ranks: Ranks
     step_seconds: float
     busy: list[float]
     sent: list[float]
@@ -59,22 +111,60 @@ class Prediction:
 
     @property
     def idle(self) -> list[float]:
-        """Share of the step that each process waits for the slowest, or for the exchange."""
+        """Share of the step that each process waits for the slowest one or for the exchange."""
         return [1 - busy / self.step_seconds for busy in self.busy]
 
 
-def this_machine() -> Machine:
-    """Return what is assumed where nothing is said."""
-    if torch.cuda.is_available():
-        return Machine(1e10, 2e-5, _MACS_PER_SECOND_OF_A_GPU)
-    return Machine(macs_per_second=_MACS_PER_SECOND_OF_A_THREAD * torch.get_num_threads())
+# ---------------------------------------------------------------- the two maps
+
+
+def everywhere(peers: Iterable[str], world_size: int) -> Ranks:
+    """Return the map of every peer to all processes."""
+    return {name: list(range(world_size)) for name in peers}
+
+
+def allocate(costs: Mapping[str, float], world_size: int) -> Ranks:
+    """Return processes for each peer: consecutive, in name order, none left without a peer.
+
+    With at least as many processes as peers, each further process goes to the peer with the
+    costliest share, which minimises the largest share. With fewer, several peers share a process:
+    the costliest peer first, each to the process with the least work.
+
+    Args:
+        costs: of one step of each peer on one process, in any unit.
+        world_size: processes.
+    """
+    names = sorted(costs)
+    if world_size < len(names):
+        return _allocate_shared(costs, names, world_size)
+    count = dict.fromkeys(names, 1)
+    for _ in range(world_size - len(names)):
+        count[max(names, key=lambda name: costs[name] / count[name])] += 1
+    ranks, first = {}, 0
+    for name in names:
+        ranks[name] = list(range(first, first + count[name]))
+        first += count[name]
+    return ranks
+
+
+def _allocate_shared(costs: Mapping[str, float], names: list[str], world_size: int) -> Ranks:
+    load = [0.0] * world_size
+    held: list[list[str]] = [[] for _ in range(world_size)]
+    for name in sorted(names, key=lambda name: -costs[name]):  # stable: ties in name order
+        # Empty processes first, so that none is left without a peer.
+        rank = min(range(world_size), key=lambda rank: (bool(held[rank]), load[rank]))
+        held[rank].append(name)
+        load[rank] += costs[name]
+    return {name: [rank] for name in names for rank in range(world_size) if name in held[rank]}
+
+
+# ---------------------------------------------------------------- prediction and choice
 
 
 def predict(
     ranks: Mapping[str, Sequence[int]],
     costs: Mapping[str, Cost],
-    config: Config,
-    classes: int,
+    load: StepLoad,
     machine: Machine,
 ) -> Prediction:
     """Predict one optimizer step.
@@ -82,32 +172,29 @@ def predict(
     Args:
         ranks: the processes of each peer, as ``Placement`` takes them.
         costs: of each peer.
-        config: batch, precision and exchange.
-        classes: of the images.
+        load: what a step computes and exchanges.
         machine: rates.
     """
     world_size = 1 + max(rank for held in ranks.values() for rank in held)
-    item = 8 if config.float64 else 4
-    parts = [stop - start for start, stop in bounds(config.batch_size, config.grad_accum)]
     busy, sent, memory = ([0.0] * world_size for _ in range(3))
     activations: list[list[float]] = [[] for _ in range(world_size)]
     for name, held in ranks.items():
         cost, width = costs[name], len(held)
         seconds = cost.seconds or (1 + _BACKWARD) * cost.macs / machine.macs_per_second
-        if config.low_memory and config.kl_weight:
+        if load.low_memory and load.mutual:
             seconds *= (2 + _BACKWARD) / (1 + _BACKWARD)  # every network predicts twice
         for index, rank in enumerate(held):
-            rows = [_length(bounds(part, width)[index]) for part in parts]
-            grouped, messages = _group_bytes(cost, width, len(parts), item, config)
+            rows = [_length(slices(count, width)[index]) for count in load.micro_batches]
+            grouped, messages = _group_bytes(cost, width, load)
             busy[rank] += sum(rows) * seconds + grouped / machine.bandwidth
             busy[rank] += messages * machine.latency
             sent[rank] += grouped
-            copies = _STATE + (width > 1)  # buckets of gradients to average
-            memory[rank] += copies * item * cost.parameters
+            copies = _COPIES + (width > 1)  # DDP keeps the gradients in buckets as well
+            memory[rank] += copies * load.number_bytes * cost.parameters
             activations[rank].append(max(rows) * cost.activation_bytes)
-    together = max if config.low_memory or config.kl_weight == 0 else sum
+    together = max if load.low_memory or not load.mutual else sum
     memory = [a + together(b) for a, b in zip(memory, activations, strict=True)]
-    exchanged, messages = _exchange_bytes(ranks, config, classes, parts, item, world_size)
+    exchanged, messages = _exchange_bytes(ranks, load, world_size)
     exchange = max(exchanged) / machine.bandwidth + messages * machine.latency
     return Prediction(
         {name: list(held) for name, held in ranks.items()},
@@ -119,37 +206,48 @@ def predict(
 
 
 def choose(
-    costs: Mapping[str, Cost], world_size: int, config: Config, classes: int, machine: Machine
-) -> tuple[dict[str, list[int]], str]:
-    """Return the processes of each peer as ``--placement`` asks, and why in one line."""
-    # Independent training is compared with mutual: both are to be placed alike.
-    mutual = dataclasses.replace(config, kl_weight=config.kl_weight or 1.0)
-    replicate, split = both(costs, world_size, mutual, classes, machine)
-    if world_size == 1 or config.placement == "replicate":
+    costs: Mapping[str, Cost],
+    world_size: int,
+    load: StepLoad,
+    asked: str,
+    schedule: UpdateSchedule,
+    machine: Machine,
+) -> tuple[Ranks, str]:
+    """Return the processes of each peer, and the reason in one line.
+
+    Args:
+        costs: of each peer.
+        world_size: processes.
+        load: of a step.
+        asked: ``--placement``.
+        schedule: the update schedule.
+        machine: rates.
+    """
+    # Independent training is compared with mutual training, so both get the same placement.
+    mutual = dataclasses.replace(load, mutual=True)
+    replicate, split = predict_both(costs, world_size, mutual, machine)
+    if world_size == 1 or asked == "replicate":
         return replicate.ranks, "every peer in every process"
-    if config.update != "simultaneous":
-        return replicate.ranks, f"every peer in every process, as --update {config.update} needs"
-    if config.placement == "split":
+    if schedule.takes_turns:
+        return replicate.ranks, f"every peer in every process, as --update {schedule.name} needs"
+    if asked == "split":
         return split.ranks, f"as asked, {_named(split.ranks)}"
     chosen, other = sorted((split, replicate), key=lambda p: p.step_seconds)
     kinds = ("split", "replicate") if chosen is split else ("replicate", "split")
     return chosen.ranks, (
-        f"{kinds[0]}, {_named(chosen.ranks)}: {_milliseconds(chosen)} a step predicted, "
+        f"{kinds[0]}, {_named(chosen.ranks)}: {_milliseconds(chosen)} per step predicted, "
         f"{_milliseconds(other)} for {kinds[1]}"
     )
 
 
-def both(
-    costs: Mapping[str, Cost], world_size: int, config: Config, classes: int, machine: Machine
+def predict_both(
+    costs: Mapping[str, Cost], world_size: int, load: StepLoad, machine: Machine
 ) -> tuple[Prediction, Prediction]:
-    """Return the predictions of ``replicate`` and of the best ``split``."""
+    """Return the predictions for ``replicate`` and for the best ``split``."""
     replicate = everywhere(costs, world_size)
     work = {name: cost.seconds or float(cost.macs) for name, cost in costs.items()}
     split = allocate(work, world_size) if world_size > 1 else replicate
-    return (
-        predict(replicate, costs, config, classes, machine),
-        predict(split, costs, config, classes, machine),
-    )
+    return predict(replicate, costs, load, machine), predict(split, costs, load, machine)
 
 
 def _length(slice_: tuple[int, int]) -> int:
@@ -157,19 +255,18 @@ def _length(slice_: tuple[int, int]) -> int:
 
 
 def _ring(width: int, size: float) -> float:
-    """Bytes that each of ``width`` processes sends to add up ``size`` bytes."""
+    """Return the bytes that each of ``width`` processes sends to all-reduce ``size`` bytes."""
     return 2 * (width - 1) / width * size
 
 
-def _group_bytes(
-    cost: Cost, width: int, parts: int, item: int, config: Config
-) -> tuple[float, int]:
-    """Return bytes and messages per process and step to act as one: gradients, batch norm."""
+def _group_bytes(cost: Cost, width: int, load: StepLoad) -> tuple[float, int]:
+    """Return bytes and messages per process and step of gradients and batch statistics."""
     if width == 1:
         return 0.0, 0
+    item, parts = load.number_bytes, len(load.micro_batches)
     size = _ring(width, item * cost.parameters)
-    messages = 2 * (width - 1) * math.ceil(item * cost.parameters / 25e6)
-    if config.batch_norm == "group":
+    messages = 2 * (width - 1) * math.ceil(item * cost.parameters / _BUCKET_BYTES)
+    if load.spans_batch_norm:
         forward = item * width * (2 * cost.channels + cost.norms)
         size += parts * (_ring(width, forward) + _ring(width, item * 2 * cost.channels))
         messages += parts * 2 * cost.norms * 2 * (width - 1)
@@ -177,30 +274,80 @@ def _group_bytes(
 
 
 def _exchange_bytes(
-    ranks: Mapping[str, Sequence[int]],
-    config: Config,
-    classes: int,
-    parts: Sequence[int],
-    item: int,
-    world_size: int,
+    ranks: Mapping[str, Sequence[int]], load: StepLoad, world_size: int
 ) -> tuple[list[float], int]:
-    """Return the bytes that each process sends between peers in a step, and its messages."""
+    """Return the bytes that each process sends to other peers' processes per step, and messages."""
     if world_size == 1:
         return [0.0], 0
+    item, parts = load.number_bytes, load.micro_batches
     losses = _ring(world_size, 3 * item * len(ranks))
     messages = 2 * (world_size - 1)
     apart = len({tuple(held) for held in ranks.values()}) > 1
-    if not apart or config.kl_weight == 0:
+    if not apart or not load.mutual:
         return [losses] * world_size, messages
-    if config.exchange == "sum":
-        each = sum(_ring(world_size, part * (classes + 2) * item) for part in parts)
+    if load.sums:
+        each = sum(_ring(world_size, part * (load.classes + 2) * item) for part in parts)
         return [losses + each] * world_size, messages * (1 + len(parts))
     held = [sum(rank in members for members in ranks.values()) for rank in range(world_size)]
     narrowest = min(len(members) for members in ranks.values())
     rows = sum(math.ceil(part / narrowest) for part in parts)
-    sent_item = 2 if config.exchange_dtype == "bf16" else item
-    each = (world_size - 1) * max(held) * rows * classes * sent_item
+    each = (world_size - 1) * max(held) * rows * load.classes * load.logit_bytes
     return [losses + each] * world_size, messages + (world_size - 1) * len(parts)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def plan_text(
+    predictions: tuple[Prediction, Prediction],
+    why: str,
+    load: StepLoad,
+    image_size: int,
+    asked: str,
+    measured: bool,
+    machine: Machine,
+) -> str:
+    """Return tables of both placements, process by process, and which one is chosen.
+
+    Args:
+        predictions: for ``replicate`` and for ``split``.
+        why: the choice in one line.
+        load: of a step.
+        image_size: pixels per side.
+        asked: ``--placement``.
+        measured: whether the networks were timed.
+        machine: the assumed rates.
+    """
+    parts = []
+    headers = ("process", "peers", "busy ms", "idle %", "sends kB per step", "memory MB")
+    for kind, found in zip(("replicate", "split"), predictions, strict=True):
+        rows = [
+            [
+                rank,
+                " ".join(name for name, held in found.ranks.items() if rank in held),
+                f"{1e3 * busy:.1f}",
+                f"{100 * found.idle[rank]:.0f}",
+                f"{found.sent[rank] / 1e3:.1f}",
+                f"{found.memory[rank] / 1e6:.0f}",
+            ]
+            for rank, busy in enumerate(found.busy)
+        ]
+        parts.append(
+            f"{kind}: {1e3 * found.step_seconds:.1f} ms per step\n\n"
+            + table(rows, headers, "simple", left=2)
+        )
+    assumed = "networks timed on this machine"
+    if not measured:
+        rate = machine.macs_per_second / 1e9
+        assumed = f"{rate:.0f} billion multiply-accumulates per second and process"
+    parts.append(
+        f"{sum(load.micro_batches)} images of {image_size} pixels per step, {load.classes} "
+        f"classes; assumed: {assumed}, {machine.bandwidth / 1e9:g} GB/s, "
+        f"{1e6 * machine.latency:.0f} us per message.\n"
+        "Memory is parameters, gradients, momentum and activations, without images and libraries."
+    )
+    parts.append(f"--placement {asked}: {why}")
+    return "\n\n".join(parts)
 
 
 def _named(ranks: Mapping[str, Sequence[int]]) -> str:

@@ -1,6 +1,6 @@
-"""The group that this process belongs to, and who of it is alive.
+"""The process group of a run, and its liveness check.
 
-Here, in launching.py and in placement.py alone is known what devices, processes and ranks are.
+Only this file, launch.py and placement.py know what devices, processes and ranks are.
 """
 
 import contextlib
@@ -19,80 +19,77 @@ from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from dml_accel.core.config import Config, UsageError
-from dml_accel.distributed.launch import launched_processes, launched_rank, restarts, stays_on_cpu
+from dml_accel.core.config import ComputeConfig, NumericsConfig
+from dml_accel.core.errors import ProcessLostError, UsageError
+from dml_accel.distributed.launch import (
+    launched_processes,
+    launched_rank,
+    restarts,
+    runs_on_cpu,
+)
 
-_SECONDS_BETWEEN_BEATS = 0.5
-
-
-class ProcessLostError(RuntimeError):
-    """Other processes of the run are gone; the text names them.
-
-    Attributes:
-        speaks: whether this process, the first of those left, is the one to say it.
-    """
-
-    def __init__(self, message: str, speaks: bool) -> None:
-        super().__init__(message)
-        self.speaks = speaks
+_HEARTBEAT_SECONDS = 0.5
 
 
 class Processes:
-    """The processes that were launched together: one for all runs that they share.
+    """The processes that were launched together: one group for all runs that they share.
 
     Attributes:
-        accelerator: Accelerate's view of the device, the processes and the precision.
-        device: where this process's networks and batches are.
-        rank: this process among ``world_size``; rank 0 speaks and writes.
+        accelerator: Accelerate's view of device, processes and precision.
+        device: of this process's networks and batches.
+        rank: of this process among ``world_size``; rank 0 prints and writes the records.
 
     Raises:
-        ProcessLostError: the others were not found in time.
-        UsageError: fewer were found than launched.
+        ProcessLostError: the other processes did not appear in time.
+        UsageError: fewer processes appeared than were launched.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, numerics: NumericsConfig, compute: ComputeConfig) -> None:
         launched = launched_processes()
-        self._timeout = timedelta(minutes=config.timeout)
+        self._timeout = timedelta(minutes=compute.timeout)
         self._groups: dict[tuple[int, ...], Any] = {}
-        # Several processes without an accelerator need to be told, or each believes to be alone.
+        # Without an accelerator, several processes must be told to use the CPU; else Accelerate
+        # makes each of them a run of its own.
+        on_cpu = compute.cpu or (launched > 1 and runs_on_cpu(compute))
         try:
             if launched > 1 and restarts():
-                self._meet_again(stays_on_cpu(config))
+                self._join_after_restart(runs_on_cpu(compute))
             self.accelerator = Accelerator(
-                cpu=config.cpu or (launched > 1 and stays_on_cpu(config)),
-                mixed_precision=config.mixed_precision,
+                cpu=on_cpu,
+                mixed_precision=numerics.mixed_precision,
                 dynamo_plugin=TorchDynamoPlugin(backend="no"),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
             )
         except RuntimeError as error:
-            if not _is_of_the_exchange(error):
+            if not _is_communication(error):
                 raise
             raise ProcessLostError(
-                f"the {launched} processes did not find each other within {config.timeout:g} "
-                f"minutes ({_first_line(error)})",
-                speaks=launched_rank() == 0,
+                f"the {launched} processes did not find each other within {compute.timeout:g} "
+                f"minutes ({first_line(error)})",
+                prints=launched_rank() == 0,
             ) from error
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         if launched != self.world_size:
             raise UsageError(
-                f"launched as {launched} processes but only {self.world_size} found each other; "
+                f"{launched} processes were launched but only {self.world_size} found each other; "
                 "add --cpu to the flags of train.py"
             )
-        if config.tf32:
+        if numerics.tf32:
             torch.set_float32_matmul_precision("high")
-        # The same run twice is the same bit for bit: cuDNN may not choose otherwise.
+        # The same run must give the same bits twice, so cuDNN may not choose kernels by timing.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self._closing = threading.Event()
-        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._heartbeat = threading.Thread(target=self._beat, daemon=True)
         if self.world_size > 1:
-            self._beating.start()
+            self._heartbeat.start()
 
-    def _meet_again(self, on_cpu: bool) -> None:
-        """Make the group of processes that the launcher has started anew.
+    def _join_after_restart(self, on_cpu: bool) -> None:
+        """Join the process group after the launcher has restarted its processes.
 
-        Its store still holds the addresses of those before, under the names that these would use.
+        The launcher's store still holds the addresses of the processes before, under the names that
+        these would use; a prefix keeps the two apart.
         """
         if not on_cpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -110,7 +107,13 @@ class Processes:
         """``no``, ``bf16`` or ``fp16``."""
         return str(self.accelerator.mixed_precision)
 
-    def agreed(self, decision: bool) -> bool:
+    def loss_scaler(self) -> torch.amp.GradScaler:
+        """Return a loss scaler for one peer; without fp16 it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.mixed_precision == "fp16")
+
+    # ------------------------------------------------------------ collectives
+
+    def broadcast_flag(self, decision: bool) -> bool:
         """Return rank 0's decision in every process."""
         if self.world_size == 1:
             return decision
@@ -118,24 +121,20 @@ class Processes:
         dist.broadcast(word, src=0)
         return bool(word.item())
 
-    def text_of_first(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Return rank 0's text in every process."""
         if self.world_size == 1:
             return text
+        # As bytes in a tensor: torch's object collectives would unpickle what they receive.
         content = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
-        size = self.largest(len(content) if self.rank == 0 else 0)
+        size = self.all_reduce_max(len(content) if self.rank == 0 else 0)
         word = torch.zeros(size, dtype=torch.uint8, device=self.device)
         if self.rank == 0:
             word.copy_(content)
         dist.broadcast(word, src=0)
         return bytes(word.tolist()).decode().strip()
 
-    def wait(self) -> None:
-        """Return when all processes have come here."""
-        if self.world_size > 1:
-            dist.barrier()
-
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Return the largest of all processes' values."""
         if self.world_size == 1:
             return value
@@ -143,63 +142,23 @@ class Processes:
         dist.all_reduce(word, op=dist.ReduceOp.MAX)
         return int(word.item())
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Turn a failed exchange into an error that names the processes that are gone.
+    def failed_rank(self, failed: bool) -> int | None:
+        """Return the highest rank that has failed, in every process; None if none has.
 
-        Raises:
-            ProcessLostError: an exchange failed, or waited longer than the timeout.
+        All processes wait here for each other.
         """
-        try:
-            yield
-        except RuntimeError as error:
-            reason = _first_line(error)
-            if self.world_size == 1 or not _is_of_the_exchange(error):
-                raise
-            # The launcher tells those left to stop, now or soon: first say who is missing.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            gone = self._missing()
-            if not gone:
-                raise
-            names = ", ".join(f"rank {rank}" for rank in gone)
-            left = set(range(self.world_size)) - set(gone)
-            raise ProcessLostError(
-                f"{names} no longer answers, so the run ends ({reason})",
-                speaks=self.rank == min(left, default=self.rank),
-            ) from error
+        worst = self.all_reduce_max(1 + self.rank if failed else 0)
+        return worst - 1 if worst else None
 
-    def _beat(self) -> None:
-        """Say that this process lives, from a thread of its own: exchanges block the main one."""
-        store: Any = dist.distributed_c10d._get_default_store()
-        count = 0
-        with contextlib.suppress(RuntimeError):  # the store is gone: nobody listens any more
-            while not self._closing.wait(_SECONDS_BETWEEN_BEATS):
-                count += 1
-                store.set(f"alive/{self.rank}", str(count))
-
-    def _missing(self) -> list[int]:
-        """Return the ranks whose sign of life in the launcher's store does not change."""
-        found: list[int] = [0]  # where the store does not answer: it lives on rank 0's machine
-
-        def look() -> None:
-            with contextlib.suppress(dist.DistError):
-                store: Any = dist.distributed_c10d._get_default_store()
-                names = [f"alive/{rank}" for rank in range(self.world_size)]
-                before = [store.get(name) if store.check([name]) else b"" for name in names]
-                time.sleep(6 * _SECONDS_BETWEEN_BEATS)
-                after = [store.get(name) if store.check([name]) else b"" for name in names]
-                found[:] = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
-
-        # In a thread, because asking a store behind a broken link never returns.
-        looking = threading.Thread(target=look, daemon=True)
-        looking.start()
-        looking.join(20 * _SECONDS_BETWEEN_BEATS)
-        return found
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
 
     def group(self, ranks: Sequence[int]) -> Any:
-        """Return the process group of some ranks: None for all, or for one alone.
+        """Return the process group of some ranks; None for all of them, or for a single one.
 
-        All processes ask for the same groups in the same order.
+        All processes must ask for the same groups in the same order.
         """
         if not 1 < len(ranks) < self.world_size:
             return None
@@ -208,63 +167,90 @@ class Processes:
             self._groups[members] = dist.new_group(list(members), timeout=self._timeout)
         return self._groups[members]
 
-    def release_networks(self) -> None:
-        """Let go of the networks of a finished run, which Accelerate keeps a list of."""
+    # ------------------------------------------------------------ liveness
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Turn a failed collective into an error that names the processes that are gone.
+
+        Raises:
+            ProcessLostError: a collective failed, or waited longer than the timeout.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            reason = first_line(error)
+            if self.world_size == 1 or not _is_communication(error):
+                raise
+            # The launcher is about to stop the remaining processes: first say who is missing.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            gone = self._missing()
+            if not gone:
+                raise
+            names = ", ".join(f"rank {rank}" for rank in gone)
+            left = set(range(self.world_size)) - set(gone)
+            raise ProcessLostError(
+                f"{names} stopped responding, so the run ends ({reason})",
+                prints=self.rank == min(left, default=self.rank),
+            ) from error
+
+    def _beat(self) -> None:
+        """Send heartbeats from a thread of its own, because collectives block the main one."""
+        store: Any = dist.distributed_c10d._get_default_store()
+        count = 0
+        with contextlib.suppress(RuntimeError):  # the store is gone, and everybody with it
+            while not self._closing.wait(_HEARTBEAT_SECONDS):
+                count += 1
+                store.set(f"alive/{self.rank}", str(count))
+
+    def _missing(self) -> list[int]:
+        """Return the ranks whose heartbeat in the launcher's store has stopped."""
+        found: list[int] = [0]  # if the store does not answer: it lives on rank 0's machine
+
+        def look() -> None:
+            with contextlib.suppress(dist.DistError):
+                store: Any = dist.distributed_c10d._get_default_store()
+                names = [f"alive/{rank}" for rank in range(self.world_size)]
+                before = [store.get(name) if store.check([name]) else b"" for name in names]
+                time.sleep(6 * _HEARTBEAT_SECONDS)
+                after = [store.get(name) if store.check([name]) else b"" for name in names]
+                found[:] = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
+
+        # In a thread, because a request to a store behind a broken link never returns.
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        looking.join(20 * _HEARTBEAT_SECONDS)
+        return found
+
+    # ------------------------------------------------------------ the end
+
+    def free_networks(self) -> None:
+        """Drop the networks of a finished run, which Accelerate keeps in a list."""
         self.accelerator.free_memory()
 
     def close(self) -> None:
         """Leave the process group in order."""
-        self.stop_beating()
+        self.stop_heartbeat()
         self.accelerator.end_training()
 
-    def stop_beating(self) -> None:
-        """End the thread that gives signs of life; a process must not end while it speaks."""
+    def stop_heartbeat(self) -> None:
+        """End the heartbeat thread: a process must not exit while the thread uses the store."""
         self._closing.set()
-        if self._beating.is_alive():
-            self._beating.join()
+        if self._heartbeat.is_alive():
+            self._heartbeat.join()
 
 
-class MemoryShortError(RuntimeError):
-    """There was no memory for a tensor; the text names the way out."""
-
-    speaks = True  # it is each process's own
-
-
-@contextlib.contextmanager
-def remedy_of_short_memory(config: Config, one_at_a_time: bool) -> Iterator[None]:
-    """Say what needs less memory where it runs short.
-
-    Args:
-        config: the run's.
-        one_at_a_time: whether one network's activations are held at a time as it is.
-
-    Raises:
-        MemoryShortError: in place of the error of torch or Python.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not memory_ran_short(error):
-            raise
-        ways, parts = [], 2 * config.grad_accum
-        if not one_at_a_time and config.update == "simultaneous":
-            ways.append("--low-memory keeps one network's activations at a time")
-        if parts <= config.batch_size and config.update != "sequential":
-            ways.append(f"--grad-accum {parts} computes a batch in smaller parts (another result)")
-        ways.append(f"a smaller --batch-size than {config.batch_size} needs less (another result)")
-        raise MemoryShortError(f"memory ran short: {'; '.join(ways)}") from error
-
-
-def memory_ran_short(error: BaseException) -> bool:
-    """Whether an error says that there was no memory for a tensor."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a tensor could not be allocated."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "DefaultCPUAllocator" in _first_line(error)
+    return known or "DefaultCPUAllocator" in first_line(error)
 
 
-def _is_of_the_exchange(error: RuntimeError) -> bool:
-    """Whether an error is that of a connection; gloo has no class of its own for them."""
-    return isinstance(error, dist.DistError) or "gloo" in _first_line(error).lower()
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text."""
     return str(error).strip().partition("\n")[0]
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    """Whether an error comes from a connection; gloo has no exception class for those."""
+    return isinstance(error, dist.DistError) or "gloo" in first_line(error).lower()

@@ -1,7 +1,7 @@
-"""Who learns from whom: the weights of ``--links``, by name, so that no order matters.
+"""Who learns from whom: the weights of ``--links``, by name, so that order does not matter.
 
 A matrix is a CSV file: teachers' names in its first line after an empty cell, then a line for each
-learner, its name and the weight of every teacher:
+learner with its name and the weight of every teacher:
 
     ,resnet32-0,wrn_28_10-0,frozen-0
     resnet32-0,0,1,0.5
@@ -14,22 +14,22 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dml_accel.core.config import UsageError
+from dml_accel.core.errors import UsageError
 
-Weights = Mapping[str, Mapping[str, float]]
+LinkWeights = Mapping[str, Mapping[str, float]]
 _LARGEST_FILE = 2**20  # bytes
 
 
-def read(links: str, learners: Sequence[str], frozen: Sequence[str]) -> Weights | None:
-    """Return the weight of every teacher for every learner; None where all teach all alike.
+def read_links(links: str, learners: Sequence[str], frozen: Sequence[str]) -> LinkWeights | None:
+    """Return the weight of every teacher for every learner; None if all teach all alike.
 
     Args:
-        links: ``Config.links``.
-        learners: names of the peers that learn, in the order of the command line.
-        frozen: names of those that only teach.
+        links: ``--links``.
+        learners: names of the peers that are trained, in the order of the command line.
+        frozen: names of the frozen peers.
 
     Raises:
-        UsageError: a peer is unknown, the file is no such matrix, or nobody learns from anybody.
+        UsageError: a peer is unknown, the file is not such a matrix, or all weights are 0.
     """
     if links == "full":
         return None
@@ -45,7 +45,7 @@ def read(links: str, learners: Sequence[str], frozen: Sequence[str]) -> Weights 
         _refuse_frozen(links, frozen)
         if centre not in learners:
             raise UsageError(
-                f"--links {links}: there is no peer {centre!r}; there are {', '.join(learners)}"
+                f"--links {links}: there is no peer {centre!r}; the peers are {', '.join(learners)}"
             )
         others = [name for name in learners if name != centre]
         return {centre: dict.fromkeys(others, 1.0)} | {name: {centre: 1.0} for name in others}
@@ -54,23 +54,23 @@ def read(links: str, learners: Sequence[str], frozen: Sequence[str]) -> Weights 
 
 def _refuse_few(links: str, learners: Sequence[str]) -> None:
     if len(learners) < 2:
-        raise UsageError(f"--links {links} needs at least two peers that learn")
+        raise UsageError(f"--links {links} needs at least two peers in --cohort")
 
 
 def _refuse_frozen(links: str, frozen: Sequence[str]) -> None:
     if frozen:
         raise UsageError(
-            f"--links {links} leaves --frozen-peers without pupils; write a matrix, or --links full"
+            f"--links {links} gives --frozen-peers nobody to teach: write a matrix, or --links full"
         )
 
 
-def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> Weights:
+def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> LinkWeights:
     wrong = f"--links {path}"
     try:
         with open(path, newline="") as file:
             content = file.read(_LARGEST_FILE + 1)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UsageError(
             f"{wrong} cannot be read: {reason}; write full, ring, star:PEER, frozen or the path of "
             "a CSV file"
@@ -80,7 +80,7 @@ def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> Wei
     try:
         lines = [[c.strip() for c in line] for line in csv.reader(io.StringIO(content)) if line]
     except csv.Error as error:
-        raise UsageError(f"{wrong} is no CSV file: {error}") from error
+        raise UsageError(f"{wrong} is not a CSV file: {error}") from error
     if not lines:
         raise UsageError(f"{wrong} is empty")
     head, rows = lines[0][1:], {line[0]: line[1:] for line in lines[1:]}
@@ -88,15 +88,15 @@ def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> Wei
     _refuse_names(f"{wrong}, first column", [line[0] for line in lines[1:]], learners)
     weights = {name: _row(f"{wrong}, line of {name}", name, head, rows[name]) for name in learners}
     if not any(weight for row in weights.values() for weight in row.values()):
-        raise UsageError(f"{wrong}: nobody learns from anybody; --kl-weight 0 says that")
+        raise UsageError(f"{wrong}: all weights are 0; for independent training use --kl-weight 0")
     return weights
 
 
 def _refuse_names(where: str, found: Sequence[str], known: Sequence[str]) -> None:
     if sorted(found) != sorted(known):
-        hint = "" if found else "; cells are separated by commas"
+        hint = "" if found else "; separate cells with commas"
         if any(name.startswith("frozen-") for name in set(found) - set(known)):
-            hint = "; frozen-0, frozen-1, ... are those of --frozen-peers"
+            hint = "; frozen-0, frozen-1, ... are the --frozen-peers"
         raise UsageError(
             f"{where} names {', '.join(found) or 'nobody'}, not {', '.join(known)}{hint}"
         )
@@ -104,7 +104,7 @@ def _refuse_names(where: str, found: Sequence[str], known: Sequence[str]) -> Non
 
 def _row(where: str, name: str, head: Sequence[str], cells: Sequence[str]) -> dict[str, float]:
     if len(cells) != len(head):
-        raise UsageError(f"{where} has {len(cells)} weights and not {len(head)}")
+        raise UsageError(f"{where} has {len(cells)} weights, not {len(head)}")
     weights = {}
     for teacher, cell in zip(head, cells, strict=True):
         try:
@@ -112,8 +112,8 @@ def _row(where: str, name: str, head: Sequence[str], cells: Sequence[str]) -> di
         except ValueError:
             weight = math.nan
         if not (0 <= weight < math.inf):
-            raise UsageError(f"{where} has {cell!r} for {teacher}; weights are numbers from 0 on")
+            raise UsageError(f"{where} has {cell!r} for {teacher}; a weight must be at least 0")
         if weight and teacher == name:
-            raise UsageError(f"{where} lets {name} learn from itself; write 0 there")
+            raise UsageError(f"{where} makes {name} learn from itself; write 0 there")
         weights[teacher] = weight
     return weights

@@ -15,7 +15,7 @@ ECE_BINS = 15
 
 
 def no_sums(peers: int, device: torch.device) -> Tensor:
-    """Return the sums over no rows at all, for ``peers`` peers."""
+    """Return the sums of ``batch_sums`` over zero rows, for ``peers`` peers."""
     length = 1 + (peers + 1) * (3 + ECE_BINS) + 2 * peers**2
     return torch.zeros(length, dtype=_wide(device), device=device)
 
@@ -33,16 +33,16 @@ def log_posteriors(logits_KBC: Tensor) -> Tensor:
 
 
 def best_five(log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest values [..., 5] of the last dimension and their places, best first.
+    """Return the largest values [..., 5] of the last dimension and their indices, best first.
 
-    Fewer where there are fewer classes. Ties are broken as in all that is reported.
+    Fewer than five if there are fewer classes. Ties are broken in the same way everywhere.
     """
     found = log_p.topk(min(5, log_p.shape[-1]), dim=-1)
     return found.values, found.indices
 
 
 def batch_sums(logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
-    """Return the sums that ``finish`` turns into metrics, as one flat vector to be added up.
+    """Return one flat vector of sums over rows; ``finish`` turns their total into metrics.
 
     Args:
         logits_KBC: logits of every peer for the same rows.
@@ -76,14 +76,19 @@ def batch_sums(logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
 
 def _calibration_sums(confidence: Tensor, hit: Tensor) -> Tensor:
     """Return sum over rows of (hit - confidence) in each confidence bin, [K + 1, bins]."""
-    bins = (confidence * ECE_BINS).ceil().long().sub_(1).clamp_(0, ECE_BINS - 1)
+    bins = calibration_bin(confidence)
     gap = hit.to(confidence.dtype) - confidence
     sums = torch.zeros(len(confidence), ECE_BINS, dtype=gap.dtype, device=gap.device)
     return sums.scatter_add_(1, bins, gap)
 
 
+def calibration_bin(confidence: Tensor) -> Tensor:
+    """Return the bin, 0 to ``ECE_BINS`` - 1, of each confidence; bin b holds (b, b + 1] / bins."""
+    return (confidence * ECE_BINS).ceil().long().sub_(1).clamp_(0, ECE_BINS - 1)
+
+
 def finish(sums: Tensor, peers: list[str], classes: int) -> dict[str, Any]:
-    """Divide the sums once and name the results.
+    """Divide the sums by the rows, once, and name the results.
 
     Returns:
         ``peers``: {name: {n, top1, top5, nll, ece}}; ``ensemble``: the same; ``agreement``: share
@@ -122,5 +127,5 @@ def finish(sums: Tensor, peers: list[str], classes: int) -> dict[str, Any]:
 
 
 def finite(value: float) -> float | None:
-    """Return ``value``, or None where JSON has no word for it (NaN and infinities)."""
+    """Return ``value``, or None for NaN and infinities, which JSON does not have."""
     return value if math.isfinite(value) else None

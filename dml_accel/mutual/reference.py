@@ -1,6 +1,6 @@
-"""The same losses and the same step, slow and obvious, in the paper's notation. For tests only.
+"""The same losses and steps, slow and obvious, in the paper's notation. For tests only.
 
-Nothing here is shared with the fast path: every peer's loss is written out, every sum is a loop.
+Nothing is shared with the fast path: every peer's loss is written out, and every sum is a loop.
 """
 
 import copy

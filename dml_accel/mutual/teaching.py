@@ -1,6 +1,10 @@
-"""Who teaches whom, and what: one object that every update schedule asks.
+"""Who teaches whom, and what: one object that every update schedule uses.
 
-Shape letters: K peers that learn, F that only teach, B rows of a batch, C classes.
+A peer's target is made from the *contributions* of its teachers (``losses.contributions``): tensors
+[C + 2] per image that are added up, so that every peer's sum is the sum over all less its own.
+
+Shape letters: K peers that are trained, k of them in this process, F frozen ones, B rows of a
+micro-batch, C classes.
 """
 
 from collections.abc import Sequence
@@ -8,55 +12,64 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dml_accel.core.config import Config
-from dml_accel.mutual.links import Weights
-from dml_accel.mutual.losses import Targets, at_least_single, lessons, targets
+from dml_accel.core.config import MethodConfig
+from dml_accel.distributed.placement import Placement
+from dml_accel.mutual.links import LinkWeights
+from dml_accel.mutual.losses import (
+    Losses,
+    Targets,
+    at_least_single,
+    contributions,
+    mutual_losses,
+    targets,
+)
 
 
 class Teaching:
-    """What the peers of a run are taught.
+    """What the peers of a run learn from each other.
 
     Args:
-        config: target, temperature, KL weight and what of the logits is exchanged.
-        peers: names of those that learn, in the order of the command line, which is the order in
-            which they take turns.
-        frozen: names of those that only teach.
-        links: ``links.read``'s; None where all teach all alike.
+        method: target, temperature, KL weight and links.
+        peers: names of the peers that are trained, in the order of the command line, in which they
+            take turns.
+        frozen: names of the frozen peers.
+        links: weights by name, from ``links.read_links``; None if all teach all alike.
+        exchange: ``--exchange``.
+        exchange_dtype: ``--exchange-dtype``.
 
     Attributes:
         is_on: whether there is a KL term at all; at weight 0 it is not computed.
+        turns: names of the peers that are trained, in the order in which they take turns.
     """
 
     def __init__(
         self,
-        config: Config,
+        method: MethodConfig,
         peers: Sequence[str],
         frozen: Sequence[str] = (),
-        links: Weights | None = None,
+        links: LinkWeights | None = None,
+        *,
+        exchange: str = "logits",
+        exchange_dtype: str | None = None,
     ) -> None:
+        self._method, self._exchange = method, exchange
         self.turns, names = list(peers), sorted(peers)
-        self.is_on = config.kl_weight > 0 and len(names) + len(frozen) > 1
-        self._weight, self._warmup = config.kl_weight, config.kl_warmup
-        self._target, self._temperature = config.target, config.temperature
-        self.exchange_dtype = torch.bfloat16 if config.exchange_dtype == "bf16" else None
+        self.is_on = method.kl_weight > 0 and len(names) + len(frozen) > 1
+        self._exchange_dtype = torch.bfloat16 if exchange_dtype == "bf16" else None
         self._teachers = [*names, *frozen]
         self._links: Tensor | None = None
         if links is not None:
             rows = [[links[k].get(teacher, 0.0) for teacher in self._teachers] for k in names]
             self._links = torch.tensor(rows, dtype=torch.float64)
 
-    @property
-    def takes_each_alone(self) -> bool:
-        """Whether the sum over all peers is not enough, because they weigh differently."""
-        return self._links is not None
-
-    def weight(self, step: int, steps_per_epoch: int) -> float:
-        """The weight of the KL term in optimizer step ``step`` (from 0): never 0 in the warm-up."""
-        steps = self._warmup * steps_per_epoch
-        return self._weight * min(1.0, (step + 1) / steps) if steps else self._weight
+    def kl_weight(self, step: int, steps_per_epoch: int) -> float:
+        """Return the KL weight of optimizer step ``step`` (from 0); never 0 during warm-up."""
+        steps = self._method.kl_warmup * steps_per_epoch
+        weight = self._method.kl_weight
+        return weight * min(1.0, (step + 1) / steps) if steps else weight
 
     def teachers_of(self, peer: str) -> list[str]:
-        """Return the names of those that a peer learns from, in name order, frozen ones last."""
+        """Return the names of a peer's teachers, in name order, frozen ones last."""
         if not self.is_on:
             return []
         if self._links is None:
@@ -64,35 +77,87 @@ class Teaching:
         row = self._links[sorted(self.turns).index(peer)].tolist()
         return [name for name, weight in zip(self._teachers, row, strict=True) if weight > 0]
 
-    def rounded(self, logits: Tensor) -> Tensor:
-        """Return logits as they teach, under every placement: in single precision at least."""
+    # ------------------------------------------------------------ contributions and targets
+
+    def contributions(self, logits: Tensor) -> Tensor:
+        """Return what peers with these logits [K, B, C] contribute to targets, [K, B, C + 2]."""
+        return self._contributions(self._rounded(logits))
+
+    def _contributions(self, rounded: Tensor) -> Tensor:
+        return contributions(rounded, self._method.temperature, self._method.target)
+
+    def _rounded(self, logits: Tensor) -> Tensor:
+        """Return logits as they teach, under every placement: at least in single precision."""
         logits = at_least_single(logits.detach())
-        if self.exchange_dtype is None:
+        if self._exchange_dtype is None:
             return logits
-        return logits.to(self.exchange_dtype).to(logits.dtype)
+        return logits.to(self._exchange_dtype).to(logits.dtype)
 
-    def lessons(self, logits: Tensor) -> Tensor:
-        """Return what peers with these logits teach, [K, B, C + 2]; see ``losses.lessons``."""
-        return lessons(logits, self._temperature, self._target)
-
-    def from_the_others(self, everyone: Tensor, own: Tensor) -> Targets:
-        """Return what peers learn from all others.
+    def targets(
+        self, logits: Tensor, count: int, placement: Placement, frozen: Tensor | None = None
+    ) -> Targets:
+        """Return the targets of our peers on our rows, exchanged between processes if needed.
 
         Args:
-            everyone: sum of all lessons, [B, C + 2].
-            own: these peers' own part of it, [K, B, C + 2].
+            logits: of our peers for our rows, [k, B, C].
+            count: rows of the whole micro-batch, over all slices.
+            placement: which peers and rows are ours.
+            frozen: contributions of the frozen peers for our rows, [F, B, C + 2].
         """
-        return targets(everyone - own, self._target)
+        logits = self._rounded(logits)
+        own = self._contributions(logits)
+        if placement.holds_all:
+            everyone = own
+        elif self._exchange == "sum":
+            everyone = placement.sum_over_peers(own, count)[None]
+        else:
+            gathered = placement.gather(logits, count, self._exchange_dtype)
+            everyone = self._contributions(gathered)  # [K, B, C + 2]
+        places = [placement.names.index(name) for name in placement.mine]
+        return self._make_targets(everyone, own, places, frozen)
 
-    def by_links(self, lessons_LBC: Tensor, rows: Sequence[int]) -> Targets:
-        """Return what peers learn over their links.
+    def targets_of(self, place: int, everyone: Tensor, frozen: Tensor | None) -> Targets:
+        """Return the targets of one peer, where this process holds all peers.
 
         Args:
-            lessons_LBC: of all L = K + F that learn, in name order, and that only teach,
-                [L, B, C + 2].
-            rows: places in name order of the peers that are taught.
+            place: of the peer, in name order.
+            everyone: contributions of all peers, [K, B, C + 2].
+            frozen: of the frozen peers, [F, B, C + 2].
         """
-        assert self._links is not None, "links are what this is for"
-        self._links = self._links.to(lessons_LBC)  # once: the same device and precision from then
-        links = self._links[list(rows)]
-        return targets(torch.einsum("kl,lbc->kbc", links, lessons_LBC), self._target)
+        return self._make_targets(everyone, everyone[place][None], [place], frozen)
+
+    def _make_targets(
+        self, everyone: Tensor, own: Tensor, places: Sequence[int], frozen: Tensor | None
+    ) -> Targets:
+        """Return the targets of the peers at ``places``, from contributions [., B, C + 2]."""
+        if frozen is not None:
+            everyone = torch.cat([everyone, frozen])
+        if self._links is None:
+            # O(K): one sum serves every peer, each subtracts itself.
+            return targets(everyone.sum(0) - own, self._method.target)
+        self._links = self._links.to(everyone)  # copied once: same device and dtype from then on
+        links = self._links[list(places)]
+        return targets(torch.einsum("kl,lbc->kbc", links, everyone), self._method.target)
+
+    # ------------------------------------------------------------ losses
+
+    def losses(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        targets: Targets | None,
+        *,
+        kl_weight: float,
+        label_weight: Tensor | None,
+    ) -> Losses:
+        """Return the losses of peers with logits [K, B, C] on B rows; see ``mutual_losses``."""
+        return mutual_losses(
+            logits,
+            labels,
+            targets,
+            kl_weight=kl_weight,
+            temperature=self._method.temperature,
+            sums_kl=self._method.sums_kl,
+            label_weight=label_weight,
+            kl_on_labelled=self._method.kl_images == "labelled",
+        )

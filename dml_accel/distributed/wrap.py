@@ -1,0 +1,96 @@
+"""Prepare a network for training: on the device, compiled, or shared by several processes (DDP)."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dml_accel.distributed.batchnorm import span_group
+from dml_accel.distributed.compile import compiling, or_eager
+from dml_accel.distributed.placement import Placement
+from dml_accel.models.build import set_memory_format
+
+# torch 2.15 renamed the argument.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+
+
+class Wrapper:
+    """Prepares the networks of one process.
+
+    Args:
+        placement: who trains what.
+        micro_batches: sizes of the parts of a batch, in images over all processes.
+        image_size: pixels per side.
+        layout: memory layout of images and weights.
+        compile_mode: of torch.compile.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        micro_batches: Sequence[int],
+        image_size: int,
+        layout: torch.memory_format,
+        compile_mode: str = "default",
+    ) -> None:
+        self._placement, self._layout, self._mode = placement, layout, compile_mode
+        self._micro_batches, self._image_size = sorted(set(micro_batches)), image_size
+
+    def wrap(self, module: nn.Module, name: str = "", compiled: bool = False) -> nn.Module:
+        """Move a network to the device, in place, and wrap it for training.
+
+        Args:
+            module: the bare network. Its batch norms span the peer's processes afterwards, unless
+                the configuration says ``local``.
+            name: of the peer, for messages.
+            compiled: whether to compile it, if no other process trains it; if compiling fails, a
+                message says so and the network runs eagerly.
+
+        Returns:
+            What to call in training.
+        """
+        placement = self._placement
+        if placement.spans_batch_norm:
+            span_group(module, placement.group)
+        set_memory_format(module, self._layout)
+        accelerator = placement.processes.accelerator
+        with compiling(accelerator, compiled and placement.is_alone, self._mode):
+            net = accelerator.prepare_model(module, evaluation_mode=True)
+        if placement.is_alone:
+            return or_eager(net, name, self._warm_up)
+        # Buffers need no broadcast before each step: training never reads running statistics.
+        net = DistributedDataParallel(
+            net,
+            device_ids=[placement.device] if placement.device.type == "cuda" else None,
+            process_group=placement.group,
+            **_NO_BUFFERS,
+        )
+        self._warm_up(net)
+        return net
+
+    def _warm_up(self, net: nn.Module) -> None:
+        """Take a backward pass, without effect, for each size of a micro-batch.
+
+        This compiles a network. And after its first backward pass DDP rearranges its buckets, and
+        with them the order of its sums: a resumed run would do that at another step than one that
+        was never interrupted.
+        """
+        before = [buffer.clone() for buffer in net.buffers()]
+        like = next(net.parameters())
+        try:
+            # Sizes of whole micro-batches: all processes of a peer take the same number of passes.
+            for count in self._micro_batches:
+                lo, hi = self._placement.rows(count)
+                images = like.new_zeros(hi - lo, 3, self._image_size, self._image_size)
+                images = images.to(memory_format=self._layout)
+                net(images).sum().backward()
+                net.zero_grad()
+        finally:  # a network that fails to compile runs eagerly, from where it was
+            net.zero_grad()
+            with torch.no_grad():
+                for buffer, value in zip(net.buffers(), before, strict=True):
+                    buffer.copy_(value)

@@ -1,0 +1,101 @@
+"""Frozen peers: trained networks that teach and are not updated."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dml_accel.core.errors import UsageError
+from dml_accel.data.batches import Normalisation
+from dml_accel.distributed.processes import Processes
+from dml_accel.models.build import set_memory_format
+from dml_accel.models.peer_folder import PeerFolder, find_peers, load_network, read_peer
+
+
+class Teacher:
+    """A frozen peer, on the device and in the precision of the peers that it teaches.
+
+    Args:
+        name: its name in ``--links``.
+        folder: where it was read from.
+        net: on the device, in the run's precision, in evaluation mode.
+        normalisation: of the run's images.
+    """
+
+    def __init__(
+        self, name: str, folder: PeerFolder, net: nn.Module, normalisation: Normalisation
+    ) -> None:
+        self.name, self.folder, self._net = name, folder, net
+        # From images normalised for the run to images normalised as the teacher was trained:
+        # x ours.std + ours.mean is the image, which (. - theirs.mean) / theirs.std normalises.
+        like = next(net.parameters())
+        ours, theirs = normalisation, folder.normalisation
+        scale = [a / b for a, b in zip(ours.std, theirs.std, strict=True)]
+        shift = [(a - b) / c for a, b, c in zip(ours.mean, theirs.mean, theirs.std, strict=True)]
+        self._scale = None if ours == theirs else like.new_tensor(scale).view(3, 1, 1)
+        self._shift = like.new_tensor(shift).view(3, 1, 1)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Return logits [B, C] of images [B, 3, S, S] that are normalised for the run."""
+        return self._net(x if self._scale is None else x * self._scale + self._shift)
+
+
+def read_teachers(
+    paths: Sequence[str], classes: Sequence[str], image_size: int
+) -> dict[str, PeerFolder]:
+    """Read the folders of the frozen peers of a run: frozen-0, frozen-1, ... in the order given.
+
+    Args:
+        paths: ``--frozen-peers``.
+        classes: class names of the run.
+        image_size: pixels per side of the run's images.
+
+    Raises:
+        UsageError: a folder cannot be read, or has other classes or another image size.
+    """
+    folders = [read_peer(found) for path in paths for found in find_peers(Path(path).expanduser())]
+    for folder in folders:
+        if folder.number_of_classes != len(classes):
+            raise UsageError(
+                f"--frozen-peers {folder.path} has {folder.number_of_classes} classes; these "
+                f"images have {len(classes)}"
+            )
+        if folder.classes and folder.classes != tuple(classes):
+            differing = next((a, b) for a, b in zip(folder.classes, classes, strict=True) if a != b)
+            raise UsageError(
+                f"--frozen-peers {folder.path} was trained on other classes: {differing[0]!r} "
+                f"where these images have {differing[1]!r}"
+            )
+        if folder.image_size != image_size:
+            raise UsageError(
+                f"--frozen-peers {folder.path} takes images of {folder.image_size} pixels, not "
+                f"{image_size}: use --image-size {folder.image_size}"
+            )
+    return {f"frozen-{index}": folder for index, folder in enumerate(folders)}
+
+
+def load_teachers(
+    folders: Mapping[str, PeerFolder],
+    normalisation: Normalisation,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    processes: Processes,
+) -> list[Teacher]:
+    """Build the frozen peers; every process holds all of them.
+
+    Args:
+        folders: by name, in order.
+        normalisation: of the run's images.
+        dtype: of the run's networks.
+        layout: memory layout of images and weights.
+        processes: give the device and the mixed precision.
+    """
+    teachers = []
+    for name, folder in folders.items():
+        net = load_network(folder).requires_grad_(False).to(dtype)
+        set_memory_format(net, layout)
+        net = processes.accelerator.prepare_model(net, evaluation_mode=True).eval()
+        teachers.append(Teacher(name, folder, net, normalisation))
+    return teachers
