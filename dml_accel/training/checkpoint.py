@@ -1,13 +1,13 @@
-"""Checkpoints: everything that a run carries, as safetensors and JSON, complete or absent.
+"""Checkpoints: all state that a run carries, as safetensors and JSON, complete or absent.
 
     step-00001000/
       state.json              step, what the run adds, the sha256 of every file and of itself
       <peer>.safetensors      parameters, buffers, the optimizer's tensors
       <peer>.json             the optimizer's numbers, the loss scaler
 
-A folder gets its name when every file in it is on the disk. Reading checks everything, shapes
-included, before any network is touched; names of files come from the peers' names, never from a
-file. A sha256 finds damage; that nothing read can execute is up to the two formats.
+A folder gets its name once every file in it is on the disk. Reading checks everything, shapes
+included, before any network is changed; file names come from the peers' names, never from a file.
+The sha256 detects damage; neither format can execute code.
 """
 
 import hashlib
@@ -19,23 +19,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dml_accel.core.files import LARGEST_JSON, UnreadableError, read_at_most, strict_json
-from dml_accel.models.spec import Peer
-from dml_accel.training.packing import (
-    CheckpointError,
-    pack,
-    require_fit,
-    require_state_fits,
-    unpack,
-)
+from dml_accel.core.errors import CheckpointError, CheckpointNotWrittenError, UnreadableError
+from dml_accel.core.files import LARGEST_JSON, read_at_most, strict_json
+from dml_accel.distributed.placement import Placement
+from dml_accel.mutual.peer import Peer
 
 _FORMAT = 1
 _LARGEST_HEADER = 16 * 2**20  # bytes
 _STATE = "state.json"
+_SCALER = set(torch.amp.GradScaler("cpu").state_dict())
 
 
 def _damaged(path: Path) -> CheckpointError:
@@ -45,8 +42,67 @@ def _damaged(path: Path) -> CheckpointError:
 # ---------------------------------------------------------------- writing
 
 
+def write_together(
+    root: Path,
+    step: int,
+    peers: Sequence[Peer],
+    state: dict[str, Any],
+    keep: int | None,
+    placement: Placement,
+) -> None:
+    """Write a checkpoint from all processes, or from none; older ones stay until it is complete.
+
+    Args:
+        root: the folder of checkpoints.
+        step: optimizer steps taken.
+        peers: those that are trained here; the first process of a peer writes it.
+        state: what else the run needs, as JSON.
+        keep: how many checkpoints to keep, this one included; None for all.
+        placement: which peers this process leads.
+
+    Raises:
+        CheckpointNotWrittenError: it could not be written, raised in all processes; the newest one
+            before it is intact.
+    """
+    first = placement.processes.rank == 0
+    folder = unnamed(root, step)
+
+    def begin_it() -> None:
+        if first:
+            begin(root, step)
+
+    def write_ours() -> None:
+        for peer in peers:
+            if placement.leads(peer.name):
+                write_peer(folder, peer)
+
+    def finish_it() -> None:
+        if first:
+            finish(folder, placement.names, step, state, keep)
+
+    # Every process waits after each part for all others: the folder exists before anybody writes
+    # into it, and it gets its name after everybody has.
+    for part in (begin_it, write_ours, finish_it):
+        problem = None
+        try:
+            part()
+        except OSError as error:
+            problem = error
+        failed = placement.processes.failed_rank(problem is not None)
+        if failed is not None:
+            if first:
+                abandon(root)
+            newest = next((path.name for path in named(root)), None)
+            raise CheckpointNotWrittenError(
+                f"the checkpoint of step {step} could not be written"
+                f"{f': {problem}' if problem else f' by rank {failed}'}; "
+                f"{f'{newest} is intact' if newest else 'there is none before it'}",
+                prints=problem is not None,
+            ) from problem
+
+
 def begin(root: Path, step: int) -> Path:
-    """Make the unnamed folder of a new checkpoint below ``root``; clear what others left behind."""
+    """Create the unnamed folder of a new checkpoint in ``root``; remove unfinished ones."""
     root.mkdir(parents=True, exist_ok=True)
     abandon(root)
     folder = unnamed(root, step)
@@ -55,18 +111,18 @@ def begin(root: Path, step: int) -> Path:
 
 
 def unnamed(root: Path, step: int) -> Path:
-    """Return the folder that a checkpoint is written into before it gets its name."""
+    """Return the folder in which a checkpoint is written before it gets its name."""
     return root / f".new-step-{step:08d}"
 
 
 def abandon(root: Path) -> None:
-    """Clear away what is not, or no longer, a checkpoint."""
+    """Remove what is not yet, or no longer, a checkpoint."""
     for leftover in root.glob(".*-step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_peer(folder: Path, peer: Peer) -> None:
-    """Write one peer's two files; on the disk when this returns."""
+    """Write the two files of a peer; they are on the disk when this returns."""
     tensors, rest = pack(peer)
     content = save(tensors, metadata={"format": "pt"})
     _write(folder / f"{peer.name}.safetensors", content)
@@ -77,7 +133,7 @@ def write_peer(folder: Path, peer: Peer) -> None:
 def finish(
     folder: Path, peers: Iterable[str], step: int, state: dict[str, Any], keep: int | None
 ) -> Path:
-    """Give a checkpoint whose peers are all written its name; then forget the oldest.
+    """Name a checkpoint whose peers are all written, then remove the oldest ones.
 
     Args:
         folder: what ``begin`` returned.
@@ -90,26 +146,26 @@ def finish(
     for name in peers:
         content = (folder / f"{name}.json").read_bytes()
         files[f"{name}.json"] = _sha256(content)
-        # By its writer, who has the bytes at hand: the first rank need not read the weights back.
+        # Computed by the peer's writer from the bytes at hand, so that rank 0 need not read them.
         files[f"{name}.safetensors"] = _parse(folder / f"{name}.json", content)["sha256"]
     whole = {"format": _FORMAT, "step": step, "files": files} | state
     _write(folder / _STATE, _dump(whole | {"sha256": _sha256(_dump(whole))}))
     _sync(folder)
     final = folder.with_name(f"step-{step:08d}")
-    if final.exists():  # damaged, or it would have been resumed from
+    if final.exists():  # damaged: else the run would have resumed from it
         final.rename(folder.with_name(f".old-step-{step:08d}"))
     folder.rename(final)
     _sync(final.parent)
-    # Later ones are damaged, or this run would have begun there: they do not count.
+    # Later ones are damaged, or this run would have resumed there: they do not count.
     known = [path for path in named(final.parent) if step_of(path) <= step]
     for old in known[keep:] if keep else ():
-        # Renamed first: what is half removed must not look like a checkpoint.
+        # Renamed first: a half removed folder must not look like a checkpoint.
         shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")), ignore_errors=True)
     return final
 
 
 def named(root: Path) -> list[Path]:
-    """Return the checkpoints below ``root``, the newest first."""
+    """Return the checkpoints in ``root``, the newest first."""
     return sorted(filter(is_named, root.glob("step-*")), key=step_of, reverse=True)
 
 
@@ -167,11 +223,11 @@ def verify(folder: Path, peers: Iterable[str]) -> dict[str, Any]:
 
 
 def load_peers(folder: Path, peers: Sequence[Peer]) -> dict[str, Any]:
-    """Set the peers back to what they were; return the content of state.json.
+    """Load the state of peers from a checkpoint; return the content of state.json.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or does not fit a peer. No peer has been
-            touched then.
+        CheckpointError: a file is missing or damaged, or does not fit a peer; no peer has been
+            changed then.
     """
     state = read_state(folder)
     read = [_read_peer(folder, state, peer) for peer in peers]
@@ -187,7 +243,7 @@ def _read_peer(
     expected, like = pack(peer)
     require_state_fits(folder / f"{peer.name}.json", peer, rest, like)
     weights = sum(t.numel() * t.element_size() for t in expected.values())
-    # An optimizer that has not stepped yet has less state than one that has: allow for it.
+    # The optimizer here has not stepped and has less state than the saved one: allow for it.
     path = folder / f"{peer.name}.safetensors"
     content = _bytes(path, 8 * weights + _LARGEST_HEADER)
     if _sha256(content) != state["files"].get(path.name):
@@ -208,6 +264,100 @@ def _read_rest(folder: Path, state: dict[str, Any], name: str) -> dict[str, Any]
     return _parse(path, content)
 
 
+# ---------------------------------------------------------------- a peer as tensors and JSON
+
+
+def pack(peer: Peer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all state of a peer: tensors by name, and the rest as JSON."""
+    tensors = {f"model.{n}": t for n, t in peer.module.state_dict().items()}
+    optimizer, numbers = peer.optimizer.state_dict(), {}
+    for index, state in optimizer["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                numbers[f"{index}.{name}"] = value
+    rest = {
+        "optimizer": numbers,
+        "groups": optimizer["param_groups"],
+        "scaler": peer.scaler.state_dict(),
+    }
+    # Cloned, because the format refuses tensors that share memory (tied weights).
+    return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, rest
+
+
+def unpack(peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Set a peer to what ``pack`` returned, after both ``require`` functions accepted it."""
+    weights = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("model.")}
+    peer.module.load_state_dict(weights)
+    values = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("optimizer.")}
+    state: dict[int, dict[str, Any]] = {}
+    for place, value in (values | rest["optimizer"]).items():
+        index, _, name = place.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    # Fused kernels walk through a weight and its state in memory order, and do not check that both
+    # have the same layout: give the state the layout of its weight.
+    weights_of = [weight for group in peer.optimizer.param_groups for weight in group["params"]]
+    for index, weight in enumerate(weights_of):
+        for name, value in state.get(index, {}).items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                state[index][name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+    peer.optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    if rest["scaler"]:
+        peer.scaler.load_state_dict(rest["scaler"])
+
+
+def require_state_fits(path: Path, peer: Peer, rest: dict[str, Any], like: dict[str, Any]) -> None:
+    """Refuse numbers that would make the optimizer or the scaler fail half way."""
+    numbers, groups, scaler = (rest.get(name) for name in ("optimizer", "groups", "scaler"))
+    weights = sum(len(group["params"]) for group in like["groups"])
+    fits = isinstance(numbers, dict) and all(
+        (place := re.fullmatch(r"(\d{1,9})\.\w+", name)) and int(place[1]) < weights
+        for name in numbers
+    )
+    fits &= isinstance(groups, list) and [_shape(g) for g in groups] == [
+        _shape(g) for g in like["groups"]
+    ]
+    fits &= isinstance(scaler, dict) and (not scaler or set(scaler) == _SCALER)
+    if not fits:
+        raise CheckpointError(f"{path} holds another optimizer or loss scaler than {peer.name} has")
+
+
+def _shape(group: Any) -> Any:
+    return (set(group), group.get("params")) if isinstance(group, dict) else None
+
+
+def require_fit(
+    path: Path, peer: Peer, tensors: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
+    """Refuse tensors that do not fit a peer.
+
+    Args:
+        path: the file, for the message.
+        peer: the peer.
+        tensors: that were read.
+        expected: what ``pack`` returns for the peer as it is.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape or dtype.
+    """
+    model = {name for name in expected if name.startswith("model.")}
+    if {name for name in tensors if name.startswith("model.")} != model:
+        raise CheckpointError(f"{path} holds other weights than {peer.name} has")
+    sizes = [w.shape for group in peer.optimizer.param_groups for w in group["params"]]
+    for name, value in tensors.items():
+        like, index = expected.get(name), name.partition(".")[2].partition(".")[0]
+        if like is not None:
+            fits = (value.shape, value.dtype) == (like.shape, like.dtype)
+        else:  # of an optimizer that has not stepped here: shaped like its weight, or a number
+            known = name.startswith("optimizer.") and index.isdigit() and int(index) < len(sizes)
+            fits = known and value.shape in (sizes[int(index)], torch.Size([]))
+        if not fits:
+            raise CheckpointError(
+                f"{path}: {name} {tuple(value.shape)} {value.dtype} does not fit {peer.name}"
+            )
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -219,9 +369,9 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
     try:
         found = strict_json(content)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is no JSON") from error
+        raise CheckpointError(f"{path} is damaged: it is not valid JSON") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: it is no JSON object")
+        raise CheckpointError(f"{path} is damaged: it does not hold a JSON object")
     return found
 
 

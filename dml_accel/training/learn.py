@@ -1,72 +1,43 @@
-"""From Python: networks and images of one's own in, records out. Nothing is written.
+"""Train your own modules on your own tensors, and iterate over the results. No files are written.
 
 Shape letters: N images, C channels, H and W pixels, K classes.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dml_accel.core.config import Config, UsageError
-from dml_accel.data import batches as data
-from dml_accel.data.batches import Data, ImageSet, Normalisation
+from dml_accel.core.config import Config
+from dml_accel.core.errors import UsageError, one_line
+from dml_accel.data import batches
+from dml_accel.data.batches import check_batch_size, slices
 from dml_accel.data.decode import Split
 from dml_accel.data.sources import Source
-from dml_accel.distributed.allocation import everywhere
 from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.launch import check_launch, launched_processes, share_cores
 from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.plan import everywhere
 from dml_accel.distributed.processes import Processes
-from dml_accel.models import build as building
-from dml_accel.models import peer_folder as frozen
-from dml_accel.models import spec as cohort
+from dml_accel.distributed.wrap import Wrapper
+from dml_accel.models.build import refuse_twins
+from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import PeerFolder
-from dml_accel.models.spec import Peer, PeerSpec
-from dml_accel.mutual import links
+from dml_accel.models.spec import PeerSpec
+from dml_accel.mutual.links import LinkWeights, read_links
+from dml_accel.mutual.peer import Peer
+from dml_accel.mutual.step import Cohort
+from dml_accel.mutual.teachers import load_teachers, read_teachers
 from dml_accel.mutual.teaching import Teaching
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, StepRecord, fit
+from dml_accel.training.setup import dtype_of, layout_of
 
 __all__ = ["Config", "EvaluationRecord", "StepRecord", "UsageError", "learn"]
 
 Labelled = tuple[Tensor, Tensor]
-# What names a folder or files; there are none here.
-_OF_FOLDERS = ("output_dir", "resume", "log_with")
-
-
-class Tensors(ImageSet):
-    """Floating images of any shape as they are: shuffled, and neither augmented nor normalised.
-
-    Args:
-        split: ``images`` [N, ...] floating.
-        seed: keys the order.
-        device: where batches are made.
-        dtype: of the images in a batch.
-        labelled: rows whose labels are used, int64; None for all.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        labelled: Tensor | None = None,
-    ) -> None:
-        self._images = split.images.to(device, dtype)
-        self._set_labels(split.labels, labelled, device)
-        self._augment, self._pad, self._seed, self._dtype = "none", 0, seed, dtype
-
-    def batch(self, step: int, batch_size: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        """Return rows ``lo`` to ``hi`` of the batch that optimizer step ``step`` uses."""
-        return self.at(self._rows_of(step, batch_size)[lo:hi])
-
-    def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images at some places in stored order, int64."""
-        rows = rows.to(self._device)
-        return self._images[rows], self._labels[rows]
+# Flags that name a folder or files, which ``learn`` does not have.
+_FILE_FLAGS = ("output_dir", "resume", "log_with")
 
 
 def learn(
@@ -75,98 +46,110 @@ def learn(
     test: Labelled,
     config: Config | None = None,
 ) -> Iterator[StepRecord | EvaluationRecord]:
-    """Train networks together, by what ``config`` says of the recipe and of the method.
+    """Train networks together, with the recipe and the method of ``config``.
 
     Args:
-        modules: by name, each mapping images to logits [B, K]; trained in place, on the device
-            that Accelerate finds. Untrained, unless their weights differ.
+        modules: by name, each from images to logits [B, K]; trained in place, on the device that
+            Accelerate finds. Untrained, unless their weights differ.
         train: images and labels [N] int64. Images are uint8 [N, H, H, 3], augmented and normalised
-            as ``config`` says, or floating of any shape, such as [N, C, H, W]: these are taken as
-            they are.
-        test: to report on; images of the same kind.
-        config: see ``train.py --help``; what it says of cohort, data set and files has no meaning
-            here.
+            as ``config`` says, or floating of any shape, such as [N, C, H, W], used as they are.
+        test: images of the same kind, and labels, to report on.
+        config: see ``train.py --help``; cohort, data set and files have no meaning here.
 
     Yields:
         A record per optimizer step, and one per evaluation; the last is an evaluation. Losses stay
-        on the device, rows in the order of the sorted names.
+        on the device, with rows in the order of the sorted names.
 
     Raises:
         UsageError: at once, before the first record: modules, images and ``config`` do not fit.
-        DivergedError: a peer is lost.
+        DivergedError: a peer has diverged.
     """
     config = config or Config()
     if not isinstance(modules, Mapping):
         raise UsageError(f"modules is a {type(modules).__name__}; it must map names to networks")
-    for name in _OF_FOLDERS:
-        if getattr(config, name):
-            raise UsageError(f"Config({name}={getattr(config, name)!r}): learn writes no files")
-    if config.placement == "split":
-        raise UsageError("Config(placement='split'): learn has every network in every process")
-    check_launch(config)
-    share_cores(config)
-    source, config = _source(modules, train, test, config)
-    data.check_sizes(source, config)
-    folders = frozen.read_all(config.frozen_peers, source.classes, config.image_size)
-    if folders and source.train.images.is_floating_point():
-        raise UsageError("Config(frozen_peers=...) needs uint8 images, to normalise them for each")
-    weights = links.read(config.links, list(modules), list(folders))
-    teaching = Teaching(config, list(modules), list(folders), weights)
-    return _records(modules, source, config, teaching, folders)
+    for name in _FILE_FLAGS:
+        if value := getattr(config.run, name):
+            raise UsageError(f"Config({name}={value!r}): learn writes no files")
+    if config.compute.placement == "split":
+        raise UsageError("Config(placement='split'): learn trains every network in every process")
+    check_launch(config.numerics, config.compute, config.optim)
+    share_cores(config.compute)
+    source, config = _check(modules, train, test, config)
+    check_batch_size(source, config.data, config.optim.batch_size)
+    frozen = read_teachers(config.method.frozen_peers, source.classes, config.data.image_size)
+    if frozen and source.train.images.is_floating_point():
+        raise UsageError("Config(frozen_peers=...) needs uint8 images, normalised for each teacher")
+    links = read_links(config.method.links, list(modules), list(frozen))
+    return _records(modules, source, config, frozen, links)
 
 
 def _records(
     modules: Mapping[str, nn.Module],
     source: Source,
     config: Config,
-    teaching: Teaching,
-    folders: dict[str, PeerFolder],
+    frozen: Mapping[str, PeerFolder],
+    links: LinkWeights | None,
 ) -> Iterator[StepRecord | EvaluationRecord]:
-    processes = Processes(config)
+    processes = Processes(config.numerics, config.compute)
     try:
         with processes.watching():
-            placement = Placement(config, processes, everywhere(modules, processes.world_size))
-            images = _prepare(source, config, placement.device)
-            peers = [_peer(name, net, config, placement) for name, net in modules.items()]
-            teachers = frozen.prepare(folders, images, config, placement)
-            for record in fit(peers, images, config, placement, None, None, teaching, teachers):
+            ranks = everywhere(modules, processes.world_size)
+            placement = Placement(processes, ranks, config.numerics.batch_norm)
+            dtype, layout = dtype_of(config), layout_of(config, processes.device)
+            images = batches.prepare(
+                source,
+                config.data,
+                seed=config.seed,
+                device=placement.device,
+                dtype=dtype,
+                memory_format=layout,
+            )
+            cohort = Cohort(
+                [_peer(name, modules[name], config, placement) for name in sorted(modules)],
+                load_teachers(frozen, images.normalisation, dtype, layout, processes),
+                images.train,
+                placement,
+                Teaching(
+                    config.method,
+                    list(modules),
+                    list(frozen),
+                    links,
+                    exchange_dtype=config.numerics.exchange_dtype,
+                ),
+                config.optim,
+                config.method.update,
+                config.seed,
+                config.compute.low_memory,
+            )
+            for record in fit(cohort, images, config.run):
                 if not isinstance(record, CheckpointRecord):
                     yield record
-            processes.release_networks()
+            processes.free_networks()
             processes.close()
     finally:
-        processes.stop_beating()
+        processes.stop_heartbeat()
 
 
 def _peer(name: str, module: nn.Module, config: Config, placement: Placement) -> Peer:
-    module.double() if config.float64 else module
-    net = placement.prepare(module.train())
-    spec = PeerSpec(name, type(module).__name__)
-    return Peer(spec, module, net, cohort.optimizer(module, config), placement.scaler())
-
-
-def _prepare(source: Source, config: Config, device: torch.device) -> Data:
-    if not source.train.images.is_floating_point():
-        return data.prepare(source, config, device)
-    train, val = data.held_out(source, config)
-    dtype = torch.float64 if config.float64 else torch.float32
-
-    def tensors(split: Split, labelled: Tensor | None = None) -> Tensors:
-        return Tensors(split, config.seed, device, dtype, labelled)
-
-    return Data(
-        tensors(train, data.labelled_rows(train, config)),
-        tensors(val) if val else None,
-        tensors(source.test),
-        source.classes,
-        Normalisation((0.0,) * 3, (1.0,) * 3),
+    if config.numerics.float64:
+        module.double()
+    parts = slices(config.optim.batch_size, config.optim.grad_accum)
+    wrapper = Wrapper(
+        placement,
+        [stop - start for start, stop in parts],
+        config.data.image_size,
+        layout_of(config, placement.device),
     )
+    net = wrapper.wrap(module.train())
+    optimizer = make_optimizer(module, config.optim)
+    spec = PeerSpec(name, type(module).__name__)
+    return Peer(spec, module, net, optimizer, placement.processes.loss_scaler())
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- validation
 
 
-def _source(
+def _check(
     modules: Mapping[str, nn.Module], train: Labelled, test: Labelled, config: Config
 ) -> tuple[Source, Config]:
     """Return the images, and the configuration with their size.
@@ -180,16 +163,17 @@ def _source(
     for name, split in splits.items():
         _check_split(name, split, splits["train"].images)
     shape, floating = splits["train"].images.shape[1:], splits["train"].images.is_floating_point()
-    if floating and config.augment not in (None, "none"):
+    augment = config.data.augment
+    if floating and augment not in (None, "none"):
         raise UsageError(
-            f"Config(augment={config.augment!r}): floating images are taken as they are; give "
-            "uint8 ones [N, H, H, 3], or augment='none'"
+            f"Config(augment={augment!r}): floating images are used as they are; give uint8 "
+            "images [N, H, H, 3], or augment='none'"
         )
     if floating and launched_processes() > 1 and list(shape) != [3, shape[-1], shape[-1]]:
         raise UsageError(f"several processes need images [N, 3, H, H]; these are [N, *{[*shape]}]")
     if not floating or launched_processes() > 1:
-        config = dataclasses.replace(config, image_size=shape[1])
-    classes = _classes(modules, splits["train"].images[:1], config)
+        config = config.changed(image_size=shape[1])
+    classes = _count_classes(modules, splits["train"].images[:1])
     for name, split in splits.items():
         least, most = int(split.labels.min()), int(split.labels.max())
         if least < 0 or most >= classes:
@@ -198,9 +182,9 @@ def _source(
                 f"0 to {classes - 1}"
             )
     for name, module in modules.items():
-        if launched_processes() > 1 and config.batch_norm == "group":
+        if launched_processes() > 1 and config.numerics.batch_norm == "group":
             check_spanning(module, name)
-    building.refuse_twins(modules)
+    refuse_twins(modules)
     return Source(splits["train"], splits["test"], tuple(map(str, range(classes)))), config
 
 
@@ -209,40 +193,41 @@ def _check_split(name: str, split: Split, like: Tensor) -> None:
     if len(labels) == 0 or labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise UsageError(
             f"{name} has images {list(images.shape)} and labels {list(labels.shape)} of "
-            f"{labels.dtype}; a label of torch.int64 is needed for each image"
+            f"{labels.dtype}; each image needs a label of torch.int64"
         )
     if images.shape[1:] != like.shape[1:] or images.dtype != like.dtype:
         raise UsageError(
-            f"{name} has images {list(images.shape)} of {images.dtype}, and train "
+            f"{name} has images {list(images.shape)} of {images.dtype}, but train has "
             f"{list(like.shape)} of {like.dtype}"
         )
     square = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
     if not images.is_floating_point() and not (images.dtype == torch.uint8 and square):
         raise UsageError(
-            f"{name} has images {list(images.shape)} of {images.dtype}: write uint8 [N, H, H, 3], "
-            "or floating ones of any shape"
+            f"{name} has images {list(images.shape)} of {images.dtype}; give uint8 images "
+            "[N, H, H, 3], or floating ones of any shape"
         )
 
 
 @torch.no_grad()
-def _classes(modules: Mapping[str, nn.Module], image: Tensor, config: Config) -> int:
-    """Return the classes that the networks tell apart, by a look at one image."""
-    found: dict[str, Any] = {}
+def _count_classes(modules: Mapping[str, nn.Module], image: Tensor) -> int:
+    """Return the number of classes of the networks, from their logits for one image."""
+    shapes: dict[str, Any] = {}
     for name, module in modules.items():
         weight = next(module.parameters(), None)
         if weight is None:
-            raise UsageError(f"{name} has no parameters to learn")
+            raise UsageError(f"{name} has no parameters to train")
         x = image if image.is_floating_point() else image.permute(0, 3, 1, 2) / 255
         training = module.training
         module.eval()
         try:
-            found[name] = list(module(x.to(weight)).shape)
-        except Exception as error:  # whatever a network of one's own raises
-            reason = " ".join(str(error).split())
-            raise UsageError(f"{name} cannot take images {list(x.shape)}: {reason}") from error
+            shapes[name] = list(module(x.to(weight)).shape)
+        except Exception as error:  # whatever a user's network raises
+            raise UsageError(
+                f"{name} cannot take images {list(x.shape)}: {one_line(error)}"
+            ) from error
         finally:
             module.train(training)
-    shapes = list(found.values())
-    if any(len(s) != 2 or s[0] != 1 or s[1] < 2 or s != shapes[0] for s in shapes):
-        raise UsageError(f"networks must return logits [1, classes] for one image; these: {found}")
-    return int(shapes[0][1])
+    first, *others = shapes.values()
+    if len(first) != 2 or first[0] != 1 or first[1] < 2 or any(one != first for one in others):
+        raise UsageError(f"networks must return logits [1, classes] for one image; these: {shapes}")
+    return int(first[1])

@@ -1,30 +1,35 @@
-"""Training and evaluation. The loop does not know the method: a step returns named parts.
+"""The training loop, and evaluation. The loop does not know the method: a step returns named parts.
 
-Nothing here reads a number back from the device: records carry tensors, and whoever writes them
-decides when to wait.
+Nothing here reads a value back from the device in every step: records carry tensors, and whoever
+writes them decides when to wait for the device.
 
-Shape letters: K peers, B rows of a batch, C classes.
+Shape letters: K peers, B rows of a batch, C classes, P parts of a loss.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dml_accel.core.config import Config
+from dml_accel.core.config import Interval, OptimConfig, RunConfig
+from dml_accel.core.errors import DivergedError, StoppedError
 from dml_accel.data.batches import Data, ImageSet
-from dml_accel.distributed.launch import Stop, StoppedError
+from dml_accel.distributed.launch import Stop
 from dml_accel.distributed.placement import Placement
-from dml_accel.models.peer_folder import Frozen
-from dml_accel.models.spec import Peer, learning_rate
+from dml_accel.models.optim import learning_rate
 from dml_accel.mutual.metrics import batch_sums, finish, no_sums
-from dml_accel.mutual.step import Step, train_step
-from dml_accel.mutual.teaching import Teaching
-from dml_accel.training.agenda import Agenda, Start, Streaks, refuse_lost
+from dml_accel.mutual.peer import Peer
+from dml_accel.mutual.step import PARTS, Cohort, train_step
 
 _EVALUATION_ROWS = 256
+_STEPS_BETWEEN_LOOKS = 10
+# A cross-entropy this many times that of guessing means that a peer has diverged.
+_DIVERGED = 100.0
+_REMEDY = "a smaller --lr or --clip-norm 1 may help"
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,11 @@ class StepRecord:
 
     Attributes:
         step: optimizer steps taken, this one included.
-        epoch: the epoch it belongs to, from 0.
-        lr: the learning rate it used.
+        epoch: the epoch of the step, from 0.
+        lr: the learning rate of the step.
         pauses: whether a checkpoint or an evaluation follows before the next step.
-        losses_KP: mean over the batch of every peer's parts, in name order and ``PARTS`` order,
-            on the device. A peer whose loss is not finite has skipped the step.
+        losses_KP: mean over the batch of the ``PARTS`` of every peer's loss, in name order, on the
+            device. A peer whose loss is not finite has skipped the step.
     """
 
     step: int
@@ -59,7 +64,13 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """What the run needs to go on from here is to be kept before ``fit`` is asked for more."""
+    """A checkpoint is due: whoever iterates over ``fit`` writes it before asking for more.
+
+    Attributes:
+        step: optimizer steps taken.
+        epoch: the epoch of the last step, from 0.
+        lost: how many steps in a row each peer has lost up to now.
+    """
 
     step: int
     epoch: int
@@ -69,75 +80,241 @@ class CheckpointRecord:
 Record = StepRecord | CheckpointRecord | EvaluationRecord
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where training starts: all that a run carries besides its peers.
+
+    Attributes:
+        step: optimizer steps taken before.
+        lost: how many steps in a row each peer has lost up to there; 0 if it is not named.
+        saved: whether this run's folder has a checkpoint of that step.
+    """
+
+    step: int = 0
+    lost: Mapping[str, int] = field(default_factory=dict)
+    saved: bool = False
+
+
+def steps_to_take(optim: OptimConfig, images: int) -> int:
+    """Return the optimizer steps of a whole run over ``images`` training images."""
+    steps = optim.epochs * (images // optim.batch_size)
+    return min(steps, optim.max_steps or steps)
+
+
+def evaluation_follows(optim: OptimConfig, run: RunConfig, images: int, step: int) -> bool:
+    """Whether an evaluation follows ``step`` optimizer steps, apart from intervals in minutes."""
+    last = step == steps_to_take(optim, images)
+    return step > 0 and (last or run.eval_interval.due(step, images // optim.batch_size))
+
+
+# ---------------------------------------------------------------- training
+
+
 def fit(
-    peers: Sequence[Peer],
+    cohort: Cohort,
     data: Data,
-    config: Config,
-    placement: Placement,
+    run: RunConfig,
     start: Start | None = None,
     stop: Stop | None = None,
-    teaching: Teaching | None = None,
-    frozen: Sequence[Frozen] = (),
 ) -> Iterator[Record]:
-    """Train the cohort: one record per step, checkpoint and evaluation; the last is an evaluation.
+    """Train the cohort: a record per step, checkpoint and evaluation; the last is an evaluation.
 
-    A checkpoint comes before the evaluation of its step, so that an evaluation can be repeated. One
-    that falls due while a peer loses steps waits until it has taken one.
+    A checkpoint comes before the evaluation of the same step, so that the evaluation can be
+    repeated. One that is due while a peer loses steps waits until all peers have taken a step.
 
     Args:
-        peers: in the order of the command line; sums over peers run in name order.
-        data: images on the placement's device.
-        config: what to do.
-        placement: where to do it.
+        cohort: the peers of this process, and what they are trained with.
+        data: images on the device of the placement.
+        run: intervals, and when a peer counts as diverged.
         start: what the peers have behind them.
-        stop: looked at after each step and while evaluating (where several processes have
-            accelerators, every few steps); what one is asked, all do.
-        teaching: who learns what from whom (default: all from all, as the configuration says).
-        frozen: those that only teach.
+        stop: checked after each step and during evaluation; with several accelerators every few
+            steps. A stop that one process is asked for is obeyed by all.
 
     Raises:
         DivergedError: a peer lost ``--max-nonfinite`` steps in a row, or its predictions are not
             finite at the end.
-        StoppedError: a stop was asked for; the checkpoint of the last step came before.
+        StoppedError: the run was stopped; a checkpoint of the last step was due before.
     """
     start, stop = start or Start(), stop or Stop()
-    teaching = teaching or Teaching(config, [peer.name for peer in peers])
-    peers = sorted(peers, key=lambda peer: peer.name)
-    per_epoch = len(data.train) // config.batch_size
-    agenda = Agenda(config, placement, len(data.train), start, stop)
-    streaks = Streaks(placement, len(data.classes), start, config.max_nonfinite)
-    step, found = start.step, None
+    placement, optim, per_epoch = cohort.placement, cohort.optim, cohort.steps_per_epoch
+    agenda = Agenda(optim, run, placement, len(data.train), start, stop)
+    streaks = Streaks(placement, len(data.classes), start, run.max_nonfinite)
+    step, evaluation = start.step, None
     while True:
         epoch = max(step - 1, 0) // per_epoch
-        if agenda.keeps(step):
+        if agenda.saves(step):
             yield CheckpointRecord(step, epoch, streaks.by_name())
-            agenda.has_kept(step)
+            agenda.has_saved(step)
         if agenda.evaluates and not agenda.stops:
-            found = _evaluated(peers, data, placement, stop, step, epoch)
-            if found is None:
+            evaluation = _evaluate_splits(cohort.peers, data, placement, stop, step, epoch)
+            if evaluation is None:  # stopped meanwhile: the checkpoint comes first
                 agenda.stops = True
                 continue
-            yield found
+            yield evaluation
             agenda.has_evaluated()
         if agenda.stops:
             raise StoppedError(f"stopped by {stop.signal or 'a signal to another process'}")
         if agenda.is_done(step):
             break
-        lr = learning_rate(config, step, per_epoch)
-        losses, asked = train_step(
-            Step(peers, frozen, data.train, step, lr, config, placement, teaching), agenda.asks
-        )
+        lr = learning_rate(optim, step, per_epoch)
+        losses, requested = train_step(cohort, step, lr, agenda.requests)
         step += 1
         streaks.count(losses)
-        looks = agenda.go_on(step, asked, streaks)
+        looked = agenda.advance(step, requested, streaks)
         yield StepRecord(step, (step - 1) // per_epoch, lr, agenda.pauses, losses)
-        if looks:
+        if looked:
             streaks.refuse_diverged(step)
-    assert found is not None, "the last step is evaluated"
-    refuse_lost(found.test["peers"])
+    assert evaluation is not None, "the last step is evaluated"
+    _refuse_lost(evaluation.test["peers"])
 
 
-def _evaluated(
+class Agenda:
+    """What comes before the next step: a checkpoint, an evaluation, or the end.
+
+    Attributes:
+        evaluates: whether an evaluation is due.
+        stops: whether any process was asked to stop.
+    """
+
+    def __init__(
+        self,
+        optim: OptimConfig,
+        run: RunConfig,
+        placement: Placement,
+        images: int,
+        start: Start,
+        stop: Stop,
+    ) -> None:
+        self._optim, self._run, self._images, self._stop = optim, run, images, stop
+        self._processes = placement.processes
+        self._on_cpu = placement.device.type == "cpu"
+        self._evaluation_timer = _Timer(run.eval_interval)
+        self._save_timer = _Timer(run.save_interval)
+        self._saved_step = start.step if start.saved else None
+        self.evaluates = evaluation_follows(optim, run, images, start.step)
+        # A run that continues another one's checkpoint first writes its own.
+        self._save_due = self._saves_now = start.step > 0 and not start.saved
+        self.stops = bool(self._processes.all_reduce_max(stop.requested))
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due now."""
+        return (self._saves_now or self.stops) and self._saved_step != step
+
+    def has_saved(self, step: int) -> None:
+        """Record that the checkpoint was saved, and check again for requests to stop."""
+        self._saved_step, self._save_due = step, False
+        self._save_timer.restart()
+        self.stops = bool(self._processes.all_reduce_max(self._stop.requested))
+
+    def has_evaluated(self) -> None:
+        """Record that the evaluation was made."""
+        self._evaluation_timer.restart()
+
+    def is_done(self, step: int) -> bool:
+        """Whether all steps are taken."""
+        return step >= steps_to_take(self._optim, self._images)
+
+    def requests(self) -> list[bool]:
+        """Return what this process requests: stop, evaluate, save. Rank 0's clock decides."""
+        timers = (self._evaluation_timer, self._save_timer)
+        decides = self._processes.rank == 0
+        return [self._stop.requested, *(decides and timer.is_up for timer in timers)]
+
+    def advance(self, step: int, requested: Tensor, streaks: "Streaks") -> bool:
+        """Decide what is due after a step; return whether the device was waited for.
+
+        Args:
+            step: optimizer steps taken.
+            requested: how many processes have each of the ``requests``, [3] on the device.
+            streaks: of steps that peers have lost.
+        """
+        per_epoch = self._images // self._optim.batch_size
+        self.evaluates = evaluation_follows(self._optim, self._run, self._images, step)
+        self._save_due |= self.is_done(step) or self._run.save_interval.due(step, per_epoch)
+        # Looking at the requests waits for an accelerator, so it happens less often there.
+        due = self.evaluates or self._save_due or step % _STEPS_BETWEEN_LOOKS == 0
+        looks = self._on_cpu or due
+        if looks or self._processes.world_size == 1:
+            self.stops, evaluation_is_up, save_is_up = (requested > 0).tolist()
+            self.evaluates |= evaluation_is_up
+            self._save_due |= save_is_up
+        self._saves_now = self._save_due and not streaks.any()
+        return looks
+
+    @property
+    def pauses(self) -> bool:
+        """Whether anything comes before the next step."""
+        return self.evaluates or self._saves_now or self.stops
+
+
+class _Timer:
+    """Tells when an interval in minutes has passed; never, for other units."""
+
+    def __init__(self, interval: Interval) -> None:
+        self._seconds = 60 * interval.count if interval.unit == "min" else math.inf
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+    @property
+    def is_up(self) -> bool:
+        return time.monotonic() - self._since >= self._seconds
+
+
+class Streaks:
+    """How many steps in a row each peer has lost, now and at most; on the device.
+
+    A step is lost if its loss is not finite or its cross-entropy out of bounds.
+    """
+
+    def __init__(self, placement: Placement, classes: int, start: Start, most: int) -> None:
+        self._names, self._most, device = placement.names, most, placement.device
+        self._bound = _DIVERGED * math.log(classes)
+        self._now = torch.tensor([start.lost.get(name, 0) for name in self._names], device=device)
+        self._longest = self._now
+
+    def count(self, losses_KP: Tensor) -> None:
+        """Count a step."""
+        within = losses_KP[:, PARTS.index("cross_entropy")] <= self._bound  # false for NaN
+        sound = losses_KP[:, 0].isfinite() & within  # [K]
+        self._now = torch.where(sound, 0, self._now + 1)
+        self._longest = torch.maximum(self._longest, self._now)
+
+    def any(self) -> bool:
+        """Whether a peer has lost the last step; this waits for the device."""
+        return bool(self._now.any())
+
+    def by_name(self) -> dict[str, int]:
+        """Return the current streaks."""
+        return dict(zip(self._names, self._now.tolist(), strict=True))
+
+    def refuse_diverged(self, step: int) -> None:
+        """Raise if a peer has lost too many steps in a row.
+
+        Raises:
+            DivergedError: the text names the peer.
+        """
+        for name, streak in zip(self._names, self._longest.tolist(), strict=True):
+            if streak >= self._most:
+                raise DivergedError(
+                    f"the loss of {name} was not finite, or its cross-entropy above "
+                    f"{self._bound:.0f}, for {streak} steps in a row by step {step} "
+                    f"(--max-nonfinite {self._most}); {_REMEDY}"
+                )
+
+
+def _refuse_lost(peers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise if a peer's predictions are not finite in the last evaluation."""
+    for name, metrics in peers.items():
+        if metrics["nll"] is None:
+            raise DivergedError(f"the predictions of {name} are not finite at the end; {_REMEDY}")
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def _evaluate_splits(
     peers: Sequence[Peer], data: Data, placement: Placement, stop: Stop, step: int, epoch: int
 ) -> EvaluationRecord | None:
     """Evaluate on the test split, and on the validation split if there is one; None if stopped."""
@@ -156,38 +333,38 @@ def evaluate(
     placement: Placement,
     stop: Stop | None = None,
 ) -> dict[str, Any] | None:
-    """Measure every peer and their ensemble on all of ``images``, each image counted once.
+    """Measure every peer and the ensemble on all of ``images``, each image counted once.
 
-    The networks are in training mode again afterwards.
+    The networks are in training mode afterwards.
 
     Args:
-        peers: those trained here.
+        peers: those that are trained here.
         images: a split.
         classes: how many there are.
         placement: which rows are ours.
-        stop: looked at after each chunk on a CPU, and where there is one process.
+        stop: checked after each chunk on a CPU, and with a single process.
 
     Returns:
-        See ``metrics.finish``; the same in all processes. None where one was asked to stop.
+        See ``metrics.finish``; the same in all processes. None if a process was asked to stop.
     """
     processes = placement.processes
     looks = stop and (processes.world_size == 1 or placement.device.type == "cpu")
     stops = False
     peers = sorted(peers, key=lambda peer: peer.name)
     modules = [peer.module.eval() for peer in peers]
-    placement.share_buffers(modules)
+    placement.broadcast_buffers(modules)
     sums = no_sums(len(placement.names), placement.device)
     chunk = _EVALUATION_ROWS * placement.slices
     for start in range(0, len(images), chunk):
-        stops = bool(looks and stop and processes.largest(stop.asked))
+        stops = bool(looks and stop and processes.all_reduce_max(stop.requested))
         if stops:
             break
         count = min(chunk, len(images) - start)
         lo, hi = placement.rows(count)
         x, y = images.rows(start + lo, start + hi)
-        # Ours may be no rows at all, which not every network takes.
+        # Our slice of the last chunk may be empty, which not every network accepts.
         ours = [module(x) if hi > lo else x.new_zeros(0, classes) for module in modules]
-        everyone = placement.gather(torch.stack(ours), count)
+        everyone = placement.gather(torch.stack(ours), count)  # [K, B, C]
         if placement.counts_rows and hi > lo:
             sums += batch_sums(everyone, y)
     for module in modules:

@@ -1,4 +1,4 @@
-"""From step records to numbers: windows of steps, throughput, and what a person sees meanwhile."""
+"""Progress of a run: its expected cost, windows of steps, throughput, and the progress bar."""
 
 import contextlib
 import math
@@ -11,25 +11,86 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from dml_accel.core.config import Config
+from dml_accel.data.batches import training_sizes
+from dml_accel.data.sources import Source
+from dml_accel.models.spec import parse_cohort
 from dml_accel.mutual.metrics import finite
 from dml_accel.mutual.step import PARTS
-from dml_accel.training.loop import EvaluationRecord, StepRecord
-from dml_accel.training.workload import Workload
+from dml_accel.training.loop import EvaluationRecord, StepRecord, steps_to_take
 
 _WARM_UP_STEPS = 2
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
-class Window:
-    """Consecutive steps summed up.
+class Workload:
+    """The expected cost of a run, in any unit that the runs of one display share.
 
     Attributes:
-        last: the last of them.
+        steps: optimizer steps of the whole run.
+        step: cost of one step.
+        evaluations: of the whole run.
+        evaluation: cost of one evaluation.
+        images_per_step: an image counts once, however many peers see it.
+        taken: optimizer steps that were taken before.
+    """
+
+    steps: int
+    step: float
+    evaluations: int
+    evaluation: float
+    images_per_step: int
+    taken: int = 0
+
+    @property
+    def total(self) -> float:
+        """Cost of the whole run."""
+        return self.steps * self.step + self.evaluations * self.evaluation
+
+    @property
+    def done(self) -> float:
+        """Cost of what was done before."""
+        return (self.total - self.evaluation) * self.taken / self.steps
+
+
+def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int = 0) -> Workload:
+    """Return the expected cost of a run, in forward passes of an image times ``image_cost``.
+
+    A backward pass counts as two forward passes. If evaluations follow the clock, only the last one
+    is counted.
+
+    Args:
+        config: of the run.
+        source: its images.
+        image_cost: of a forward pass of one image through all networks.
+        taken: optimizer steps that were taken before.
+    """
+    trained, held = training_sizes(source, config.data)
+    batch_size, schedule = config.optim.batch_size, config.method.schedule
+    steps = steps_to_take(config.optim, trained)
+    period = config.run.eval_interval.steps(trained // batch_size)
+    peers = len(parse_cohort(config.cohort))
+    return Workload(
+        steps=steps,
+        step=schedule.cost(peers) * batch_size * image_cost,
+        evaluations=-(-steps // period) if period else 1,
+        evaluation=(held + len(source.test)) * image_cost,
+        images_per_step=batch_size * schedule.batches_per_step(peers),
+        taken=taken,
+    )
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive steps, summarised.
+
+    Attributes:
+        last: the last one.
         steps: how many.
-        seconds: what they took.
-        losses: {peer: {part: mean over the steps that the peer took, None if none}}.
-        skipped: {peer: steps that it skipped because its loss was not finite}, those with any.
+        seconds: that they took.
+        losses: {peer: {part: mean over the steps that the peer took; None if it took none}}.
+        skipped: {peer: steps skipped because its loss was not finite}, for peers with any.
     """
 
     last: StepRecord
@@ -45,10 +106,10 @@ class Window:
 
 
 class Windows:
-    """Collects step records; reads the device once per window, not once per step.
+    """Collects step records, and reads losses from the device once per window, not once per step.
 
     Windows end after steps 1, 2, 4, 8, ..., then with every twentieth of an epoch, and before a
-    checkpoint or an evaluation, whose time is no step's.
+    checkpoint or an evaluation, whose time must not count as a step's.
 
     Args:
         peers: names, in the order of the records' rows.
@@ -64,11 +125,11 @@ class Windows:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time since the last window: it went into something else than steps."""
+        """Exclude the time since the last window, which was not spent on steps."""
         self._started = time.perf_counter()
 
     def add(self, record: StepRecord) -> Window | None:
-        """Take one record; return the window that it ends, if it ends one."""
+        """Add a record; return the window that it ends, if it ends one."""
         self._pending.append(record)
         early = record.step < self._every and record.step.bit_count() == 1
         into_epoch = (record.step - 1) % self.steps_per_epoch + 1
@@ -77,7 +138,7 @@ class Windows:
 
     def _close(self) -> Window:
         losses = torch.stack([record.losses_KP for record in self._pending]).cpu().double()
-        now = time.perf_counter()  # after the read above, which waits for the device
+        now = time.perf_counter()  # after the line above, which waits for the device
         taken = losses[:, :, :1].isfinite()
         means = (torch.where(taken, losses, 0.0).sum(0) / taken.sum(0)).tolist()
         skipped = (~taken).sum(0)[:, 0].tolist()
@@ -96,7 +157,7 @@ class Windows:
         return window
 
     def throughput(self, images: int) -> dict[str, float | None]:
-        """Images per second and the median step, without the first steps of this process."""
+        """Return images per second and the median step, without the first steps of this process."""
         done, windows = 0, []
         for window in self._measured:
             if done >= _WARM_UP_STEPS:
@@ -114,12 +175,13 @@ class Windows:
 
 
 class Display:
-    """One bar with the time left on a terminal; plain lines elsewhere. Everything on stderr.
+    """A progress bar with the remaining time on a terminal, plain lines elsewhere; all on stderr.
 
     Args:
-        work: of all runs that will be shown, in the unit of their workloads.
+        work: cost of all runs that will be shown, in the unit of their workloads.
         quiet: show nothing.
-        many: several runs: a line a minute, and of the evaluations only each run's last.
+        many: whether there are several runs: a line per minute, and only each run's last
+            evaluation.
     """
 
     def __init__(self, work: float, quiet: bool = False, many: bool = False) -> None:
@@ -134,25 +196,23 @@ class Display:
             dynamic_ncols=True,
             file=sys.stderr,
         )
-        self._started, self._said = time.monotonic(), -math.inf
+        self._started, self._printed = time.monotonic(), -math.inf
         self._done = 0.0
 
-    def begin(self, label: str, workload: Workload, epochs: int, batch_size: int) -> None:
+    def begin(self, label: str, workload: Workload, epochs: int) -> None:
         """Show another run.
 
         Args:
-            label: what to call it; empty where there is only one.
-            workload: its own.
-            epochs: configured epochs.
-            batch_size: images of one step.
+            label: of the run; empty if it is the only one.
+            workload: its expected cost.
+            epochs: as configured.
         """
-        self._label, self._workload = label, workload
-        self._epochs, self._batch_size = epochs, batch_size
-        self._work -= workload.done  # it takes no time here
+        self._label, self._workload, self._epochs = label, workload, epochs
+        self._work -= workload.done  # it was done before and takes no time now
         self._end = self._done + workload.total - workload.done
 
     def step(self, window: Window | None) -> None:
-        """Count a step; ``window`` holds the news where a window ended with it."""
+        """Count a step; ``window`` is the one that ended with it, if one did."""
         self._advance(self._workload.step)
         if window is None:
             return
@@ -160,39 +220,39 @@ class Display:
             f"{peer} ce {_number(part['cross_entropy'])} kl {_number(part['kl'])}"
             for peer, part in window.losses.items()
         )
-        rate = self._batch_size / window.step_seconds
+        rate = self._workload.images_per_step / window.step_seconds
         if window.skipped:
             skipped = ", ".join(f"{peer} {count}" for peer, count in window.skipped.items())
-            self._say(
-                f"{self._at(window.last)} steps skipped of the last {window.steps}, because the "
+            self._print(
+                f"{self._at(window.last)} skipped steps of the last {window.steps}, because the "
                 f"loss was not finite: {skipped}"
             )
         if self._terminal:
             epoch = f"epoch {window.last.epoch + 1}/{self._epochs}"
             self._bar.set_description(f"{self._label} {epoch}".strip(), False)
             self._bar.set_postfix_str(f"{rate:.0f} images/s {losses}")
-        elif time.monotonic() - self._said >= self._seconds_between_lines:
+        elif time.monotonic() - self._printed >= self._seconds_between_lines:
             spent = time.monotonic() - self._started
             left = _duration(spent / self._done * max(0.0, self._work - self._done))
-            self._say(f"{self._at(window.last)} {rate:.0f} images/s, {left} left: {losses}")
+            self._print(f"{self._at(window.last)} {rate:.0f} images/s, {left} left: {losses}")
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """Say what an evaluation found."""
+        """Print the accuracies of an evaluation."""
         self._advance(self._workload.evaluation)
         if self._many and record.step < self._workload.steps:
             return
-        found = record.val or record.test
         split = "val" if record.val else "test"
-        scores = [*found["peers"].items(), ("ensemble", found["ensemble"])]
+        metrics = record.val or record.test
+        scores = [*metrics["peers"].items(), ("ensemble", metrics["ensemble"])]
         accuracies = " ".join(f"{name} {100 * score['top1']:.2f}%" for name, score in scores)
-        self._say(f"{self._at(record)} {split} top-1: {accuracies}")
+        self._print(f"{self._at(record)} {split} top-1: {accuracies}")
 
     def end(self) -> None:
-        """Count a run as done, whatever its evaluations were estimated at."""
+        """Count the run as done, whatever its evaluations were estimated to cost."""
         self._advance(self._end - self._done)
 
     def close(self) -> None:
-        """Take the bar off the screen's last line."""
+        """Remove the bar from the last line of the screen."""
         self._bar.close()
 
     def _advance(self, work: float) -> None:
@@ -206,8 +266,8 @@ class Display:
             f"epoch {record.epoch + 1}/{self._epochs}"
         )
 
-    def _say(self, line: str) -> None:
-        self._said = time.monotonic()
+    def _print(self, line: str) -> None:
+        self._printed = time.monotonic()
         if self._quiet:
             return
         if self._terminal:
@@ -226,8 +286,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def device_memory(device: torch.device) -> int:
-    """Peak memory of this process in bytes: the accelerator's where there is one, else resident."""
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process in bytes: on CUDA the GPU's, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -241,8 +301,8 @@ def device_memory(device: torch.device) -> int:
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Let ``device_memory`` start anew: several runs may share a process."""
+    """Reset ``peak_memory``, because several runs may share a process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):  # the system may not offer it: the process's peak then
+    with contextlib.suppress(OSError):  # not on every system; the peak then covers all runs
         Path("/proc/self/clear_refs").write_text("5")

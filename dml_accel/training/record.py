@@ -1,51 +1,49 @@
-"""What a run leaves in its folder: its description, its records, its results, its peers."""
+"""What a run writes to its folder: description, records, results and peers."""
 
 from typing import Any
 
 from safetensors import SafetensorError
 
 from dml_accel.core.files import write_text
-from dml_accel.core.tables import results_markdown
+from dml_accel.core.tables import percent, results_table
 from dml_accel.core.versions import commit, versions
-from dml_accel.distributed.plan import predict, this_machine
-from dml_accel.models.model_card import write_peer
+from dml_accel.distributed.plan import StepLoad, predict, this_machine
+from dml_accel.models.peer_folder import write_peer
 from dml_accel.training import trackers
-from dml_accel.training.agenda import evaluation_follows
-from dml_accel.training.loop import EvaluationRecord, Record, StepRecord
-from dml_accel.training.preparing import Prepared
+from dml_accel.training.loop import EvaluationRecord, Record, StepRecord, evaluation_follows
 from dml_accel.training.progress import Display, Window, Windows
 from dml_accel.training.run_folder import RunFolder
+from dml_accel.training.setup import Prepared
 from dml_accel.training.trackers import Trackers
-from dml_accel.training.workload import images_of_a_step
 
 
 class Recorder:
-    """Turns the records of training into lines of metrics.jsonl and news for the display.
+    """Writes the records of training to metrics.jsonl, trackers and the display.
 
     Args:
-        folder: an entered run folder; its records begin here.
+        folder: an entered run folder, whose records are opened here.
         ready: what is trained.
         command: the command line, for the record.
-        display: what shows the run, and has been told of it.
+        display: shows the run, which has begun there.
     """
 
     def __init__(self, folder: RunFolder, ready: Prepared, command: str, display: Display) -> None:
         self._folder, self._ready, self._display = folder, ready, display
         self._command = command
-        images, step = len(ready.images.train), ready.start.step
-        self._windows = Windows(ready.placement.names, images // ready.config.batch_size)
-        known = step if ready.goes_on else None
-        folder.begin(known, evaluation_follows(ready.config, images, step))
-        folder.write("config.json", description(ready, command))
-        self._told = Trackers(
-            trackers.check(ready.config.log_with), folder.path, ready.config.as_dict(), known
-        )
-        folder.tell(self._told)
-        event = "resume" if ready.goes_on else "start"
+        config, step = ready.config, ready.start.step
+        self._windows = Windows(ready.placement.names, ready.cohort.steps_per_epoch)
+        resumed = step if ready.resumes else None
+        again = evaluation_follows(config.optim, config.run, len(ready.images.train), step)
+        folder.begin(resumed, again)
+        folder.write("config.json", run_description(ready, command))
+        names = trackers.resolve(config.run.log_with)
+        self._trackers = Trackers(names, folder.path, config.as_dict(), resumed)
+        folder.follow_with(self._trackers)
+        event = "resume" if ready.resumes else "start"
         folder.event(event, step, step // self._windows.steps_per_epoch)
 
     def take(self, record: Record) -> None:
-        """Take the next record of training."""
+        """Write the next record of training."""
         if isinstance(record, StepRecord):
             window = self._windows.add(record)
             self._display.step(window)
@@ -71,7 +69,7 @@ class Recorder:
         )
 
     def stop(self, reason: str) -> None:
-        """Record that training was stopped."""
+        """Record that training was stopped, and why."""
         self._folder.status("stopped", reason)
 
     def end(self, last: EvaluationRecord) -> None:
@@ -84,19 +82,21 @@ class Recorder:
 
         Args:
             last: the last evaluation.
-            memory: peak bytes of the process that needed most.
+            memory: peak bytes of the process that needed the most.
         """
-        throughput = self._windows.throughput(images_of_a_step(self._ready.config))
-        found = results(self._ready, last, throughput, memory)
-        text = results_markdown(found, self._ready.config.as_dict(), self._command)
+        config, cohort = self._ready.config, self._ready.cohort
+        batches = config.method.schedule.batches_per_step(len(cohort.placement.names))
+        throughput = self._windows.throughput(config.optim.batch_size * batches)
+        content = results(self._ready, last, throughput, memory)
+        text = results_markdown(content, config.data.dataset, self._command)
         write_text(self._folder.path / "results.md", text)
-        self._told.text("results", text, last.step)
-        self._folder.write("results.json", found)  # the last: it says that the run is done
-        return found
+        self._trackers.text("results", text, last.step)
+        self._folder.write("results.json", content)  # last, because it marks the run as done
+        return content
 
 
-def description(ready: Prepared, command: str) -> dict[str, Any]:
-    """Return the content of config.json: what it takes to repeat the run."""
+def run_description(ready: Prepared, command: str) -> dict[str, Any]:
+    """Return the content of config.json: what is needed to repeat the run."""
     checked, placement, images = ready.checked, ready.placement, ready.images
     return {
         "format": 1,
@@ -120,12 +120,12 @@ def description(ready: Prepared, command: str) -> dict[str, Any]:
 def results(
     ready: Prepared, last: EvaluationRecord, throughput: dict[str, float | None], memory: int
 ) -> dict[str, Any]:
-    """Return the content of results.json; shares are fractions, NLL in nats, memory in bytes."""
+    """Return the content of results.json: fractions in [0, 1], NLL in nats, memory in bytes."""
     config, placement = ready.config, ready.placement
     return {
         "format": 1,
         "seed": config.seed,
-        "epochs": config.epochs,
+        "epochs": config.optim.epochs,
         "steps": last.step,
         "device": str(placement.device),
         "mixed_precision": placement.processes.mixed_precision,
@@ -151,34 +151,67 @@ def results(
 
 
 def _sent(ready: Prepared) -> list[float]:
-    """Return the payload bytes that each process sends in a step, as predicted."""
+    """Return the predicted payload bytes that each process sends per step."""
     if ready.placement.processes.world_size == 1:
         return [0.0]
-    classes, costs = len(ready.images.classes), ready.checked.costs
-    return predict(ready.placement.ranks, costs, ready.config, classes, this_machine()).sent
+    load = StepLoad.of(ready.config, len(ready.images.classes))
+    return predict(ready.placement.ranks, ready.checked.costs, load, this_machine()).sent
 
 
 def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
-    """Write the folders of the peers that this process leads; return what prevented it."""
+    """Write the folders of the peers that this process leads; return the error, if there is one."""
     archs = {name: folder.arch for name, folder in ready.checked.frozen.items()}
-    for peer in filter(lambda peer: ready.placement.leads(peer.name), ready.peers):
-        teachers = ready.teaching.teachers_of(peer.name)
+    images, data = ready.images, ready.config.data
+    for peer in filter(lambda peer: ready.placement.leads(peer.name), ready.cohort.peers):
+        teachers = ready.cohort.teaching.teachers_of(peer.name)
         folder = ready.path / "peers" / peer.name
         try:
             write_peer(
                 folder,
-                peer,
+                peer.module,
+                peer.spec,
                 last.test["peers"][peer.name],
-                classes=ready.images.classes,
-                normalisation=ready.images.normalisation,
-                image_size=ready.config.image_size,
-                dataset=ready.config.dataset,
+                classes=images.classes,
+                normalisation=images.normalisation,
+                image_size=data.image_size,
+                dataset=data.dataset,
                 steps=last.step,
-                taught_by=[archs.get(name, name) for name in teachers],
+                teachers=[archs.get(name, name) for name in teachers],
                 distilled=set(teachers) <= archs.keys(),
             )
         except OSError as error:
             return error
-        except SafetensorError as error:  # the format's own, a full disk among them
+        except SafetensorError as error:  # safetensors raises its own kind, also for a full disk
             return OSError(f"{folder} cannot be written: {error}")
     return None
+
+
+def results_markdown(results: dict[str, Any], dataset: str, command: str) -> str:
+    """Return results.md: the table, and what is needed to repeat it."""
+    agreement = ""
+    if results["agreement"] is not None:
+        agreement = (
+            f"\nTwo peers predict the same class on {percent(results['agreement'])}% of the "
+            "images (mean over pairs)."
+        )
+    seed = f"seed {results['seed']}. The ensemble is the mean posterior.{agreement}"
+    rate = results["throughput"]["images_per_second"]
+    sent = ", ".join(f"{size / 1e3:.1f}" for size in results["sent_bytes_per_step"])
+    placed = "; ".join(
+        f"{name} on {', '.join(map(str, ranks))}"
+        for name, ranks in results["placement"]["ranks"].items()
+    )
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
+    return f"""# {" + ".join(peer["name"] for peer in results["peers"])} on {dataset}
+
+{results_table(results, "github")}
+
+Test split, {results["ensemble"]["n"]:,} images, after the last of {results["steps"]:,} steps
+({results["epochs"]} epochs configured), {seed}
+
+- Command: `{command}`
+- {results["world_size"]} process(es) on {results["device"]}, precision
+  {results["mixed_precision"]}, {"-" if rate is None else f"{rate:.0f}"} images per second
+- Placement {results["placement"]["kind"]}: {placed}; kB that each process sends per step: {sent}
+- {versions}
+"""

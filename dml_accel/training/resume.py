@@ -1,26 +1,33 @@
-"""What a run goes on from.
+"""What a run resumes from: a checkpoint is verified, and compared, before the run is touched.
 
-A checkpoint is verified, and its configuration compared, before anything of the run is touched.
+train -> find_origin    rank 0 finds and verifies the checkpoint, compares configurations
+      -> Origin.agreed  all processes learn which one it is
+      -> load_peers     all load their peers from it, or none does
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dml_accel.core.config import Config, UsageError
+from dml_accel.core.config import Config, Differences, differences_text
+from dml_accel.core.errors import CheckpointError, UsageError
 from dml_accel.core.versions import versions
 from dml_accel.distributed.launch import launched_precision, restarts
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes
+from dml_accel.mutual.peer import Peer
 from dml_accel.training import checkpoint
-from dml_accel.training.origin import Origin
-from dml_accel.training.packing import CheckpointError
-from dml_accel.training.saved import is_done, saved_config, saved_status
+from dml_accel.training.loop import Start
+from dml_accel.training.run_folder import SavedRun
 from dml_accel.training.setup import Checked
 
 CHECKPOINTS = "checkpoints"
-# What a run adds to a checkpoint's state.json, with the kind of each value.
-_STATE = {
+# What a run adds to a checkpoint's state.json, with the type of each value.
+_STATE_TYPES = {
     "config": dict,
     "lost": dict,
     "world_size": int,
@@ -35,48 +42,167 @@ _STATE = {
 }
 
 
-def continues_in_place(config: Config) -> bool:
-    """Whether the run goes on in the folder that ``--output-dir`` names."""
-    if config.resume in (None, "auto") or config.output_dir is None:
-        return config.resume == "auto"
-    given, folder = Path(str(config.resume)).resolve(), Path(config.output_dir).resolve()
+@dataclass(frozen=True)
+class Origin:
+    """Where a run starts: untrained, or from a checkpoint.
+
+    Attributes:
+        path: of the checkpoint; None if the run starts untrained.
+        state: the content of its state.json.
+    """
+
+    path: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, checkpoints: Path) -> Start:
+        """Return what the peers have behind them, for a run with its own folder of checkpoints."""
+        if not self.path:
+            return Start()
+        here = self.path.resolve().parent == checkpoints.resolve()
+        return Start(self.state["step"], self.state["lost"], here)
+
+    def ranks(self, placement: str, world_size: int) -> dict[str, list[int]] | None:
+        """Return the placement of the checkpoint, if this run may use the same one.
+
+        Args:
+            placement: ``--placement`` of this run.
+            world_size: processes of this run.
+        """
+        # The same map means the same order of sums, and so a result that is equal bit for bit.
+        if not self.path or self.state["world_size"] != world_size:
+            return None
+        saved = self.state["placement"]
+        return dict(saved["ranks"]) if placement in ("auto", saved["kind"]) else None
+
+    def compiled(self, config: Config, world_size: int) -> list[str] | None:
+        """Return which peers were compiled, if this run has to compile the same ones."""
+        if self.ranks(config.compute.placement, world_size) is None:
+            return None
+        same = self.state["config"].get("compile", "off") == config.compute.compile
+        return list(self.state["compiled"]) if same else None
+
+    def agreed(self, processes: Processes) -> "Origin":
+        """Return rank 0's origin in every process."""
+        text = processes.broadcast_text(json.dumps([str(self.path or ""), self.state]))
+        path, state = json.loads(text)
+        return Origin(Path(path) if path else None, state)
+
+
+# ---------------------------------------------------------------- finding a checkpoint
+
+
+def resumes_in_place(config: Config) -> bool:
+    """Whether the run continues in the folder that ``--output-dir`` names."""
+    resume, output_dir = config.run.resume, config.run.output_dir
+    if resume in (None, "auto") or output_dir is None:
+        return resume == "auto"
+    given, folder = Path(str(resume)).resolve(), Path(output_dir).resolve()
     return given == folder or given.parent == folder / CHECKPOINTS
 
 
 def has_checkpoint(config: Config) -> bool:
-    """Whether ``--resume`` leads to a checkpoint, good or not: then no peer starts anew."""
-    if config.resume is None:
+    """Whether ``--resume`` leads to a checkpoint, good or not: no peer is untrained then."""
+    if config.run.resume is None:
         return False
-    given = Path(str(config.output_dir if config.resume == "auto" else config.resume))
+    given = _resumed_path(config)
     return checkpoint.is_named(given) or bool(checkpoint.named(given / CHECKPOINTS))
 
 
 def nothing_to_do(config: Config, path: Path, steps: int) -> str:
-    """Say why ``--resume auto`` finds nothing to do in the run folder; empty where it does.
+    """Return why ``--resume auto`` has nothing to do in a run folder; empty if it has.
 
     Args:
         config: the run that is asked for.
         path: its folder.
-        steps: how many optimizer steps it has.
+        steps: optimizer steps that it has in all.
 
     Raises:
-        UsageError: the run in the folder is finished, but was another one.
+        UsageError: the run in the folder is finished, but was started with other flags.
     """
-    if config.resume != "auto":
+    if config.run.resume != "auto":
         return ""
-    if restarts() and saved_status(path) == "stopped":
-        return f"{path} was stopped on request; --resume auto goes on with it"
+    saved = SavedRun(path)
+    if restarts() and saved.status == "stopped":
+        return f"{path} was stopped on request; --resume auto resumes it"
     newest = next(filter(_is_readable, checkpoint.named(path / CHECKPOINTS)), None)
     if newest and checkpoint.step_of(newest) > steps:
-        _refuse(path, config.differences_from_start(saved_config(path)))
-        return f"{path} has gone on to {newest.name}, past the {steps} steps asked for"
-    if not is_done(path):
+        _refuse(path, config.refused_on_resume(saved.config))
+        return f"{path} has reached {newest.name}, beyond the {steps} steps asked for"
+    if not saved.is_done or (taken := saved.results["steps"]) < steps:
         return ""
-    taken = json.loads((path / "results.json").read_text())["steps"]
-    if taken < steps:
-        return ""
-    _refuse(path, config.differences_from_start(saved_config(path)))
+    _refuse(path, config.refused_on_resume(saved.config))
     return f"{path} has taken all of its {taken} steps: nothing to do"
+
+
+def find_origin(config: Config, checked: Checked) -> Origin:
+    """Return what ``--resume`` starts from; nothing is changed on the disk.
+
+    A damaged checkpoint is skipped with a warning that names it, if the choice is ours.
+
+    Args:
+        config: the run; ``output_dir`` is its folder if ``resume`` is ``auto``.
+        checked: its peers, images and teachers.
+
+    Raises:
+        UsageError: there are checkpoints but none is good, the given one is damaged, or it belongs
+            to a run with another configuration.
+    """
+    if config.run.resume is None:
+        return Origin()
+    given, auto = _resumed_path(config), config.run.resume == "auto"
+    if auto:
+        _refuse_other_flags(config, given)
+    if checkpoint.is_named(given):
+        origin = _read(given, checked.names)
+        if resumes_in_place(config):
+            _refuse_newer(given, checked.names)
+    else:
+        origin = _newest_of_run(given, auto, checked.names)
+    if origin.path:
+        _refuse_other_run(config, checked, origin)
+    return origin
+
+
+def _resumed_path(config: Config) -> Path:
+    run = config.run
+    return Path(str(run.output_dir if run.resume == "auto" else run.resume))
+
+
+def _newest_of_run(given: Path, auto: bool, peers: Sequence[str]) -> Origin:
+    """Return the newest good checkpoint of a run."""
+    root, saved = given / CHECKPOINTS, SavedRun(given)
+    checkpoints = checkpoint.named(root)
+    if not checkpoints:
+        if not auto:
+            raise UsageError(f"--resume {given} is not a checkpoint, and {root} has none")
+        source = saved.config.run.resume if saved.has_description else None
+        if source not in (None, "auto"):
+            raise UsageError(
+                f"--output-dir {given} was started from {source} and has no checkpoint of its own "
+                f"yet; use --resume {source} with another folder"
+            )
+        if saved.is_done:
+            raise UsageError(
+                f"--output-dir {given} holds a finished run without a checkpoint to resume from; "
+                "name another folder"
+            )
+    return _newest_good(checkpoints, peers)
+
+
+def _newest_good(checkpoints: Sequence[Path], peers: Sequence[str]) -> Origin:
+    damage = ""
+    for path in checkpoints:
+        try:
+            return _verified(path, peers)
+        except CheckpointError as error:
+            damage = damage or str(error)
+            print(f"warning: {error}; skipping {path.name}", file=sys.stderr, flush=True)
+    if checkpoints:
+        raise UsageError(
+            f"{damage}; no checkpoint in {checkpoints[0].parent} is good: to start again, name "
+            "another --output-dir"
+        )
+    return Origin()
 
 
 def _is_readable(path: Path) -> bool:
@@ -87,70 +213,14 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
-def find(config: Config, checked: Checked) -> Origin:
-    """Return what ``--resume`` says to go on from; nothing has been touched.
-
-    A damaged checkpoint is skipped with a warning that names it, where the choice is ours.
-
-    Args:
-        config: the run; ``output_dir`` names its folder where ``resume`` is ``auto``.
-        checked: its peers, images and teachers.
-
-    Raises:
-        UsageError: there are checkpoints but none is good, the given one is not, or it belongs to
-            a run of another configuration.
-    """
-    if config.resume is None:
-        return Origin()
-    peers = checked.names
-    auto = config.resume == "auto"
-    given = Path(str(config.output_dir if auto else config.resume))
-    if auto:
-        _refuse_another_start(config, given)
-    if checkpoint.is_named(given):
-        origin = _read(given, peers)
-        if continues_in_place(config):
-            _refuse_newer(given, peers)
-    else:
-        root = given / CHECKPOINTS
-        found = checkpoint.named(root)
-        if not (auto or found):
-            raise UsageError(f"--resume {given} is no checkpoint, and there is none in {root}")
-        begun_from = None
-        if not found and (given / "config.json").exists():
-            begun_from = saved_config(given).resume
-        if begun_from not in (None, "auto"):
-            raise UsageError(
-                f"--output-dir {given} was begun from {begun_from} and has no checkpoint of its "
-                f"own yet; --resume {begun_from} into another folder"
-            )
-        if not found and is_done(given):
-            raise UsageError(
-                f"--output-dir {given} holds a finished run without a checkpoint to go on from; "
-                "name another folder"
-            )
-        origin = _newest_good(found, peers)
-    if origin.path:
-        _refuse_another_run(config, checked, origin)
-    return origin
-
-
-def _refuse_another_start(config: Config, given: Path) -> None:
-    """Compare with the config.json of the run: it tells more than peers that are not found."""
-    try:
-        saved = saved_config(given)
-    except UsageError:
-        return  # not there, or damaged: each checkpoint has the configuration, too
-    wrong = config.differences_from_start(saved)
-    wrong.pop("mixed_precision", None)
-    _refuse(given, wrong)
+# ---------------------------------------------------------------- reading a checkpoint
 
 
 def _read(path: Path, peers: Sequence[str]) -> Origin:
     try:
         return _verified(path, peers)
     except CheckpointError as error:
-        raise UsageError(f"{error}; --resume an older checkpoint, or start anew") from error
+        raise UsageError(f"{error}; --resume an older checkpoint, or start again") from error
 
 
 def _verified(path: Path, peers: Sequence[str]) -> Origin:
@@ -158,13 +228,13 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     others = placement.get("ranks") if isinstance(placement, dict) else None
     if isinstance(others, dict) and set(others) != set(peers):
         raise UsageError(
-            f"{path} is of the peers {', '.join(others)}, and not of {', '.join(peers)}; repeat "
-            "its --cohort"
+            f"{path} has the peers {', '.join(others)}, not {', '.join(peers)}; use the same "
+            "--cohort"
         )
     state = checkpoint.verify(path, peers)
-    state.setdefault("starts", {})  # older ones have none
-    state.setdefault("compiled", [])  # by those that could not
-    wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
+    state.setdefault("starts", {})  # absent from older checkpoints
+    state.setdefault("compiled", [])
+    wrong = [name for name, kind in _STATE_TYPES.items() if not isinstance(state.get(name), kind)]
     if not wrong:
         if not _is_a_placement(state["placement"].get("ranks"), state["world_size"], peers):
             wrong.append("placement")
@@ -172,7 +242,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             wrong.append("lost")
     if wrong:
-        raise CheckpointError(f"{path / 'state.json'} does not say {', '.join(wrong)} as it should")
+        raise CheckpointError(f"{path / 'state.json'} has no valid {', '.join(wrong)}")
     return Origin(path, state)
 
 
@@ -183,24 +253,20 @@ def _is_a_placement(ranks: Any, world_size: int, peers: Sequence[str]) -> bool:
     if not all(isinstance(held, list) and held for held in ranks.values()):
         return False
     used = {rank for held in ranks.values() for rank in held if isinstance(rank, int)}
-    # Counted, and not compared with a range: a forged number of processes may be any.
+    # Counted, not compared with a range: a forged number of processes may have any size.
     return len(used) == world_size and min(used) == 0 and max(used) == world_size - 1
 
 
-def _newest_good(found: Sequence[Path], peers: Sequence[str]) -> Origin:
-    damage = ""
-    for path in found:
-        try:
-            return _verified(path, peers)
-        except CheckpointError as error:
-            damage = damage or str(error)
-            print(f"warning: {error}; {path.name} is skipped", file=sys.stderr, flush=True)
-    if found:
-        raise UsageError(
-            f"{damage}; no checkpoint in {found[0].parent} is good: to start anew, name another "
-            "--output-dir"
-        )
-    return Origin()
+# ---------------------------------------------------------------- refusing another run
+
+
+def _refuse_other_flags(config: Config, given: Path) -> None:
+    """Compare with the config.json of the run, which tells more than peers that are missing."""
+    try:
+        saved = SavedRun(given).config
+    except UsageError:
+        return  # missing or damaged: each checkpoint holds the configuration as well
+    _refuse(given, _without_precision(config.refused_on_resume(saved)))
 
 
 def _refuse_newer(given: Path, peers: Sequence[str]) -> None:
@@ -211,51 +277,103 @@ def _refuse_newer(given: Path, peers: Sequence[str]) -> None:
             except CheckpointError:
                 continue
             raise UsageError(
-                f"--resume {given}: its run has gone on to {path.name}; name another --output-dir, "
-                "or --resume auto"
+                f"--resume {given}: its run has already reached {path.name}; name another "
+                "--output-dir, or use --resume auto"
             )
 
 
-def _refuse_another_run(config: Config, checked: Checked, origin: Origin) -> None:
-    saved = _saved_config(origin)
-    wrong = config.differences_from_start(saved)
-    wrong.pop("mixed_precision", None)  # where it is not given it is the launcher's
-    ours, theirs = beside_the_config(config, checked), origin.state
+def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
+    try:
+        saved = Config(**origin.state["config"])
+    except (UsageError, TypeError) as error:
+        raise UsageError(f"{origin.path} was written by another version: {error}") from error
+    wrong = _without_precision(config.refused_on_resume(saved))
+    ours, theirs = run_facts(config, checked), origin.state
     wrong |= {
         name: (value, theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value
     }
     _refuse(origin.path, wrong)
-    now, made = versions(), origin.state["versions"]
-    other = [f"{name} {version}" for name, version in made.items() if now.get(name) != version]
+    now, then = versions(), origin.state["versions"]
+    other = [f"{name} {version}" for name, version in then.items() if now.get(name) != version]
     if other:
         print(
-            f"warning: {origin.path} was made with {', '.join(other)}: results may differ in the "
-            "last bits",
+            f"warning: {origin.path} was written with {', '.join(other)}: results may differ in "
+            "the last bits",
             file=sys.stderr,
         )
 
 
-def _refuse(path: Path | None, wrong: dict[str, tuple[Any, Any]]) -> None:
+def _without_precision(differences: Differences) -> Differences:
+    """Leave out the flag: if it is not given, the launcher decides (see ``run_facts``)."""
+    return {name: pair for name, pair in differences.items() if name != "mixed_precision"}
+
+
+def _refuse(path: Path | None, wrong: Differences) -> None:
     if wrong:
-        texts = [f"{name} {theirs} and not {ours}" for name, (ours, theirs) in wrong.items()]
         raise UsageError(
-            f"{path} was made with {', '.join(texts)}; repeat its flags, or start anew in another "
-            "--output-dir"
+            f"{path} {differences_text(wrong)}: use the same flags or a new --output-dir"
         )
 
 
-def _saved_config(origin: Origin) -> Config:
-    try:
-        return Config.from_dict(origin.state["config"])
-    except (UsageError, KeyError, TypeError) as error:
-        raise UsageError(f"{origin.path} is of another version of dml_accel: {error}") from error
-
-
-def beside_the_config(config: Config, checked: Checked) -> dict[str, Any]:
-    """Return what a run that goes on must have in common beside its configuration."""
+def run_facts(config: Config, checked: Checked) -> dict[str, Any]:
+    """Return what a resumed run must share, besides the flags."""
     return {
-        "mixed_precision": launched_precision(config),
+        "mixed_precision": launched_precision(config.numerics),
         "images": len(checked.source.train),
         "classes": len(checked.source.classes),
         "teachers": checked.teachers,
+    }
+
+
+# ---------------------------------------------------------------- loading and saving
+
+
+def with_starts(checked: Checked, origin: Origin) -> Checked:
+    """Return the run with what its peers once started from, if it resumes from a checkpoint.
+
+    Raises:
+        UsageError: there was a checkpoint, so no weights to start from were read; now it is gone.
+    """
+    if origin.path:
+        return dataclasses.replace(checked, starts=origin.state["starts"])
+    read = checked.starts.keys()
+    missing = [s.name for s in checked.specs if s.start is not None and s.name not in read]
+    if missing:
+        raise UsageError(f"the checkpoint that holds {', '.join(missing)} is gone; start again")
+    return checked
+
+
+def load_peers(origin: Origin, peers: Sequence[Peer], processes: Processes) -> None:
+    """Load this process's peers from the checkpoint, in all processes or in none.
+
+    Raises:
+        UsageError: a process cannot read it.
+    """
+    if origin.path is None:
+        return
+    problem = None
+    try:
+        checkpoint.load_peers(origin.path, peers)
+    except CheckpointError as error:
+        problem = error
+    failed = processes.failed_rank(problem is not None)
+    if failed is not None:
+        raise UsageError(
+            str(problem or f"rank {failed} cannot read {origin.path}")
+            + "; all machines must share the folder"
+        ) from problem
+
+
+def checkpoint_state(
+    config: Config, checked: Checked, placement: Placement, compiled: list[str]
+) -> dict[str, Any]:
+    """Return what a checkpoint says about its run; ``compiled`` names its compiled peers."""
+    return {
+        "config": config.as_dict(),
+        "world_size": placement.processes.world_size,
+        "placement": {"kind": placement.kind, "ranks": placement.ranks},
+        "versions": versions(),
+        "compiled": compiled,
+        "starts": checked.starts,
+        **run_facts(config, checked),
     }

@@ -1,6 +1,14 @@
-"""Folders that one process writes: who may, a run's records and its status.
+"""The folder of a run: its lock, its records and its status; and how a saved one is read.
 
-One writer holds ``run.lock`` by flock, which the system releases when the holder dies. Files
+    config.json      the configuration, versions and command
+    status.json      running, stopped, done or failed
+    metrics.jsonl    one record per line
+    results.json     the last evaluation, written last
+    checkpoints/     see checkpoint.py
+    peers/<name>/    see models/peer_folder.py
+    run.lock         names the process that writes here
+
+The writer holds ``run.lock`` by flock, which the system releases when the process dies. Files
 appear whole or not at all, except metrics.jsonl, which grows by flushed lines.
 """
 
@@ -16,24 +24,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
-from dml_accel.core.config import UsageError
-from dml_accel.core.files import write_json, write_text
-from dml_accel.distributed.launch import StoppedError
+from dml_accel.core.config import Config
+from dml_accel.core.errors import StoppedError, UsageError
+from dml_accel.core.files import read_json, write_json, write_text
 from dml_accel.training.trackers import FOLDER
 
-_SIGNS_OF_A_RUN = ("config.json", "status.json", "checkpoints")
-_TRACES_OF_A_RUN = (*_SIGNS_OF_A_RUN, "metrics.jsonl", "results.json", "peers", FOLDER)
+_MARKS_OF_A_RUN = ("config.json", "status.json", "checkpoints")
+_FILES_OF_A_RUN = (*_MARKS_OF_A_RUN, "metrics.jsonl", "results.json", "peers", FOLDER)
 
 
 class LockedFolder:
-    """A folder with one writer. Nothing is made before the context is entered.
+    """A folder with a single writer. Nothing is created before the context is entered.
+
+    Args:
+        path: of the folder; None for a new ``runs/<time>-<label>``.
+        label: see above.
 
     Raises:
-        UsageError: the folder is in use, holds what must not be overwritten, or cannot be made.
+        UsageError: the folder is in use, holds what must not be overwritten, or cannot be created.
     """
 
     def __init__(self, path: str | Path | None, label: str) -> None:
-        """Take ``path``, or a new ``runs/<time>-<label>`` where it is None."""
         self._given = path is not None
         self.path = Path(path or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}")
         try:
@@ -45,7 +56,7 @@ class LockedFolder:
         """Refuse a folder whose content must not be overwritten."""
 
     def _refuse_early(self) -> None:
-        """Refuse what entering would refuse, as far as looking can tell, before long work."""
+        """Refuse what entering would refuse, as far as can be told without writing."""
         if self._given:
             self._refuse_content()
         parent = self.path
@@ -57,10 +68,12 @@ class LockedFolder:
             raise self._cannot_be_made(f"{parent} is not writable")
 
     def _cannot_be_made(self, reason: str | None) -> UsageError:
-        return UsageError(f"--output-dir {self.path} cannot be made: {reason}; name another folder")
+        return UsageError(
+            f"--output-dir {self.path} cannot be created: {reason}; name another folder"
+        )
 
     def _make(self) -> None:
-        """Make the folder; one that was not asked for by name must be new."""
+        """Create the folder; one that was not named by the user must be new."""
         stem, attempt = self.path, 1
         while True:
             try:
@@ -85,7 +98,7 @@ class LockedFolder:
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
             raise UsageError(f"--output-dir {self.path} is in use by {holder}") from error
-        self._refuse_early()  # a run may have come and gone since the first look
+        self._refuse_early()  # another run may have used the folder since the first check
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -104,14 +117,112 @@ class LockedFolder:
         write_json(self.path / name, content)
 
 
+class SavedRun:
+    """The folder of a run as it was left: its files are read here and nowhere else.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def status(self) -> str:
+        """The status in status.json; empty if there is none."""
+        return str(self._status().get("status", ""))
+
+    @property
+    def state(self) -> str:
+        """How far the run has come, in words; a killed run could not write that itself."""
+        found = self._status()
+        status, step = str(found.get("status", "")) or "not started", found.get("step")
+        if status == "running":
+            with contextlib.suppress(OSError), open(self.path / "run.lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                status = "interrupted"  # nobody holds the lock
+        return f"{status} at step {step}" if isinstance(step, int) else status
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run is finished: results.json is written last, after the peers.
+
+        Raises:
+            UsageError: results.json cannot be accessed.
+        """
+        path = self.path / "results.json"
+        try:
+            return path.stat().st_size > 0
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+    @property
+    def has_description(self) -> bool:
+        """Whether there is a config.json."""
+        return (self.path / "config.json").exists()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The content of config.json.
+
+        Raises:
+            UsageError: it cannot be read, or does not describe a run.
+        """
+        path = self.path / "config.json"
+        found = read_json(path)
+        if not isinstance(found.get("config"), dict):
+            raise UsageError(f"{path} does not describe a run: it has no config")
+        return found
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the run.
+
+        Raises:
+            UsageError: config.json cannot be read, or is of another version.
+        """
+        return Config(**self.description["config"])
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The content of results.json.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        return read_json(self.path / "results.json")
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl.
+
+        Raises:
+            UsageError: it cannot be read, or a line is not a record.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from error
+
+    def _status(self) -> dict[str, Any]:
+        """Return the content of status.json; empty if it cannot be read."""
+        try:
+            return read_json(self.path / "status.json")
+        except UsageError:
+            return {}
+
+
 class Follower(Protocol):
-    """What hears of every record of a run."""
+    """Receives every record of a run."""
 
     def take(self, record: dict[str, Any]) -> None:
-        """Hear of a line of metrics.jsonl."""
+        """Receive a line of metrics.jsonl."""
 
     def close(self) -> None:
-        """Hear that there are no more."""
+        """Finish: there are no more records."""
 
 
 class RunFolder(LockedFolder):
@@ -120,61 +231,61 @@ class RunFolder(LockedFolder):
     Args:
         path: the folder, or None for a new one.
         label: see ``LockedFolder``.
-        goes_on: a run in it is gone on with instead of refused.
+        resumes: whether a run in the folder is resumed, not refused.
 
     Raises:
-        UsageError: also where the folder holds a run already.
+        UsageError: also if the folder holds a run already.
     """
 
-    def __init__(self, path: str | Path | None, label: str, goes_on: bool = False) -> None:
-        self._goes_on = goes_on
+    def __init__(self, path: str | Path | None, label: str, resumes: bool = False) -> None:
+        self._resumes = resumes
         self.step = 0
         self._metrics: TextIO | None = None
-        self._taken_up = False
+        self._started = False
         self._follower: Follower | None = None
         super().__init__(path, label)
 
     def _refuse_content(self) -> None:
-        # A run says so, in one of these, before it writes anything else.
-        is_run = any((self.path / name).exists() for name in _SIGNS_OF_A_RUN)
-        if self._goes_on and is_run:
+        # A run writes one of these before anything else.
+        is_run = any((self.path / name).exists() for name in _MARKS_OF_A_RUN)
+        if self._resumes and is_run:
             return
-        for trace in _TRACES_OF_A_RUN:
+        for trace in _FILES_OF_A_RUN:
             if not (self.path / trace).exists():
                 continue
-            if self._goes_on:
+            if self._resumes:
                 raise UsageError(
-                    f"--output-dir {self.path} holds {trace} but no run to go on with; name "
-                    "another folder"
+                    f"--output-dir {self.path} holds {trace} but no run that could be resumed; "
+                    "name another folder"
                 )
             raise UsageError(
                 f"--output-dir {self.path} already holds a run ({trace}); name a new folder, or "
-                "--resume auto to go on with it"
+                "resume the run with --resume auto"
             )
 
-    def take_up(self, step: int) -> None:
-        """Say that the run is on its way, where an earlier attempt has left another status."""
+    def set_running(self, step: int) -> None:
+        """Set the status to running, if an earlier attempt has left another one."""
         if (self.path / "status.json").exists():
-            self.step, self._taken_up = step, True
+            self.step, self._started = step, True
             self.status("running")
 
     def begin(self, step: int | None, again: bool) -> None:
-        """Open the records of a run that has ``step`` steps behind it.
+        """Open the records of a run that has taken ``step`` steps.
 
-        Those of later steps are cut off: they will be written again.
+        Records of later steps are removed, because they will be written again.
 
         Args:
-            step: the checkpoint's; without one it is None, and what a run without any left behind
-                is cleared away. Results of a run with fewer steps are cleared away in any case:
-                the records have its evaluations.
-            again: whether the evaluation of that step comes again.
+            step: of the checkpoint that is resumed. None without one: what a run that left no
+                checkpoint has written is removed. Results of a run with fewer steps are removed in
+                any case; the records hold its evaluations.
+            again: whether the evaluation of that step is repeated.
         """
-        self.step, self._taken_up = step or 0, True
+        self.step, self._started = step or 0, True
         self.status("running")
         path, fewer = self.path / "metrics.jsonl", ("results.json", "results.md")
-        for trace in _TRACES_OF_A_RUN if step is None else fewer:
+        for trace in _FILES_OF_A_RUN if step is None else fewer:
             if trace == "status.json":
-                continue  # it says that this is a run, whatever stops us here
+                continue  # it marks the folder as a run, should we be interrupted here
             if (self.path / trace).is_dir():
                 shutil.rmtree(self.path / trace)
             else:
@@ -191,11 +302,11 @@ class RunFolder(LockedFolder):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # What was refused has begun nothing, and a full disk must not hide why the run ended.
+        # A refused run has not started, and a full disk must not hide why a run has ended.
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
             if isinstance(error, StoppedError):
                 self.status("stopped", str(error))
-            elif error and (self._taken_up or not isinstance(error, UsageError)):
+            elif error and (self._started or not isinstance(error, UsageError)):
                 self.status("failed", f"{type(error).__name__}: {error}".rstrip(": "))
             elif not error:
                 self.status("done")
@@ -210,8 +321,8 @@ class RunFolder(LockedFolder):
         """Write status.json: running, stopped, done or failed, why, and the steps taken."""
         self.write("status.json", {"status": state, "reason": reason, "step": self.step})
 
-    def tell(self, follower: Follower) -> None:
-        """Let a follower hear of every record from here on, until the folder is left."""
+    def follow_with(self, follower: Follower) -> None:
+        """Pass every record to a follower from now on, until the folder is closed."""
         self._follower = follower
 
     def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
@@ -226,17 +337,17 @@ class RunFolder(LockedFolder):
 
 
 @contextlib.contextmanager
-def remedy_of_a_stop(folder: LockedFolder | None, *words: str) -> Iterator[None]:
-    """Let a stop say, once the folder is left, which words of the command line go on in it."""
+def explaining_stop(folder: LockedFolder | None, *words: str) -> Iterator[None]:
+    """Add to the text of a stop which flags resume the run in the folder."""
     try:
         yield
     except StoppedError as stopped:
         where = " ".join(("--output-dir", str(folder.path), *words)) if folder else ""
-        raise StoppedError(f"{stopped}; the same command with {where} goes on") from None
+        raise StoppedError(f"{stopped}; the same command with {where} resumes it") from None
 
 
 def _is_before(line: str, step: int, again: bool) -> bool:
-    """Whether a record is older than what comes after ``step`` steps; a torn one is not."""
+    """Whether a record precedes what comes after ``step`` steps; a torn line does not."""
     try:
         record = json.loads(line)
         event, at = record["event"], int(record["step"])

@@ -1,4 +1,9 @@
-"""Before anything is trained: what can be refused is refused, and who trains what is agreed."""
+"""Validate a run and choose a placement before training.
+
+check          builds the networks; refuses what does not fit them or the images
+choose_ranks   rank 0 chooses who trains which peer, and all processes learn it
+compiles       whether to compile, as asked or as measured
+"""
 
 import dataclasses
 import json
@@ -10,208 +15,270 @@ from typing import Any
 import torch
 from torch import nn
 
-from dml_accel.core.config import Config, UsageError
-from dml_accel.core.tables import plan_text
-from dml_accel.data import batches as data
+from dml_accel.core.config import Config
+from dml_accel.core.errors import UsageError
+from dml_accel.data.batches import Data, check_batch_size
 from dml_accel.data.sources import Source
-from dml_accel.distributed.allocation import everywhere
 from dml_accel.distributed.batchnorm import check_spanning
-from dml_accel.distributed.compile import seconds_saved
+from dml_accel.distributed.compile import Trial
 from dml_accel.distributed.costs import Cost, count, timed
-from dml_accel.distributed.launch import launched_processes
+from dml_accel.distributed.launch import launched_precision, launched_processes
 from dml_accel.distributed.placement import Placement
-from dml_accel.distributed.plan import Machine, both, choose, this_machine
+from dml_accel.distributed.plan import (
+    Machine,
+    Ranks,
+    StepLoad,
+    choose,
+    everywhere,
+    plan_text,
+    predict_both,
+    this_machine,
+)
 from dml_accel.distributed.processes import Processes
-from dml_accel.models import build as building
-from dml_accel.models import peer_folder as frozen
-from dml_accel.models import pretrained
-from dml_accel.models import spec as cohort
-from dml_accel.models.peer_folder import PeerFolder
-from dml_accel.models.spec import PeerSpec
-from dml_accel.mutual import links
-from dml_accel.mutual.links import Weights
+from dml_accel.models.build import build, memory_format, refuse_twins
+from dml_accel.models.peer_folder import PeerFolder, load_network
+from dml_accel.models.pretrained import read_weights
+from dml_accel.models.spec import PeerSpec, parse_cohort
+from dml_accel.mutual.links import LinkWeights, read_links
+from dml_accel.mutual.step import Cohort
+from dml_accel.mutual.teachers import read_teachers
+from dml_accel.training.loop import Start
+
+Modules = dict[str, nn.Module]
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A cohort and images of which everything that can be refused has been.
+    """A run that was validated: its cohort, images and teachers, without the networks.
 
     Attributes:
         specs: the peers, in the order of the command line.
         source: the images.
-        modules: an untrained network for each peer; a run takes out what it needs and drops the
-            rest.
-        costs: of each peer, where there are several processes to share them.
-        frozen: the folders of peers that only teach, by name.
-        links: who learns from whom; None where all do from all alike.
-        starts: trained weights that peers start from, by name, as they are recorded.
+        costs: of each peer, if there are several processes.
+        frozen: folders of the frozen peers, by name.
+        links: who learns from whom; None if all learn from all alike.
+        starts: the trained weights that peers start from, by name, as they are recorded.
     """
 
     specs: list[PeerSpec]
     source: Source
-    modules: dict[str, nn.Module]
     costs: dict[str, Cost]
     frozen: dict[str, PeerFolder]
-    links: Weights | None
-    starts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    links: LinkWeights | None
+    starts: dict[str, Any]
 
     @property
     def names(self) -> list[str]:
-        """Names of the peers that learn, in the order of the command line."""
+        """Names of the peers, in the order of the command line."""
         return [spec.name for spec in self.specs]
 
     @property
     def teachers(self) -> dict[str, Any]:
-        """What the files that the configuration names hold: weights' sha256, links by name."""
-        found = {
+        """The content of the files that the flags name: sha256 of frozen peers, links by name."""
+        frozen = {
             name: {"arch": folder.arch, "sha256": folder.sha256}
             for name, folder in self.frozen.items()
         }
-        return {"frozen": found, "links": self.links}
+        return {"frozen": frozen, "links": self.links}
 
 
-def check(config: Config, source: Source, begins: bool = True) -> Checked:
+@dataclass(frozen=True)
+class Prepared:
+    """All that one process of a run trains with.
+
+    Attributes:
+        config: of the run.
+        path: of its folder.
+        checked: its cohort and images.
+        cohort: the peers of this process, and what they are trained with.
+        images: all splits, on the device.
+        compiled: names of all peers that are compiled, in any process.
+        parameters: of each network.
+        start: what the peers have behind them.
+        resumes: whether the run comes from a checkpoint.
+    """
+
+    config: Config
+    path: Path
+    checked: Checked
+    cohort: Cohort
+    images: Data
+    compiled: list[str]
+    parameters: dict[str, int]
+    start: Start
+    resumes: bool
+
+    @property
+    def placement(self) -> Placement:
+        """Which process trains what."""
+        return self.cohort.placement
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Return the dtype of parameters and images."""
+    return torch.float64 if config.numerics.float64 else torch.float32
+
+
+def layout_of(config: Config, device: torch.device) -> torch.memory_format:
+    """Return the memory layout of images and weights."""
+    precision = launched_precision(config.numerics)
+    return memory_format(config.compute.memory_format, precision, device)
+
+
+# ---------------------------------------------------------------- validation
+
+
+def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked, Modules]:
     """Build the networks; refuse a configuration that does not fit them or the images.
 
     Args:
-        config: the run's.
+        config: of the run.
         source: its images.
-        begins: whether the networks are to hold the weights that they start from; a run that goes
-            on from a checkpoint has no use for them, and they may be gone.
+        starts: whether networks are given the trained weights that they start from. A run that
+            resumes from a checkpoint does not need them, and they may be gone.
+
+    Returns:
+        The validated run, and a network for each peer. Whoever trains takes out the networks that
+        it needs, so that the others can be freed.
 
     Raises:
         UsageError: see the text.
     """
-    data.check_sizes(source, config)
-    specs = cohort.parse(config.cohort)
-    known = frozen.read_all(config.frozen_peers, source.classes, config.image_size)
-    weights = links.read(config.links, [spec.name for spec in specs], list(known))
-    for folder in known.values():
-        frozen.build(folder)
-    starts = {
-        spec.name: pretrained.read(spec.arch, spec.start)
+    check_batch_size(source, config.data, config.optim.batch_size)
+    specs, classes = parse_cohort(config.cohort), source.classes
+    frozen = read_teachers(config.method.frozen_peers, classes, config.data.image_size)
+    links = read_links(config.method.links, [spec.name for spec in specs], list(frozen))
+    for folder in frozen.values():
+        load_network(folder)  # refused now if it cannot be built
+    weights = {
+        spec.name: read_weights(spec.arch, spec.start)
         for spec in specs
-        if begins and spec.start is not None
+        if starts and spec.start is not None
     }
     modules = {
-        spec.name: building.build(spec, config, len(source.classes), starts.get(spec.name))
+        spec.name: build(
+            spec,
+            classes=len(classes),
+            image_size=config.data.image_size,
+            seed=config.seed,
+            dtype=dtype_of(config),
+            smallest_micro_batch=config.optim.smallest_micro_batch,
+            weights=weights.get(spec.name),
+        )
         for spec in specs
     }
-    building.refuse_twins(modules)
+    refuse_twins(modules)
     world_size, costs = launched_processes(), {}
     if world_size > 1:
-        costs = {name: count(module, config.image_size) for name, module in modules.items()}
-        ranks, _ = choose(costs, world_size, config, len(source.classes), this_machine())
+        costs = {name: count(net, config.data.image_size) for name, net in modules.items()}
+        ranks, _ = _choose(config, costs, world_size, len(classes), this_machine())
         _check_batch_norm(config, modules, ranks)
-    recorded = {name: start.record() for name, start in starts.items()}
-    return Checked(specs, source, modules, costs, known, weights, recorded)
+    recorded = {name: one.record() for name, one in weights.items()}
+    return Checked(specs, source, costs, frozen, links, recorded), modules
 
 
 def refuse_other_files(checked: Checked, processes: Processes) -> None:
-    """Refuse weights to start from, teachers or links that are not the first process's.
+    """Refuse weights, teachers or links that differ from those that rank 0 has read.
 
     Raises:
-        UsageError: in all processes; a rank is named.
+        UsageError: raised in all processes; the text names a rank.
     """
     starts = {name: start.get("sha256") for name, start in checked.starts.items()}
     ours = json.dumps([starts, checked.teachers])
-    differs = processes.text_of_first(ours) != ours
-    rank = processes.largest(1 + processes.rank if differs else 0) - 1
-    if rank >= 0:
+    rank = processes.failed_rank(processes.broadcast_text(ours) != ours)
+    if rank is not None:
         raise UsageError(
-            f"rank {rank} reads other files than rank 0 behind pretrained=, --frozen-peers or "
-            "--links; give all machines the same"
+            f"rank {rank} reads other files than rank 0 for pretrained=, --frozen-peers or "
+            "--links; all machines need the same files"
         )
 
 
-def say_starts(checked: Checked) -> None:
-    """Say which trained weights peers start from, a line each."""
+def print_starts(checked: Checked) -> None:
+    """Print which trained weights peers start from, one line per peer."""
     classes = len(checked.source.classes)
     for name, start in checked.starts.items():
-        new = f"; its classifier, too: {classes} classes"
+        classifier = f"; including its classifier of {classes} classes"
         if start["classes"] != classes:
-            new = f"; its classifier is new: {classes} classes, and not {start['classes']}"
-        print(f"{name} starts from {start['source']}{new}", file=sys.stderr, flush=True)
+            classifier = f"; with a new classifier: {classes} classes, not {start['classes']}"
+        print(f"{name} starts from {start['source']}{classifier}", file=sys.stderr, flush=True)
 
 
-def _check_batch_norm(
-    config: Config, modules: dict[str, nn.Module], ranks: dict[str, list[int]]
-) -> None:
+def _check_batch_norm(config: Config, modules: Modules, ranks: Ranks) -> None:
     for name, module in modules.items():
-        if config.batch_norm == "group" and len(ranks[name]) > 1:
+        if config.numerics.batch_norm == "group" and len(ranks[name]) > 1:
             check_spanning(module, name)
 
 
-def agreed_ranks(
-    config: Config, checked: Checked, processes: Processes, path: Path
-) -> dict[str, list[int]]:
-    """Return the first process's choice of who trains which peer.
+# ---------------------------------------------------------------- placement
+
+
+def _choose(
+    config: Config, costs: dict[str, Cost], world_size: int, classes: int, machine: Machine
+) -> tuple[Ranks, str]:
+    load, asked = StepLoad.of(config, classes), config.compute.placement
+    return choose(costs, world_size, load, asked, config.method.schedule, machine)
+
+
+def choose_ranks(
+    config: Config, checked: Checked, modules: Modules, processes: Processes, path: Path
+) -> Ranks:
+    """Return rank 0's choice of who trains which peer, in every process.
+
+    Args:
+        config: of the run.
+        checked: its peers and their costs.
+        modules: their networks.
+        processes: those that share the work.
+        path: the run folder, where processes write their peers.
 
     Raises:
-        UsageError: a process does not see the run folder at ``path``, where it is to write.
+        UsageError: a process does not see the run folder but would have to write there.
     """
     if processes.world_size == 1:
-        return everywhere(checked.modules, 1)
-    blind = processes.largest(0 if (path / "run.lock").exists() else 1 + processes.rank) - 1
-    if blind >= 0:
-        if config.placement == "split":
+        return everywhere(checked.names, 1)
+    blind = processes.failed_rank(not (path / "run.lock").exists())
+    if blind is not None:
+        if config.compute.placement == "split":
             raise UsageError(
-                f"rank {blind} does not see {path}, where --placement split lets it write its "
-                "peers; name an --output-dir that all machines share, or --placement replicate"
+                f"rank {blind} does not see {path}, where it would have to write its peers under "
+                "--placement split; name an --output-dir that all machines share, or use "
+                "--placement replicate"
             )
-        if processes.rank == 0 and config.placement == "auto":
-            print(f"placement: replicate, as rank {blind} does not see {path}", file=sys.stderr)
-        config = dataclasses.replace(config, placement="replicate")
+        if processes.rank == 0 and config.compute.placement == "auto":
+            print(
+                f"placement: replicate, because rank {blind} does not see {path}", file=sys.stderr
+            )
+        config = config.changed(placement="replicate")
     text = ""
     if processes.rank == 0:
         costs = checked.costs
-        if config.measure:
-            costs = _with_times(costs, checked.specs, checked.modules, config, processes.device)
+        if config.compute.measure:
+            costs = _with_times(costs, checked.specs, modules, config, processes.device)
         classes = len(checked.source.classes)
-        ranks, why = choose(costs, processes.world_size, config, classes, this_machine())
+        ranks, why = _choose(config, costs, processes.world_size, classes, this_machine())
         print(f"placement: {why}", file=sys.stderr, flush=True)
         text = json.dumps(ranks)
-    ranks = json.loads(processes.text_of_first(text))
-    _check_batch_norm(config, checked.modules, ranks)
+    ranks = json.loads(processes.broadcast_text(text))
+    _check_batch_norm(config, modules, ranks)
     return ranks
-
-
-def agreed_compilation(config: Config, checked: Checked, placement: Placement, steps: int) -> bool:
-    """Return whether to compile: as asked, or for ``auto`` as any process measures.
-
-    Args:
-        config: the run.
-        checked: its networks.
-        placement: who trains what.
-        steps: optimizer steps to come, of this run or of several alike.
-    """
-    if config.compile != "auto":
-        return config.compile == "on"
-    return bool(placement.processes.largest(saved_here(config, checked, placement, steps) > 0))
-
-
-def saved_here(config: Config, checked: Checked, placement: Placement, steps: int) -> float:
-    """Return the seconds that compiling this process's peers saves; 0 for those of several.
-
-    All processes measure at once, so that none waits for another that compiles.
-    """
-    if not placement.is_alone:
-        return 0.0
-    mine = [spec for spec in checked.specs if spec.name in placement.mine]
-    accelerator = placement.processes.accelerator
-    saved = seconds_saved(mine, checked.modules, config, steps, accelerator)
-    placement.processes.release_networks()
-    return saved
 
 
 def _with_times(
     costs: dict[str, Cost],
     specs: list[PeerSpec],
-    modules: dict[str, nn.Module],
+    modules: Modules,
     config: Config,
     device: torch.device,
 ) -> dict[str, Cost]:
-    seconds = timed(specs, modules, config, device)
+    seconds = timed(
+        specs,
+        modules,
+        config.optim,
+        config.data.image_size,
+        launched_precision(config.numerics),
+        layout_of(config, device),
+        device,
+    )
     return {name: dataclasses.replace(cost, seconds=seconds[name]) for name, cost in costs.items()}
 
 
@@ -222,17 +289,71 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
         config: cohort, batch, precision and exchange.
         world_size: processes.
         classes: of the images.
-        machine: what is assumed of it.
+        machine: the assumed rates.
     """
-    specs = cohort.parse(config.cohort)
-    modules = {spec.name: building.build(spec, config, classes) for spec in specs}
-    costs = {name: count(module, config.image_size) for name, module in modules.items()}
-    if config.measure:
+    specs, size = parse_cohort(config.cohort), config.data.image_size
+    modules = {
+        spec.name: build(
+            spec,
+            classes=classes,
+            image_size=size,
+            seed=config.seed,
+            dtype=dtype_of(config),
+            smallest_micro_batch=config.optim.smallest_micro_batch,
+        )
+        for spec in specs
+    }
+    costs = {name: count(module, size) for name, module in modules.items()}
+    if config.compute.measure:
         device = torch.device("cpu")
-        if not config.cpu and torch.accelerator.is_available():
+        if not config.compute.cpu and torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator() or device
         costs = _with_times(costs, specs, modules, config, device)
-    _, why = choose(costs, world_size, config, classes, machine)
-    return plan_text(
-        both(costs, world_size, config, classes, machine), why, config, classes, machine
+    _, why = _choose(config, costs, world_size, classes, machine)
+    load, compute = StepLoad.of(config, classes), config.compute
+    both = predict_both(costs, world_size, load, machine)
+    return plan_text(both, why, load, size, compute.placement, compute.measure, machine)
+
+
+# ---------------------------------------------------------------- compilation
+
+
+def compiles(
+    config: Config, checked: Checked, modules: Modules, placement: Placement, steps: int
+) -> bool:
+    """Return whether to compile: as asked, or for ``auto`` if any process gains by it.
+
+    Args:
+        config: of the run.
+        checked: its peers.
+        modules: their networks.
+        placement: who trains what.
+        steps: optimizer steps to come, of this run or of several equal ones.
+    """
+    if config.compute.compile != "auto":
+        return config.compute.compile == "on"
+    saved = seconds_saved(config, checked, modules, placement, steps)
+    return bool(placement.processes.all_reduce_max(saved > 0))
+
+
+def seconds_saved(
+    config: Config, checked: Checked, modules: Modules, placement: Placement, steps: int
+) -> float:
+    """Return the seconds that compiling this process's peers saves; 0 for those of several.
+
+    All processes measure at the same time, so that none waits for another one that compiles.
+    """
+    if not placement.is_alone:
+        return 0.0
+    mine = [spec for spec in checked.specs if spec.name in placement.mine]
+    processes = placement.processes
+    trial = Trial(
+        processes.accelerator,
+        config.optim,
+        config.data.image_size,
+        layout_of(config, placement.device),
+        config.compute.compile_mode,
     )
+    saved = trial.seconds_saved(mine, modules, steps)
+    processes.free_networks()
+    return saved

@@ -1,7 +1,7 @@
-"""The records of a run for TensorBoard and whatever other tracker Accelerate knows.
+"""Records of a run for TensorBoard and the other trackers of Accelerate.
 
-A tracker is told what metrics.jsonl holds, line by line, when the line is written: the first
-process alone speaks, and nothing more is read from the device.
+A tracker receives what metrics.jsonl holds, line by line, when the line is written: in the first
+process only, and without reading anything more from the device.
 """
 
 import json
@@ -13,30 +13,32 @@ from typing import Any
 from accelerate import tracking
 from accelerate.utils import LoggerType
 
-from dml_accel.core.config import UsageError
+from dml_accel.core.errors import UsageError
 
 _PROJECT = "dml_accel"
 LOGS = "logs"
-FOLDER = f"{LOGS}/{_PROJECT}"  # what is ours of it: the rest may be a user's
+FOLDER = f"{LOGS}/{_PROJECT}"  # ours; the rest of the logs may be a user's
 _ALL = "all"
 
 
-def check(names: Sequence[str]) -> list[str]:
-    """Return the trackers that ``--log-with`` means, each once.
+def resolve(names: Sequence[str]) -> list[str]:
+    """Return the trackers that ``--log-with`` names, each once.
 
     Raises:
-        UsageError: Accelerate does not know one, or it is not installed.
+        UsageError: Accelerate does not have one, or it is not installed.
     """
+    if not names:
+        return []
     known = [name for name in LoggerType.list() if name != _ALL]
     here = [str(one) for one in tracking.get_available_trackers()]
     for name in names:
         if name not in (*known, _ALL):
             raise UsageError(
-                f"--log-with {name}: Accelerate knows no such tracker; it knows "
-                f"{', '.join(known)}, or {_ALL} for those that are installed"
+                f"--log-with {name}: Accelerate has no such tracker; it has {', '.join(known)}, or "
+                f"{_ALL} for all that are installed"
             )
         if name != _ALL and name not in here:
-            raise UsageError(f"--log-with {name}: it is not installed; pip install {name}")
+            raise UsageError(f"--log-with {name} is not installed; pip install {name}")
     if _ALL in names and not here:
         raise UsageError(
             f"--log-with {_ALL}: no tracker is installed; pip install tensorboard, or another of "
@@ -46,10 +48,10 @@ def check(names: Sequence[str]) -> list[str]:
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers in a line of metrics.jsonl by grouped names; what is not finite is absent.
+    """Return the numbers in a line of metrics.jsonl by grouped names; without non-finite ones.
 
-    Of a window of steps: ``train/lr``, ``train/<part of the loss>/<peer>`` and
-    ``train/skipped/<peer>``; of an evaluation, for ``val`` as for ``test``:
+    For a window of steps: ``train/lr``, ``train/<part of the loss>/<peer>`` and
+    ``train/skipped/<peer>``; for an evaluation, for ``val`` as for ``test``:
     ``test/<metric>/<peer>``, ``test/<metric>/ensemble``, ``test/agreement``,
     ``test/entropy/<peer>`` and ``test/kl/<teacher>/<peer>``.
     """
@@ -77,17 +79,17 @@ def _of_a_split(split: str, metrics: Mapping[str, Any]) -> dict[str, float | Non
 
 
 class Trackers:
-    """Trackers of one run, in its first process.
+    """The trackers of one run, in its first process.
 
-    One that fails is named and left out from then on: it is not worth the run.
+    A tracker that fails is named and disabled: it must not end the run.
 
     Args:
-        names: what ``check`` returned.
-        folder: the run's; those that write files do so in ``logs`` there.
+        names: returned by ``resolve``.
+        folder: of the run; trackers that write files use ``logs`` in it.
         config: hyperparameters, as plain values.
-        step: the checkpoint's that the run goes on from in this folder; None where it begins here.
-            What was told from that step on is hidden by TensorBoard, and told again where
-            metrics.jsonl holds it.
+        step: of the checkpoint that the run resumes from in this folder; None if it starts here.
+            TensorBoard hides what was logged from that step on; what metrics.jsonl holds of it is
+            logged again.
     """
 
     def __init__(
@@ -95,51 +97,51 @@ class Trackers:
     ) -> None:
         self._trackers: dict[str, Any] = {}
         logs = folder / LOGS
-        goes_on = step is not None and (folder / FOLDER).exists()
+        resumes = step is not None and (folder / FOLDER).exists()
         if names:
             logs.mkdir(exist_ok=True)
         for name in names:
             kind = tracking.LOGGER_TYPE_TO_CLASS[name]
             places = [str(logs)] if kind.requires_logging_directory else []
-            options = {"purge_step": step} if goes_on and name == "tensorboard" else {}
+            options = {"purge_step": step} if resumes and name == "tensorboard" else {}
             try:
                 self._trackers[name] = kind(_PROJECT, *places, **options)
             except Exception as error:  # each tracker raises its own kinds
-                _say_lost(name, error)
+                _print_disabled(name, error)
         self._each(lambda tracker: tracker.start())
-        if not goes_on:
+        if not resumes:
             values = {n: " ".join(v) if isinstance(v, list) else v for n, v in config.items()}
             self._each(lambda tracker: tracker.store_init_configuration(dict(values)))
         if step is not None and (folder / "metrics.jsonl").exists() and self._trackers:
             for line in (folder / "metrics.jsonl").read_text().splitlines():
                 record = json.loads(line)
-                if record["step"] == step or not goes_on:
+                if record["step"] == step or not resumes:
                     self.take(record)
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Tell a line of metrics.jsonl."""
+        """Log a line of metrics.jsonl."""
         found = scalars(record)
         if found:
             self._each(lambda tracker: tracker.log(found, step=record["step"]))
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Tell a text, in Markdown."""
+        """Log a text, in Markdown."""
         self._each(lambda tracker: tracker.log({name: text}, step=step))
 
     def close(self) -> None:
-        """Let the trackers write what they have left."""
+        """Make the trackers write what they have buffered."""
         self._each(lambda tracker: tracker.finish())
         self._trackers.clear()
 
-    def _each(self, tell: Callable[[Any], object]) -> None:
+    def _each(self, call: Callable[[Any], object]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
-                tell(tracker)
+                call(tracker)
             except Exception as error:  # each tracker raises its own kinds
                 del self._trackers[name]
-                _say_lost(name, error)
+                _print_disabled(name, error)
 
 
-def _say_lost(name: str, error: Exception) -> None:
+def _print_disabled(name: str, error: Exception) -> None:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    print(f"warning: {name} is told no more: {reason}", file=sys.stderr, flush=True)
+    print(f"warning: {name} logging is disabled: {reason}", file=sys.stderr, flush=True)

@@ -1,186 +1,390 @@
-"""One run from its configuration to its folder: everything is checked, then trained, then kept."""
+"""One run from its configuration to its folder, from top to bottom.
+
+train      validate, find what to resume from, open the folder, form the process group
+run_one    prepare, take all steps, write the results
+prepare    place, compile and load what this process trains with
+"""
 
 import contextlib
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dml_accel.core.config import Config, UsageError
-from dml_accel.data import sources
-from dml_accel.distributed.launch import (
-    Stop,
-    StoppedError,
-    check_launch,
-    launched_rank,
-    share_cores,
-)
-from dml_accel.distributed.processes import Processes, remedy_of_short_memory
-from dml_accel.models import spec as cohort
-from dml_accel.training.keeping import description, keep
-from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, fit
-from dml_accel.training.origin import Origin
-from dml_accel.training.preparing import Prepared, prepare
-from dml_accel.training.progress import Display, device_memory, forget_peak_memory
+from accelerate.utils import is_compiled_module
+from torch import nn
+
+from dml_accel.core.config import Config, OptimConfig
+from dml_accel.core.errors import OutOfMemoryError, StoppedError, UsageError
+from dml_accel.core.updates import UpdateSchedule
+from dml_accel.data import batches, sources
+from dml_accel.data.batches import slices
+from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.processes import Processes, is_out_of_memory
+from dml_accel.distributed.wrap import Wrapper
+from dml_accel.models.build import parameter_count
+from dml_accel.models.optim import make_optimizer
+from dml_accel.models.spec import cohort_label, parse_cohort
+from dml_accel.mutual.peer import Peer
+from dml_accel.mutual.step import Cohort
+from dml_accel.mutual.teachers import load_teachers
+from dml_accel.mutual.teaching import Teaching
+from dml_accel.training import checkpoint, trackers
+from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, fit, steps_to_take
+from dml_accel.training.progress import Display, forget_peak_memory, peak_memory, workload
 from dml_accel.training.record import Recorder, write_peers
 from dml_accel.training.resume import (
     CHECKPOINTS,
-    continues_in_place,
-    find,
+    Origin,
+    checkpoint_state,
+    find_origin,
     has_checkpoint,
+    load_peers,
     nothing_to_do,
+    resumes_in_place,
+    with_starts,
 )
-from dml_accel.training.run_folder import RunFolder, remedy_of_a_stop
-from dml_accel.training.setup import Checked, check, say_starts
-from dml_accel.training.workload import images_of_a_step, workload
+from dml_accel.training.run_folder import RunFolder, explaining_stop
+from dml_accel.training.setup import (
+    Checked,
+    Modules,
+    Prepared,
+    check,
+    choose_ranks,
+    compiles,
+    dtype_of,
+    layout_of,
+    print_starts,
+    refuse_other_files,
+)
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     """Train a cohort as ``config`` says, in this process or as one of several.
 
     Args:
-        config: the run.
-        command: the command line that asked for it, for the record.
+        config: of the run.
+        command: the command line, for the record.
 
     Returns:
         The run folder and the content of its results.json; None in all processes but the first,
         which writes the records.
 
     Raises:
-        UsageError: the input does not allow the run; nothing has been written then.
+        UsageError: the input does not allow the run; nothing has been written.
         ProcessLostError: another process is gone.
-        StoppedError, DivergedError, NotKeptError: see ``run``.
+        StoppedError, DivergedError, CheckpointNotWrittenError: see ``run_one``.
     """
-    check_launch(config)
-    share_cores(config)
-    names = [spec.name for spec in cohort.parse(config.cohort)]
-    speaks = launched_rank() == 0
-    goes_on = continues_in_place(config)
-    folder = RunFolder(config.output_dir, cohort.label(names), goes_on) if speaks else None
-    source = sources.read(config, quiet=not speaks)
-    checked = check(config, source, begins=not has_checkpoint(config))
+    check_launch(config.numerics, config.compute, config.optim)
+    trackers.resolve(config.run.log_with)
+    share_cores(config.compute)
+    first = launched_rank() == 0
+    names = [spec.name for spec in parse_cohort(config.cohort)]
+    in_place = resumes_in_place(config)
+    folder = None
+    if first:
+        folder = RunFolder(config.run.output_dir, cohort_label(names), resumes=in_place)
+    source = sources.read(config.data, quiet=not first)
+    checked, modules = check(config, source, starts=not has_checkpoint(config))
     work = workload(config, source)
     nothing = nothing_to_do(config, folder.path, work.steps) if folder else ""
-    origin = find(config, checked) if folder and not (goes_on or nothing) else None
-    display = Display(work.total, quiet=not speaks)
-    # From here on something is written, and processes wait for each other.
+    # Elsewhere than in its own folder, a checkpoint is found before anything is written.
+    origin = find_origin(config, checked) if folder and not (in_place or nothing) else None
+    display = Display(work.total, quiet=not first)
+    # From here on files are written, and processes wait for each other.
     with (
-        remedy_of_a_stop(folder, "--resume auto"),
+        explaining_stop(folder, "--resume auto"),
         Stop() as stop,
         contextlib.closing(display),
         folder if folder and not nothing else contextlib.nullcontext(),
     ):
         if folder and not nothing:
-            origin = origin or find(config, checked)
-            _refuse_to_go_back(origin, work.steps)
-            folder.take_up(origin.state.get("step", 0))
+            origin = origin or find_origin(config, checked)
+            _refuse_to_shorten(origin, work.steps)
+            folder.set_running(origin.state.get("step", 0))
             if origin.path:
-                print(f"going on from {origin.path}", file=sys.stderr, flush=True)
-        processes = Processes(config)
+                print(f"resuming from {origin.path}", file=sys.stderr, flush=True)
+        processes = Processes(config.numerics, config.compute)
         with processes.watching():
             results = None
-            if not processes.agreed(bool(nothing)):
-                results = run(
-                    config, checked, processes, folder, command, display, stop, origin or Origin()
-                )
+            if not processes.broadcast_flag(bool(nothing)):
+                session = Session(processes, display, stop, command)
+                results = run_one(session, config, checked, modules, folder, origin or Origin())
             processes.close()
     if nothing:
         print(nothing, file=sys.stderr)
     return (folder.path, results) if folder and results else None
 
 
-def _refuse_to_go_back(origin: Origin, steps: int) -> None:
+def _refuse_to_shorten(origin: Origin, steps: int) -> None:
     if origin.path and origin.state["step"] > steps:
         raise UsageError(
-            f"{origin.path} has {origin.state['step']} steps behind it, and the flags ask for "
+            f"{origin.path} has already taken {origin.state['step']} steps, but the flags ask for "
             f"{steps} in all; raise --epochs or --max-steps"
         )
 
 
-def run(
+# ---------------------------------------------------------------- one run
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all runs of one command share.
+
+    Attributes:
+        processes: those that share the work.
+        display: shows the progress.
+        stop: requests to stop.
+        command: the command line, for the record.
+    """
+
+    processes: Processes
+    display: Display
+    stop: Stop
+    command: str
+
+
+def run_one(
+    session: Session,
     config: Config,
     checked: Checked,
-    processes: Processes,
+    modules: Modules,
     folder: RunFolder | None,
-    command: str,
-    display: Display,
-    stop: Stop,
     origin: Origin,
+    *,
     label: str = "",
     image_cost: float = 1.0,
-    compiles: bool | None = None,
+    compiled: bool | None = None,
 ) -> dict[str, Any] | None:
-    """Train one cohort with processes that are already together.
+    """Train one cohort in an existing process group.
 
     Args:
-        config: the run.
-        checked: what ``check`` returned for it.
-        processes: those that share the work.
+        session: what it shares with other runs of the command.
+        config: of the run.
+        checked: returned by ``check``.
+        modules: returned by ``check``; emptied.
         folder: an entered run folder in the first process, None in the others.
-        command: the command line, for the record.
-        display: where progress is shown.
-        stop: what asks the run to stop.
-        origin: in the first process, what ``resuming.find`` returned.
-        label: what the display calls the run.
+        origin: in the first process, what ``find_origin`` returned.
+        label: of the run in the display; empty if it is the only one.
         image_cost: see ``workload``.
-        compiles: ``checking.agreed_compilation``'s decision for several runs (default: decide).
+        compiled: whether to compile, if that was decided for several runs (default: decide).
 
     Returns:
         The content of results.json in the first process.
 
     Raises:
-        MemoryShortError: there was no memory for a tensor.
-        StoppedError: a stop was asked for, and the run can go on from a checkpoint.
-        DivergedError: a peer is lost.
-        NotKeptError: a checkpoint could not be written.
+        OutOfMemoryError: a tensor could not be allocated.
+        StoppedError: the run was stopped, and can be resumed from a checkpoint.
+        DivergedError: a peer has diverged.
+        CheckpointNotWrittenError: a checkpoint could not be written.
     """
+    processes = session.processes
     forget_peak_memory(processes.device)
-    path = Path(processes.text_of_first(str(folder.path.resolve()) if folder else ""))
-    ready = prepare(config, checked, processes, path, origin.agreed(processes), compiles)
+    path = Path(processes.broadcast_text(str(folder.path.resolve()) if folder else ""))
+    ready = prepare(config, checked, modules, processes, path, origin.agreed(processes), compiled)
     recorder = None
     if folder is not None:
         work = workload(config, checked.source, image_cost, ready.start.step)
-        display.begin(label, work, config.epochs, images_of_a_step(config))
-        if not ready.goes_on:
-            say_starts(ready.checked)
-        recorder = Recorder(folder, ready, command, display)
-    last = _take_all_steps(ready, recorder, stop)
+        session.display.begin(label, work, config.optim.epochs)
+        if not ready.resumes:
+            print_starts(checked)
+        recorder = Recorder(folder, ready, session.command, session.display)
+    last = _take_all_steps(ready, recorder, session.stop)
     if recorder:
         recorder.end(last)
     error = write_peers(ready, last)
-    # Also the wait for the files of all peers.
-    unwritten = processes.largest(0 if error is None else 1 + processes.rank)
-    memory = processes.largest(device_memory(processes.device))
-    if unwritten:
-        raise error or OSError(f"rank {unwritten - 1} could not write its peers below {path}")
+    failed = processes.failed_rank(error is not None)  # waits for the files of all peers
+    memory = processes.all_reduce_max(peak_memory(processes.device))
+    if failed is not None:
+        raise error or OSError(f"rank {failed} could not write its peers to {path}")
     return recorder.conclude(last, memory) if recorder else None
 
 
 def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> EvaluationRecord:
-    """Train to the end, keeping checkpoints; return the last evaluation."""
-    state = description(ready.config, ready.checked, ready.placement, ready.compiled)
-    records = fit(
-        ready.peers,
-        ready.images,
-        ready.config,
-        ready.placement,
-        ready.start,
-        stop,
-        ready.teaching,
-        ready.teachers,
-    )
+    """Train to the end and write checkpoints; return the last evaluation."""
+    config, cohort = ready.config, ready.cohort
+    state = checkpoint_state(config, ready.checked, ready.placement, ready.compiled)
     try:
-        with remedy_of_short_memory(ready.config, ready.one_at_a_time):
-            for record in records:
+        with _explaining_out_of_memory(config.optim, config.method.schedule, cohort.one_at_a_time):
+            for record in fit(cohort, ready.images, config.run, ready.start, stop):
                 if isinstance(record, CheckpointRecord):
-                    root = ready.path / CHECKPOINTS
-                    keep(root, record, ready.peers, state, ready.config, ready.placement)
+                    _save(ready, record, state)
                 if recorder:
                     recorder.take(record)
                 last = record
     except StoppedError as stopped:
         if recorder:
             recorder.stop(str(stopped))
-        ready.placement.processes.wait()  # a launcher may end all when the first has ended
+        ready.placement.processes.barrier()  # a launcher may end all once the first has ended
         raise
     assert isinstance(last, EvaluationRecord), "fit ends with an evaluation"
     return last
+
+
+def _save(ready: Prepared, record: CheckpointRecord, state: dict[str, Any]) -> None:
+    # A checkpoint that a stop asks for while a peer loses steps replaces no sound one.
+    keep = ready.config.run.keep_checkpoints if not any(record.lost.values()) else None
+    checkpoint.write_together(
+        ready.path / CHECKPOINTS,
+        record.step,
+        ready.cohort.peers,
+        state | {"lost": record.lost},
+        keep,
+        ready.placement,
+    )
+
+
+@contextlib.contextmanager
+def _explaining_out_of_memory(
+    optim: OptimConfig, schedule: UpdateSchedule, one_at_a_time: bool
+) -> Iterator[None]:
+    """Name the flags that need less memory if a tensor cannot be allocated.
+
+    Args:
+        optim: batch and micro-batches.
+        schedule: the update schedule.
+        one_at_a_time: whether one network's activations at a time are kept already.
+
+    Raises:
+        OutOfMemoryError: in place of the error of torch or Python.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ways, parts, size = [], 2 * optim.grad_accum, optim.batch_size
+        if not one_at_a_time and not schedule.takes_turns:
+            ways.append("--low-memory keeps one network's activations at a time")
+        if parts <= size and schedule.splits_batches:
+            ways.append(f"--grad-accum {parts} uses smaller micro-batches (another result)")
+        ways.append(f"a --batch-size below {size} needs less (another result)")
+        raise OutOfMemoryError(f"out of memory: {'; '.join(ways)}", prints=True) from error
+
+
+# ---------------------------------------------------------------- what a process trains with
+
+
+def prepare(
+    config: Config,
+    checked: Checked,
+    modules: Modules,
+    processes: Processes,
+    path: Path,
+    origin: Origin,
+    compiled: bool | None = None,
+) -> Prepared:
+    """Place, compile and load what this process trains with; all processes do, together.
+
+    Args:
+        config: of the run.
+        checked: returned by ``check``.
+        modules: returned by ``check``; emptied, so that networks of other processes are freed.
+        processes: those that share the work.
+        path: of the run folder.
+        origin: in every process, what the run starts from.
+        compiled: whether to compile, if that was decided for several runs (default: decide).
+
+    Raises:
+        UsageError: see ``refuse_other_files``, ``with_starts``, ``choose_ranks``, ``load_peers``.
+        OutOfMemoryError: a tensor could not be allocated.
+    """
+    checked = with_starts(checked, origin)
+    refuse_other_files(checked, processes)
+    ranks = origin.ranks(config.compute.placement, processes.world_size)
+    ranks = ranks or choose_ranks(config, checked, modules, processes, path)
+    placement = Placement(processes, ranks, config.numerics.batch_norm)
+    device, dtype, layout = placement.device, dtype_of(config), layout_of(config, processes.device)
+    images = batches.prepare(
+        checked.source,
+        config.data,
+        seed=config.seed,
+        device=device,
+        dtype=dtype,
+        memory_format=layout,
+    )
+    teachers = load_teachers(checked.frozen, images.normalisation, dtype, layout, processes)
+    teaching = Teaching(
+        config.method,
+        checked.names,
+        list(checked.frozen),
+        checked.links,
+        exchange=config.compute.exchange,
+        exchange_dtype=config.numerics.exchange_dtype,
+    )
+    parameters = {name: parameter_count(module) for name, module in modules.items()}
+    start = origin.start(path / CHECKPOINTS)
+    one_at_a_time = config.compute.low_memory or not teaching.is_on
+    with _explaining_out_of_memory(config.optim, config.method.schedule, one_at_a_time):
+        to_compile = origin.compiled(config, processes.world_size)
+        if to_compile is None:
+            if compiled is None:
+                steps = steps_to_take(config.optim, len(images.train)) - start.step
+                compiled = compiles(config, checked, modules, placement, steps)
+            to_compile = checked.names if compiled else []
+        peers = _make_peers(config, checked, modules, placement, to_compile)
+    load_peers(origin, peers, processes)
+    cohort = Cohort(
+        sorted(peers, key=lambda peer: peer.name),
+        teachers,
+        images.train,
+        placement,
+        teaching,
+        config.optim,
+        config.method.update,
+        config.seed,
+        config.compute.low_memory,
+    )
+    return Prepared(
+        config,
+        path,
+        checked,
+        cohort,
+        images,
+        placement.union(peer.name for peer in peers if is_compiled_module(peer.net)),
+        parameters,
+        start,
+        origin.path is not None,
+    )
+
+
+def _make_peers(
+    config: Config,
+    checked: Checked,
+    modules: Modules,
+    placement: Placement,
+    to_compile: Sequence[str],
+) -> list[Peer]:
+    """Return the peers that are trained here; ``modules`` is emptied."""
+    if to_compile and placement.processes.rank == 0:
+        _print_compilation(placement, to_compile)
+    parts = slices(config.optim.batch_size, config.optim.grad_accum)
+    wrapper = Wrapper(
+        placement,
+        [stop - start for start, stop in parts],
+        config.data.image_size,
+        layout_of(config, placement.device),
+        config.compute.compile_mode,
+    )
+    peers = []
+    for spec in checked.specs:
+        if spec.name in placement.mine:
+            module: nn.Module = modules.pop(spec.name)
+            net = wrapper.wrap(module, spec.name, spec.name in to_compile)
+            keeps = is_compiled_module(net) and config.compute.compile_mode != "default"
+            optimizer = make_optimizer(module, config.optim)
+            scaler = placement.processes.loss_scaler()
+            peers.append(Peer(spec, module, net, optimizer, scaler, keeps))
+    modules.clear()
+    return peers
+
+
+def _print_compilation(placement: Placement, to_compile: Sequence[str]) -> None:
+    shared = [name for name in to_compile if len(placement.ranks[name]) > 1]
+    if shared:
+        why = "because processes that share a network communicate between its layers"
+        print(f"--compile: {', '.join(shared)} run eagerly, {why}", file=sys.stderr)
+    if len(shared) < len(to_compile):
+        print("compiling, which takes minutes the first time", file=sys.stderr, flush=True)
