@@ -1,14 +1,30 @@
 """Deep Mutual Learning (Zhang et al., CVPR 2018): networks that teach each other.
 
-Importing the package registers its networks with timm. ``learn`` trains networks of one's own; it
-and the rest of ``api`` are imported when they are first asked for.
+    core         configuration, errors, files, keyed randomness; no package of ours is below it
+    data         data sets, decoding, batches
+    models       our networks, specifications of peers, building, optimizer, folders of peers
+    distributed  launch checks, process group, placement, batch norm, compilation, planning
+    mutual       losses, metrics, peers, teaching, and one optimizer step by each update schedule
+    training     the loop, checkpoints, run folders, resuming; one run from top to bottom
+    inference    trained networks: load, evaluate, predict, export
+    analysis     methods, comparisons over seeds, statistics, tables, plots, the report
+    cli          flags and commands
+
+A package imports only from those above it in this list. ``import dml_accel`` imports neither torch
+nor timm, yet timm knows our networks afterwards (see ``_register_networks``). ``learn`` and what
+goes with it are imported when they are first used.
 """
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dml_accel.models import networks
-
 if TYPE_CHECKING:
+    from dml_accel.models import networks
     from dml_accel.training.learn import Config, EvaluationRecord, StepRecord, UsageError, learn
 
 __all__ = [
@@ -24,8 +40,58 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from dml_accel.training import learn as api
+    if name == "networks":
+        from dml_accel.models import networks
 
-        return getattr(api, name)
+        return networks
+    if name in ("Config", "UsageError"):
+        from dml_accel.core import config
+
+        return getattr(config, name)
+    if name in __all__:
+        from dml_accel.training import learn as module
+
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _AfterTimm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Registers our networks as soon as timm has been imported by somebody."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Find timm as the other finders do, but load it with ``exec_module`` below."""
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)  # once: the other finders now find the real one
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """Create the module as timm's own loader does."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute timm, then import the networks, which register themselves."""
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        importlib.import_module("dml_accel.models.networks")
+
+
+def _register_networks() -> None:
+    """Register our networks with timm: now if it is imported, else when it is."""
+    if "timm" in sys.modules:
+        importlib.import_module("dml_accel.models.networks")
+    else:
+        sys.meta_path.insert(0, _AfterTimm())
+
+
+_register_networks()

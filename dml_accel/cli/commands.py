@@ -1,86 +1,89 @@
-"""The command line: what each command does, one line per error, exit codes.
+"""The commands: from parsed flags to what is printed and to the exit code.
 
-0 done; 2 wrong usage or input; 75 stopped on request with a checkpoint; anything else failed.
+Each command imports what it needs when it runs: torch takes seconds, and usage errors need none.
 """
 
-import dataclasses
 import os
 import sys
 import time
-import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from dml_accel.analysis import runs as history
-from dml_accel.analysis.compare import compare
-from dml_accel.analysis.page import write_page
-from dml_accel.analysis.subruns import PRESETS
-from dml_accel.analysis.tables import comparison_table, comparison_title
+from dml_accel.analysis.methods import PRESETS
 from dml_accel.cli.parser import parse
-from dml_accel.cli.using import run as use
-from dml_accel.core.config import Config, UsageError
-from dml_accel.core.tables import results_table
+from dml_accel.core.config import Config
+from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
 from dml_accel.core.versions import command_line
-from dml_accel.distributed.launch import (
-    StoppedError,
-    launched_processes,
-    launched_rank,
-    share_cores,
-)
-from dml_accel.distributed.plan import this_machine
-from dml_accel.distributed.processes import MemoryShortError, ProcessLostError
-from dml_accel.training.agenda import DivergedError
-from dml_accel.training.keeping import NotKeptError
-from dml_accel.training.setup import plan
-from dml_accel.training.train import train
+from dml_accel.distributed.launch import launched_processes, launched_rank
 
+# How long a process waits for rank 0 to print an error that all of them have.
 _SECONDS_FOR_RANK_0 = 20.0
-_STOPPED = 75  # what schedulers know as "try again": sysexits.h's EX_TEMPFAIL
+_INTERRUPTED = 130  # as shells report SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one sub-command; return the process's exit code.
+    """Run one command; return the process's exit code.
 
     Args:
         arguments: the words after the program's name (default: this process's).
     """
     try:
         values = parse(sys.argv[1:] if arguments is None else arguments)
-        todo = {"train": _train, "compare": _compare, "plan": _plan, "report": _report}
-        command = values.pop("subcommand")
-        return todo[command](values) if command in todo else use(command, values)
-    except StoppedError as error:
-        if launched_rank() == 0:
-            print(error, file=sys.stderr, flush=True)
-        return _leave(_STOPPED)
-    except BrokenPipeError:  # who reads has seen enough; nothing is left to flush at the end
+        return _COMMANDS[values.pop("subcommand")](values)
+    except UsageError as error:
+        _print_for_all(str(error))
+        return error.exit_code
+    except RunError as error:
+        prints = launched_rank() == 0 if error.prints is None else error.prints
+        if prints:
+            prefix = "" if isinstance(error, StoppedError) else "error: "
+            print(f"{prefix}{error}", file=sys.stderr, flush=True)
+        if isinstance(error, DivergedError) and launched_rank():
+            time.sleep(_SECONDS_FOR_RANK_0)  # all processes have this error; rank 0 prints it
+        return _leave(error.exit_code)
+    except BrokenPipeError:  # whoever reads our output has stopped, so nothing is left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _leave(1)
-    except (DivergedError, MemoryShortError, NotKeptError, ProcessLostError, OSError) as error:
-        if getattr(error, "speaks", launched_rank() == 0 or isinstance(error, OSError)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, DivergedError) and launched_rank():
-            time.sleep(_SECONDS_FOR_RANK_0)  # all processes meet it; the first one says why
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return _leave(1)
-    except UsageError as error:
-        _say_for_all(str(error))
-        return 2
     except KeyboardInterrupt:
         if launched_rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
-        return _leave(130)
+        return _leave(_INTERRUPTED)
 
 
 def _leave(code: int) -> int:
-    """End this process where the others may be gone: leaving their group in order would wait."""
+    """End this process if others may be gone: an orderly exit would wait for them."""
     if launched_processes() > 1:
         sys.stdout.flush()
         os._exit(code)
     return code
 
 
-def _train(values: dict[str, typing.Any]) -> int:
-    finished = train(Config.from_dict(values), command_line())
+def _print_for_all(message: str) -> None:
+    """Print an error that every process has: once, by rank 0.
+
+    The others wait, and the launcher ends them once rank 0 has left. A process that is still alive
+    after that has an error of its own.
+    """
+    rank = launched_rank()
+    if rank:
+        time.sleep(_SECONDS_FOR_RANK_0)
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def _train(values: dict[str, Any]) -> int:
+    config = Config(**values)
+    from dml_accel.core.tables import results_table
+    from dml_accel.training.train import train
+
+    finished = train(config, command_line())
     if finished is not None:
         folder, results = finished
         print(results_table(results))
@@ -88,38 +91,49 @@ def _train(values: dict[str, typing.Any]) -> int:
     return 0
 
 
-def _compare(values: dict[str, typing.Any]) -> int:
+def _compare(values: dict[str, Any]) -> int:
     methods, seeds = values.pop("methods"), values.pop("seeds")
     preset = PRESETS.get(values.pop("preset") or "")
-    config = Config.from_dict((preset.changes if preset else {}) | values)
+    config = Config(**(preset.changes if preset else {}) | values)
+    if seeds < 1:
+        raise UsageError(f"--seeds is {seeds}; it must be at least 1")
     cohorts = preset.cohorts if preset and "cohort" not in values else (config.cohort,)
+    from dml_accel.analysis.compare import compare
+    from dml_accel.analysis.tables import comparison_table, comparison_title
+
     finished = compare(config, cohorts, methods, seeds, command_line())
-    if finished is not None:
-        folder, record = finished
-        print(f"{comparison_title(record)}\n\n{comparison_table(record)}")
-        print(f"\ntables and plot: {folder}/results.md\nruns:            {folder}/*/seed-<n>/")
-        for name, reason in record["failed"].items():
-            print(f"error: {name} failed: {reason}", file=sys.stderr)
-        return 1 if record["failed"] else 0
-    return 0
+    if finished is None:
+        return 0
+    folder, record = finished
+    print(f"{comparison_title(record)}\n\n{comparison_table(record)}")
+    print(f"\ntables and plot: {folder}/results.md\nruns:            {folder}/*/seed-<n>/")
+    for name, reason in record["failed"].items():
+        print(f"error: {name} failed: {reason}", file=sys.stderr)
+    return 1 if record["failed"] else 0
 
 
-def _plan(values: dict[str, typing.Any]) -> int:
+def _plan(values: dict[str, Any]) -> int:
     names = ("world", "classes", "bandwidth", "latency")
     world, classes, bandwidth, latency = (values.pop(name) for name in names)
-    config = Config.from_dict(values)
+    config = Config(**values)
     for name, value in (("world", world), ("classes", classes)):
         if value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1")
     for name, value in (("bandwidth", bandwidth), ("latency", latency)):
         if value is not None and not value > 0:
             raise UsageError(f"--{name} is {value}; it must be above 0")
-    if world > config.batch_size // config.grad_accum:
+    if world > config.optim.smallest_micro_batch:
         raise UsageError(
-            f"--world {world} is more than the {config.batch_size // config.grad_accum} images of "
-            "a part of the batch (--batch-size, --grad-accum)"
+            f"--world {world} is more than the {config.optim.smallest_micro_batch} images of a "
+            "micro-batch (--batch-size, --grad-accum)"
         )
-    share_cores(config)  # what is assumed of a process is by its threads
+    import dataclasses
+
+    from dml_accel.distributed.launch import share_cores
+    from dml_accel.distributed.plan import this_machine
+    from dml_accel.training.setup import plan
+
+    share_cores(config.compute)  # the assumed speed of a process follows from its threads
     machine = this_machine()
     machine = dataclasses.replace(
         machine,
@@ -130,27 +144,47 @@ def _plan(values: dict[str, typing.Any]) -> int:
     return 0
 
 
-def _report(values: dict[str, typing.Any]) -> int:
+def _report(values: dict[str, Any]) -> int:
     if values["analyse"] < 0:
-        raise UsageError(f"--analyse is {values['analyse']}; it must be 0 or more")
+        raise UsageError(f"--analyse is {values['analyse']}; it must be at least 0")
     folders = [Path(folder).expanduser() for folder in values["folders"]]
-    runs = history.find(folders)
     path = Path(values["to"] or folders[0] / "report.html")
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder; name a folder of runs")
     if not path.parent.is_dir():
         raise UsageError(f"--to {path}: there is no folder {path.parent}")
+    from dml_accel.analysis import runs as finished
+    from dml_accel.analysis.page import write_page
+
+    runs = finished.find(folders)
     write_page(runs, path, values["analyse"])
     print(f"report of {len(runs)} run{'s' * (len(runs) > 1)}: {path}")
     return 0
 
 
-def _say_for_all(message: str) -> None:
-    """Say an error once, though every process meets it: the first rank speaks.
+def _use(command: str) -> Callable[[dict[str, Any]], int]:
+    """Return the command that uses trained networks."""
 
-    The others wait; the launcher ends them when the first has left. One that is still here then
-    has met an error of its own.
-    """
-    rank = launched_rank()
-    if rank:
-        time.sleep(_SECONDS_FOR_RANK_0)
-        message = f"rank {rank}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    def run(values: dict[str, Any]) -> int:
+        if launched_processes() > 1:
+            raise UsageError(f"{command} runs in a single process; start it without a launcher")
+        path = Path(values["source"]).expanduser()
+        if not path.is_dir():
+            raise UsageError(f"{path} is not a folder; name a run, or peers/<name> of one")
+        from dml_accel.cli import inference
+
+        return inference.run(command, values)
+
+    return run
+
+
+_COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "train": _train,
+    "compare": _compare,
+    "plan": _plan,
+    "report": _report,
+    "evaluate": _use("evaluate"),
+    "predict": _use("predict"),
+    "export": _use("export"),
+}

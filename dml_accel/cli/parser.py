@@ -1,4 +1,7 @@
-"""The words of the command line: flags from the configuration's fields, help that teaches."""
+"""The flags of every command, from the fields of ``Config`` and its sections.
+
+Nothing here imports torch, timm or datasets: ``--help`` and usage errors are printed at once.
+"""
 
 import argparse
 import dataclasses
@@ -6,27 +9,26 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from dml_accel.analysis.methods import DEFAULT_METHODS, METHODS, SET_BY_METHODS
-from dml_accel.analysis.subruns import PRESETS
-from dml_accel.cli.using import Add, add_commands
-from dml_accel.core.config import Config, UsageError
+from dml_accel.analysis.methods import DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
+from dml_accel.core.config import flag_groups, flag_types
+from dml_accel.core.errors import UsageError, one_line
 
-_EXAMPLES = """examples:
+_TRAIN = "Train a cohort of networks that learn from the labels and from each other."
+
+_TRAIN_EXAMPLES = """examples:
   %(prog)s --cohort 'resnet8*2' --dataset digits --epochs 8 --batch-size 16 --lr 0.05
   %(prog)s --cohort 'resnet32*2' wrn_28_10 'timm:efficientnet_b0'
   %(prog)s --cohort 4 --dataset path/to/folder --image-size 32 --output-dir runs/four
-  %(prog)s --cohort 4 --kl-weight 0        # the same networks, each alone
-  %(prog)s --cohort 4 --output-dir runs/four --resume auto     # start, or go on where it stopped
+  %(prog)s --cohort 4 --kl-weight 0        # the same networks, trained independently
+  %(prog)s --cohort 4 --output-dir runs/four --resume auto     # start, or resume
 """
 
-
-_COMPARE = """Train every method on the same seeds, initial weights, data order and augmentation;
-write results.csv, results.json, results.md and a plot: means over seeds with 95% intervals, and
-the paired difference to independent training with its interval and p-value. The same command with
-the same --output-dir goes on where it was interrupted."""
-
+_COMPARE = """Train every method with the same seeds, initial weights, data order and augmentation.
+Write results.csv, results.json, results.md and a plot: means over seeds with 95% intervals, and the
+paired difference to independent training with its interval and p-value. The same command with the
+same --output-dir resumes an interrupted comparison."""
 
 _COMPARE_EXAMPLES = """examples:
   %(prog)s --cohort 'resnet32*2' --seeds 5 --output-dir runs/pair
@@ -34,68 +36,98 @@ _COMPARE_EXAMPLES = """examples:
   %(prog)s --methods independent distill --frozen-peers runs/wrn --cohort 'resnet32*2'
   %(prog)s --methods independent mutual semi --labelled-fraction 0.2 --cohort 'resnet32*2'
   %(prog)s --preset laptop --output-dir runs/laptop
-  %(prog)s --preset paper-table2 --seeds 1 --max-steps 3 --dataset path/to/folder   # a look
+  %(prog)s --preset paper-table2 --seeds 1 --max-steps 3 --dataset path/to/folder   # a first look
 """
 
-
-_PLAN = """Print, for every peer in every process and for each peer in processes of its own: who
-trains what, the predicted time of a step, the share of it that each process waits, the bytes that
-it sends and the memory that it needs. Nothing is trained; --measure times the networks here."""
-
+_PLAN = """Print what both placements cost, every peer in every process and each peer in processes
+of its own: who trains what, the predicted time of a step, the share of it that each process waits,
+the bytes that it sends and the memory that it needs. Nothing is trained; --measure times the
+networks on this machine."""
 
 _PLAN_EXAMPLES = """examples:
   %(prog)s --cohort 'resnet32*2' wrn_28_10 --world 8
   %(prog)s --cohort mobilenet resnet32 --world 2 --measure --bandwidth 0.125 --latency 200
 """
 
-
-_REPORT = """Make one page about any finished runs: the paper's table beside ours, differences with
-intervals, training curves with bands over seeds, agreement and KL between peers, calibration,
-accuracy under weight noise, cost. It stands alone: nothing in it is loaded from elsewhere. Runs
-that differ in method and seed alone are compared."""
-
+_REPORT = """Write one HTML page about any finished runs: the paper's table beside ours, differences
+with intervals, training curves with bands over seeds, agreement and KL between peers, calibration,
+accuracy under weight noise, cost. The page is self-contained. Runs that differ in method and seed
+only are compared with each other."""
 
 _REPORT_EXAMPLES = """examples:
   %(prog)s runs/pair
   %(prog)s runs/pair runs/four --to both.html --analyse 2000
 """
 
+_EVALUATE = """Evaluate trained networks on a data set: top-1, top-5, NLL and calibration of every
+peer and of their ensemble, as in training; accuracy by class and the confusion matrix, as tables
+and a picture. Each network's inputs are prepared as in its training. The classes of the data set
+must be those of the training, in any order."""
 
-# Flags of another command, and what to write instead.
+_EVALUATE_EXAMPLES = """examples:
+  %(prog)s runs/pair                                      # on the test split of its own data set
+  %(prog)s runs/pair --dataset path/to/folder --test-split validation
+  %(prog)s runs/pair/peers/resnet8-0 --dataset digits --to digits-of-resnet8
+"""
+
+_PREDICT = """Predict the classes of images: the five most likely classes of each. A run predicts
+as an ensemble, by the mean posterior of its peers. Images are resized to squares as in training; of
+an animation the first frame is used. A file that cannot be read is named on stderr and skipped; the
+exit code is then 1, or 2 if there was no image at all."""
+
+_PREDICT_EXAMPLES = """examples:
+  %(prog)s runs/pair cat.png holiday/               # files, and folders with all that is in them
+  %(prog)s runs/pair --peer resnet8-0 'photos/**/*.jpg'
+  find photos -name '*.png' | %(prog)s runs/pair - --format jsonl
+"""
+
+_EXPORT = """Write a trained network, or all of a run, to a folder of its own. safetensors: a folder
+that timm loads (local-dir:DIR); for an ensemble, one folder per peer. onnx: a model.onnx, from
+normalised float32 images [batch, 3, size, size] to logits, or to the log of the ensemble's mean
+posterior; its outputs are compared with torch's before it is kept. config.json holds the class
+names, the input size, mean and standard deviation; README.md is a model card."""
+
+_EXPORT_EXAMPLES = """examples:
+  %(prog)s runs/pair --peer resnet8-0 --to resnet8
+  %(prog)s runs/pair --peer best --to best          # needs a run with --val-fraction
+  %(prog)s runs/pair --peer ensemble --format onnx --to ensemble
+"""
+
+# Flags of other commands, and what to use instead.
 _ELSEWHERE = {
-    ("compare", "--resume"): "the same command with the same --output-dir goes on by itself",
+    ("compare", "--resume"): "the same command with the same --output-dir resumes by itself",
     **dict.fromkeys((("compare", f"--{name}") for name in ("update", "target")), "use --methods"),
     ("compare", "--kl-images"): "with --labelled-fraction, the method semi has KL on all images",
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argparse that knows no abbreviations, names the nearest flag and says it in one line."""
+    """An argparse parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(" ".join(message.split()))
+        raise UsageError(one_line(ValueError(message)))
 
 
-def parse(arguments: Sequence[str]) -> dict[str, typing.Any]:
-    """Parse everything.
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the values of all flags that are given, and the ``subcommand``.
 
     Raises:
-        UsageError: an argument is unknown; the nearest known flag is named.
+        UsageError: an argument is unknown; the text names the nearest flag.
     """
     parser, commands = _parser()
     parsed, unknown = parser.parse_known_args(list(arguments))
     if unknown:
-        elsewhere = _ELSEWHERE.get((parsed.subcommand, unknown[0].split("=")[0]))
+        command, name = parsed.subcommand, unknown[0].split("=")[0]
+        elsewhere = _ELSEWHERE.get((command, name))
         if elsewhere:
-            raise UsageError(f"{parsed.subcommand} has no {unknown[0]}: {elsewhere}")
-        if not unknown[0].startswith("-"):
+            raise UsageError(f"{command} has no {unknown[0]}: {elsewhere}")
+        if not name.startswith("-"):
             raise UsageError(
-                f"{parsed.subcommand} does not know what {unknown[0]} is for: --help shows what it "
-                "takes, and what is quoted"
+                f"{command}: unexpected argument {unknown[0]}; see --help, and what must be quoted"
             )
-        flags = list(commands[parsed.subcommand]._option_string_actions)
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        flags = list(commands[command]._option_string_actions)
+        near = difflib.get_close_matches(name, flags, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
         raise UsageError(f"unknown argument {unknown[0]}: {hint}")
     return vars(parsed)
 
@@ -118,119 +150,189 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
             allow_abbrev=False,
         )
 
-    found = {
-        "train": _add_train(add),
-        "compare": _add_compare(add),
-        "plan": _add_plan(add),
-        "report": _add_report(add),
-    }
-    return parser, found | add_commands(add)
-
-
-def _add_train(add: Add) -> argparse.ArgumentParser:
-    training = add(
-        "train",
-        "train a cohort and write one folder per run",
-        "Train a cohort of networks that learn from the labels and from each other.",
-        _EXAMPLES,
-    )
+    training = add("train", "train a cohort, one folder per run", _TRAIN, _TRAIN_EXAMPLES)
     _add_flags(training)
-    return training
-
-
-def _add_compare(add: Add) -> argparse.ArgumentParser:
-    text = "methods over seeds: a table with intervals"
+    text = "compare methods over seeds, with intervals"
     comparing = add("compare", text, _COMPARE, _COMPARE_EXAMPLES)
-    comparing.add_argument(
+    _add_comparison(comparing)
+    text = "predict what a placement costs, without training"
+    planning = add("plan", text, _PLAN, _PLAN_EXAMPLES)
+    _add_plan(planning)
+    reporting = add("report", "write a page about finished runs", _REPORT, _REPORT_EXAMPLES)
+    _add_report(reporting)
+    evaluating = add("evaluate", "evaluate trained networks", _EVALUATE, _EVALUATE_EXAMPLES)
+    _add_evaluation(evaluating)
+    predicting = add("predict", "predict the classes of images", _PREDICT, _PREDICT_EXAMPLES)
+    _add_prediction(predicting)
+    text = "write a network to a folder of its own"
+    exporting = add("export", text, _EXPORT, _EXPORT_EXAMPLES)
+    _add_export(exporting)
+    return parser, {
+        "train": training,
+        "compare": comparing,
+        "plan": planning,
+        "report": reporting,
+        "evaluate": evaluating,
+        "predict": predicting,
+        "export": exporting,
+    }
+
+
+# ---------------------------------------------------------------- training
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--methods",
         nargs="+",
         choices=tuple(METHODS),
         default=DEFAULT_METHODS,
-        help="what to compare: networks alone; mutual learning; the paper's Algorithm 1; the "
-        "authors' code; the mean posterior (the paper's DML_e) or the posterior of the mean "
-        "logits as the target; pupils of --frozen-peers; with --labelled-fraction, KL on the "
-        f"unlabelled images too (default: {' '.join(DEFAULT_METHODS)})",
+        help="what to compare: independent networks; mutual learning; the paper's Algorithm 1 "
+        "(sequential); the authors' code (official); the mean posterior (mean-prob, the paper's "
+        "DML_e) or the posterior of the mean logits (mean-logit) as the target; distillation from "
+        "--frozen-peers (distill); with --labelled-fraction, KL on the unlabelled images as well "
+        f"(semi) (default: {' '.join(DEFAULT_METHODS)})",
     )
-    comparing.add_argument(
+    parser.add_argument(
         "--seeds",
         type=int,
         default=5,
         metavar="N",
-        help="how many seeds, from --seed on (default: 5)",
+        help="number of seeds, counted from --seed (default: 5)",
     )
     presets = "; ".join(f"{name}: {preset.text}" for name, preset in PRESETS.items())
-    comparing.add_argument(
+    parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help=f"cohorts and configuration by name; flags that are given win. {presets}",
+        help=f"named cohorts and configuration; flags that are given override it. {presets}",
     )
-    _add_flags(comparing, without=("resume", *SET_BY_METHODS))
-    return comparing
+    _add_flags(parser, without=("resume", *SET_BY_METHODS))
 
 
-def _add_plan(add: Add) -> argparse.ArgumentParser:
-    planning = add(
-        "plan", "predict what a placement costs, without training", _PLAN, _PLAN_EXAMPLES
-    )
+def _add_plan(parser: argparse.ArgumentParser) -> None:
     for name, default, text in (
         ("world", 2, "processes (default: 2)"),
-        ("classes", 100, "of the images (default: 100)"),
+        ("classes", 100, "classes of the images (default: 100)"),
     ):
-        planning.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
     for name, text in (
         ("bandwidth", "gigabytes per second out of one process (default: 1; with GPUs 10)"),
-        ("latency", "microseconds of one message (default: 1000; with GPUs 20)"),
+        ("latency", "microseconds per message (default: 1000; with GPUs 20)"),
     ):
-        planning.add_argument(f"--{name}", type=float, metavar="X", help=text)
-    _add_flags(planning, without=("resume",))
-    return planning
+        parser.add_argument(f"--{name}", type=float, metavar="X", help=text)
+    _add_flags(parser, without=("resume",))
 
 
-def _add_report(add: Add) -> argparse.ArgumentParser:
-    reporting = add("report", "make a page about finished runs", _REPORT, _REPORT_EXAMPLES)
-    reporting.add_argument("folders", nargs="+", metavar="DIR", help="of runs, or above them")
-    reporting.add_argument(
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs, or above them")
+    parser.add_argument(
         "--to", metavar="FILE", help="the page (default: report.html in the first DIR)"
     )
-    reporting.add_argument(
+    parser.add_argument(
         "--analyse",
         type=int,
         default=1000,
         metavar="N",
-        help="weight noise, entropy and calibration on N images of each split, kept in "
-        "analysis.json of each run; 0 leaves them out (default: 1000)",
+        help="analyse weight noise, entropy and calibration on N images of each split, and keep "
+        "the numbers in analysis.json of each run; 0 skips this (default: 1000)",
     )
-    return reporting
 
 
 def _add_flags(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """Add one flag per field of ``Config``: its type, default and help come from the field."""
-    hints = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        if field.name in without:
-            continue
-        options = dict(field.metadata["argparse"])
-        kind = _plain_type(hints[field.name])
-        text = field.metadata["help"]
-        if kind is bool:
-            options["action"] = "store_true"
-        else:
-            options["type"] = kind
-            if "metavar" not in options and "choices" not in options:
-                options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
-            if field.default not in (None, ()):
-                default = field.default
-                shown = " ".join(default) if isinstance(default, tuple) else default
-                text += f" (default: {shown})"
-        flag = "--" + field.name.replace("_", "-")
-        # What is not given is left out, so that a preset knows what is.
-        parser.add_argument(
-            flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options
-        )
+    """Add one flag per field of ``Config``, in one group per section."""
+    for group in flag_groups():
+        added = parser.add_argument_group(group.title, group.text)
+        for field in group.fields:
+            if field.name not in without:
+                _add_flag(added, field)
 
 
-def _plain_type(hint: typing.Any) -> type:
-    """Return the type that one word of the command line is read as: int for ``int | None``."""
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
+    """Add the flag of one field: its type, default and help come from the field."""
+    options = dict(field.metadata["argparse"])
+    kind = _plain_type(flag_types()[field.name])
+    text = field.metadata["help"]
+    if kind is bool:
+        options["action"] = "store_true"
+    else:
+        options["type"] = kind
+        if "metavar" not in options and "choices" not in options:
+            options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
+        if field.default not in (None, ()):
+            default = field.default
+            shown = " ".join(default) if isinstance(default, tuple) else default
+            text += f" (default: {shown})"
+    flag = "--" + field.name.replace("_", "-")
+    # Flags that are not given are left out, so that a preset knows which ones were.
+    group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+
+
+def _plain_type(hint: Any) -> type:
+    """Return the type of a single word on the command line: int for ``int | None``."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+
+
+# ---------------------------------------------------------------- trained networks
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, "RUN|PEER")
+    parser.add_argument("--dataset", metavar="TEXT", help="as for train (default: that of the run)")
+    for name, text in (
+        ("image-column", "column of images (default: the only image column)"),
+        ("label-column", "column of classes (default: inferred as in training)"),
+        ("test-split", "split to evaluate on (default: that of the run, else test)"),
+    ):
+        parser.add_argument(f"--{name}", metavar="TEXT", help=text)
+    parser.add_argument(
+        "--to",
+        metavar="DIR",
+        help="folder for evaluation.json, confusion.csv and confusion.png (default: "
+        "evaluations/<dataset>-<split> in RUN or PEER)",
+    )
+    _add_cpu(parser)
+
+
+def _add_prediction(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, "RUN|PEER")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="files, folders or quoted globs; - reads names from stdin, one per line",
+    )
+    parser.add_argument("--peer", metavar="NAME", help="use only this peer of the run")
+    parser.add_argument(
+        "--format",
+        choices=("table", "jsonl", "csv"),
+        help="table; jsonl: one object per image; csv: one line per image and class (default: "
+        "table on a terminal, else jsonl)",
+    )
+    _add_cpu(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, "RUN")
+    parser.add_argument(
+        "--peer",
+        metavar="NAME",
+        help="a peer's name, best (by validation accuracy) or ensemble (default: the only peer)",
+    )
+    parser.add_argument("--to", metavar="DIR", required=True, help="a new or empty folder")
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "onnx"),
+        default="safetensors",
+        help="(default: safetensors)",
+    )
+
+
+def _add_source(parser: argparse.ArgumentParser, name: str) -> None:
+    text = "a run folder, or peers/<name> of one"
+    parser.add_argument("source", metavar=name, help=text)
+
+
+def _add_cpu(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
