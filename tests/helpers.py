@@ -1,0 +1,214 @@
+"""What tests of several packages share: tiny runs, run folders, launched processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dml_accel import cli
+from dml_accel.core.config import Config
+from dml_accel.data import batches
+from dml_accel.data.batches import Data, slices
+from dml_accel.data.sources import Source
+from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.plan import allocate, everywhere
+from dml_accel.distributed.processes import Processes
+from dml_accel.distributed.wrap import Wrapper
+from dml_accel.models.build import build
+from dml_accel.models.optim import make_optimizer
+from dml_accel.models.spec import PeerSpec, parse_cohort
+from dml_accel.mutual.links import read_links
+from dml_accel.mutual.peer import Peer
+from dml_accel.mutual.step import Cohort, Step
+from dml_accel.mutual.teachers import load_teachers, read_teachers
+from dml_accel.mutual.teaching import Teaching
+from dml_accel.training import checkpoint
+from dml_accel.training.setup import dtype_of, layout_of
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+# Flags of a run of seconds, on real images that need no network.
+DIGITS = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --cpu".split()
+
+
+def real_dataset() -> str:
+    """What --dataset names: real CIFAR-100 images if there are some, else digits."""
+    return os.environ.get("DML_TEST_DATA") or "digits"
+
+
+def tiny_config(**changes: object) -> Config:
+    """A run of seconds on digits, in double precision so that equality means something."""
+    settings = {
+        "cohort": ("resnet8*2",),
+        "dataset": "digits",
+        "image_size": 16,
+        "batch_size": 8,
+        "lr": 0.05,
+        "max_steps": 3,
+        "cpu": True,
+        "float64": True,
+    }
+    return Config(**(settings | changes))
+
+
+def build_peer(spec: PeerSpec, config: Config, classes: int, **options: object) -> torch.nn.Module:
+    """The untrained network of a peer, as a run builds it."""
+    return build(
+        spec,
+        classes=classes,
+        image_size=config.data.image_size,
+        seed=config.seed,
+        dtype=dtype_of(config),
+        smallest_micro_batch=config.optim.smallest_micro_batch,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------- run folders
+
+
+def train(folder: Path, *words: str) -> int:
+    """Train in this process as the command line does; return the exit code."""
+    return cli.main(["train", *words, "--output-dir", str(folder)])
+
+
+def load(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text())
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of a run's checkpoints, ascending."""
+    named = checkpoint.named(folder / "checkpoints")
+    return [checkpoint.step_of(path) for path in reversed(named)]
+
+
+def assert_same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Every tensor equal, bit for bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---------------------------------------------------------------- processes
+
+
+def free_port() -> int:
+    """A port that nobody listens on, so that two runs of the tests do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without a launcher's variables: one thread, a free port."""
+    launcher = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    clean = {n: v for n, v in os.environ.items() if n not in names and not n.startswith(launcher)}
+    # torchrun reads its port from here, and accelerate launch is built on it.
+    return clean | {"OMP_NUM_THREADS": "1", "PET_MASTER_PORT": str(free_port())} | changes
+
+
+def run_program(
+    *words: object, timeout: float = 120, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in the root of the project and wait for it."""
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+# ---------------------------------------------------------------- inside a run
+
+COSTS = {"resnet8": 1.0, "wrn_16_2": 2.0, "resnet20": 3.0}
+
+
+class Training:
+    """The parts of one run, built as a run builds them, for tests that look inside."""
+
+    def __init__(self, config: Config, source: Source) -> None:
+        self.config = config
+        processes, specs = Processes(config.numerics, config.compute), parse_cohort(config.cohort)
+        names = [spec.name for spec in specs]
+        ranks = everywhere(names, processes.world_size)
+        if config.compute.placement == "split":
+            costs = {name: COSTS[name.rpartition("-")[0]] for name in names}
+            ranks = allocate(costs, processes.world_size)
+        self.placement = Placement(processes, ranks, config.numerics.batch_norm)
+        dtype, layout = dtype_of(config), layout_of(config, processes.device)
+        self.data: Data = batches.prepare(
+            source,
+            config.data,
+            seed=config.seed,
+            device=processes.device,
+            dtype=dtype,
+            memory_format=layout,
+        )
+        parts = slices(config.optim.batch_size, config.optim.grad_accum)
+        self._wrapper = Wrapper(
+            self.placement,
+            [stop - start for start, stop in parts],
+            config.data.image_size,
+            layout,
+            config.compute.compile_mode,
+        )
+        self.peers = [self._peer(spec) for spec in specs if spec.name in self.placement.mine]
+        folders = read_teachers(
+            config.method.frozen_peers, self.data.classes, config.data.image_size
+        )
+        self.cohort = Cohort(
+            sorted(self.peers, key=lambda peer: peer.name),
+            load_teachers(folders, self.data.normalisation, dtype, layout, processes),
+            self.data.train,
+            self.placement,
+            Teaching(
+                config.method,
+                names,
+                list(folders),
+                read_links(config.method.links, names, list(folders)),
+                exchange=config.compute.exchange,
+                exchange_dtype=config.numerics.exchange_dtype,
+            ),
+            config.optim,
+            config.method.update,
+            config.seed,
+            config.compute.low_memory,
+        )
+
+    def step(self, number: int, lr: float) -> Step:
+        """One optimizer step, not taken."""
+        return Step(self.cohort, number, lr)
+
+    def _peer(self, spec: PeerSpec) -> Peer:
+        module = build_peer(spec, self.config, len(self.data.classes))
+        net = self._wrapper.wrap(module, spec.name, self.config.compute.compile == "on")
+        optimizer = make_optimizer(module, self.config.optim)
+        return Peer(spec, module, net, optimizer, self.placement.processes.loss_scaler())
+
+    def states(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Parameters, buffers and momentum of every peer, by name."""
+        return {
+            peer.name: {
+                **{name: t.clone() for name, t in peer.module.state_dict().items()},
+                **{
+                    f"momentum.{index}": state["momentum_buffer"].clone()
+                    for index, state in peer.optimizer.state_dict()["state"].items()
+                },
+            }
+            for peer in self.peers
+        }
