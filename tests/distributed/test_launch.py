@@ -3,13 +3,17 @@
 import pytest
 import torch
 
-from dml_accel.core.config import UsageError
-from dml_accel.distributed import launch as launching
-from dml_accel.distributed.launch import check_launch
-from tests.conftest import tiny_config
+from dml_accel.core.config import Config
+from dml_accel.core.errors import UsageError
+from dml_accel.distributed import launch
+from tests.helpers import tiny_config
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 WORKERS = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+
+
+def check_launch(config: Config) -> None:
+    launch.check_launch(config.numerics, config.compute, config.optim)
 
 
 @pytest.fixture(autouse=True)
@@ -22,17 +26,21 @@ REFUSED = {
     "accelerate launch --cpu --num_processes 2": (
         ACCELERATE | {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
         {},
-        "started one process whatever --num_processes and --num_machines say",
+        "started a single process and ignored --num_processes and --num_machines",
     ),
     "accelerate launch --num_processes 2": (
         ACCELERATE | {"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1"},
         {},
         "write accelerate launch --multi_gpu --num_processes N",
     ),
-    "FSDP": (ACCELERATE | {"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP does not fit"),
-    "DeepSpeed": (ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed does not fit"),
+    "FSDP": (ACCELERATE | {"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP does not work with a cohort"),
+    "DeepSpeed": (
+        ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true"},
+        {},
+        "DeepSpeed does not work with a cohort",
+    ),
     "fp8": ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "mixed precision fp8 is not supported"),
-    "TF32 without a GPU": ({}, {"tf32": True, "float64": False}, "--tf32 is for CUDA GPUs"),
+    "TF32 without a GPU": ({}, {"tf32": True, "float64": False}, "--tf32 needs a CUDA GPU"),
     "fp16 from the launcher": (
         {"ACCELERATE_MIXED_PRECISION": "fp16"},
         {"float64": False},
@@ -52,12 +60,12 @@ REFUSED = {
     "accumulation by the launcher": (
         ACCELERATE | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"},
         {},
-        "--grad-accum, and not of the launcher",
+        "--grad-accum, not with the launcher",
     ),
     "more processes than images": (
         WORKERS,
         {"batch_size": 8, "grad_accum": 4},
-        "3 processes, but only 2 images in a part of the batch",
+        "3 processes, but only 2 images in a micro-batch",
     ),
 }
 
@@ -142,4 +150,4 @@ def test_processes_share_the_cores_of_their_machine(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert launching._threads(tiny_config(threads=threads), launched) == expected
+    assert launch._threads(threads, launched) == expected
