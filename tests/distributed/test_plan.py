@@ -1,22 +1,35 @@
-"""Who trains what: allocation against brute force, predicted costs by hand, refusals."""
+"""Who trains what: allocation against brute force, predictions computed by hand, refusals."""
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from dml_accel import cli
-from dml_accel.distributed.allocation import allocate
+from dml_accel.core.config import Config
+from dml_accel.core.updates import UPDATE_SCHEDULES
 from dml_accel.distributed.costs import Cost, count, timed
-from dml_accel.distributed.plan import Machine, both, choose, predict
-from dml_accel.models import build as building
-from dml_accel.models import spec as cohort
-from tests.conftest import tiny_config
+from dml_accel.distributed.plan import (
+    Machine,
+    StepLoad,
+    allocate,
+    choose,
+    everywhere,
+    predict,
+    predict_both,
+)
+from dml_accel.models.spec import parse_cohort
+from tests.helpers import build_peer, tiny_config
 
 SMALL = Cost(macs=1_000_000, parameters=1000, activation_bytes=50, norms=2, channels=10)
 LARGE = Cost(macs=3_000_000, parameters=500_000, activation_bytes=70, norms=4, channels=20)
 MACHINE = Machine(bandwidth=1e6, latency=1e-3, macs_per_second=1e9)
+
+
+def load(config: Config) -> StepLoad:
+    return StepLoad.of(config, classes=10)
 
 
 # ---------------------------------------------------------------- allocation
@@ -83,9 +96,10 @@ def test_the_order_of_the_cohort_does_not_matter() -> None:
 # ---------------------------------------------------------------- predictions
 
 
-def test_apart_only_logits_cross() -> None:
+def test_split_sends_only_logits() -> None:
     config = tiny_config(batch_size=8, float64=False)
-    found = predict({"a-0": [0], "b-0": [1]}, {"a-0": SMALL, "b-0": LARGE}, config, 10, MACHINE)
+    ranks, costs = {"a-0": [0], "b-0": [1]}, {"a-0": SMALL, "b-0": LARGE}
+    found = predict(ranks, costs, load(config), MACHINE)
     # 8 rows of 10 logits of 4 bytes; 2 x 3 loss sums, of which two processes send half twice.
     assert found.sent == [8 * 10 * 4 + 2 * 3 * 4] * 2
     # Three forward passes' worth of arithmetic for 8 images.
@@ -96,19 +110,15 @@ def test_apart_only_logits_cross() -> None:
     assert found.memory == [3 * 4 * 1000 + 8 * 50, 3 * 4 * 500_000 + 8 * 70]
 
 
-def test_together_gradients_and_batch_norm_cross() -> None:
+def test_replicate_sends_gradients_and_batch_statistics() -> None:
+    ranks, costs = everywhere(["a-0", "b-0"], 2), {"a-0": SMALL, "b-0": LARGE}
     config = tiny_config(batch_size=8, float64=False)
-    found = predict(
-        {"a-0": [0, 1], "b-0": [0, 1]}, {"a-0": SMALL, "b-0": LARGE}, config, 10, MACHINE
-    )
+    found = predict(ranks, costs, load(config), MACHINE)
     gradients = 4 * (1000 + 500_000)
     # Forward a table of both processes' count, means and variances; backward two sums a channel.
     norms = 4 * (2 * (2 * 10 + 2) + 2 * 10) + 4 * (2 * (2 * 20 + 4) + 2 * 20)
     assert found.sent == pytest.approx([gradients + norms + 24] * 2)
-    local = tiny_config(batch_size=8, float64=False, batch_norm="local")
-    found = predict(
-        {"a-0": [0, 1], "b-0": [0, 1]}, {"a-0": SMALL, "b-0": LARGE}, local, 10, MACHINE
-    )
+    found = predict(ranks, costs, load(config.changed(batch_norm="local")), MACHINE)
     assert found.sent == pytest.approx([gradients + 24] * 2)
 
 
@@ -116,7 +126,7 @@ def test_together_gradients_and_batch_norm_cross() -> None:
 def test_the_volume_of_summed_posteriors_does_not_grow_with_the_cohort(peers: int) -> None:
     config = tiny_config(batch_size=8, float64=False, exchange="sum")
     ranks = {f"a-{i}": [i] for i in range(peers)}
-    found = predict(ranks, dict.fromkeys(ranks, SMALL), config, 10, MACHINE)
+    found = predict(ranks, dict.fromkeys(ranks, SMALL), load(config), MACHINE)
     ring = 2 * (peers - 1) / peers
     assert found.sent[0] == pytest.approx(ring * (8 * 12 * 4 + 3 * 4 * peers))
 
@@ -124,30 +134,30 @@ def test_the_volume_of_summed_posteriors_does_not_grow_with_the_cohort(peers: in
 def test_rounding_halves_the_logits() -> None:
     ranks, costs = {"a-0": [0], "b-0": [1]}, {"a-0": SMALL, "b-0": LARGE}
     config = tiny_config(batch_size=8, float64=False, exchange_dtype="bf16")
-    assert predict(ranks, costs, config, 10, MACHINE).sent[0] == 8 * 10 * 2 + 24
+    assert predict(ranks, costs, load(config), MACHINE).sent[0] == 8 * 10 * 2 + 24
 
 
-def test_nothing_crosses_between_peers_that_do_not_teach() -> None:
+def test_peers_that_do_not_teach_send_nothing() -> None:
     ranks, costs = {"a-0": [0], "b-0": [1]}, {"a-0": SMALL, "b-0": LARGE}
     config = tiny_config(float64=False, kl_weight=0.0)
-    assert predict(ranks, costs, config, 10, MACHINE).sent[0] == 24
+    assert predict(ranks, costs, load(config), MACHINE).sent[0] == 24
 
 
 def test_auto_takes_what_is_predicted_to_be_faster() -> None:
-    config = tiny_config(batch_size=8, float64=False)
+    step, update = load(tiny_config(batch_size=8, float64=False)), UPDATE_SCHEDULES["simultaneous"]
     equal = {"a-0": SMALL, "a-1": SMALL}
-    ranks, why = choose(equal, 2, config, 10, MACHINE)
+    ranks, why = choose(equal, 2, step, "auto", update, MACHINE)
     assert ranks == {"a-0": [0], "a-1": [1]} and why.startswith("split, a-0 on 0, a-1 on 1: ")
-    # One dear peer: apart, the other process would wait for it nearly all the time.
+    # One costly peer: apart, the other process would wait for it nearly all the time.
     unequal = {"a-0": SMALL, "b-0": Cost(3_000_000, 1000, 70, 0, 0)}
     fast = Machine(bandwidth=1e12, latency=1e-9, macs_per_second=1e9)
-    ranks, why = choose(unequal, 2, config, 10, fast)
+    ranks, why = choose(unequal, 2, step, "auto", update, fast)
     assert ranks == {"a-0": [0, 1], "b-0": [0, 1]}
-    replicate, split = both(unequal, 2, config, 10, fast)
+    replicate, split = predict_both(unequal, 2, step, fast)
     assert replicate.step_seconds < split.step_seconds
     assert f"{1e3 * split.step_seconds:.0f} ms for split" in why
-    assert choose(unequal, 2, tiny_config(placement="split"), 10, fast)[0]["a-0"] == [0]
-    assert choose(equal, 2, tiny_config(placement="replicate"), 10, MACHINE)[0]["a-0"] == [0, 1]
+    assert choose(unequal, 2, step, "split", update, fast)[0]["a-0"] == [0]
+    assert choose(equal, 2, step, "replicate", update, MACHINE)[0]["a-0"] == [0, 1]
 
 
 # ---------------------------------------------------------------- costs
@@ -175,15 +185,20 @@ def test_a_network_is_counted_by_hand() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_times_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_times_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DML_CACHE", str(tmp_path))
     config = tiny_config(cohort=("resnet8",))
-    (spec,) = cohort.parse(config.cohort)
-    modules = {spec.name: building.build(spec, config, 10)}
+    (spec,) = parse_cohort(config.cohort)
+    modules = {spec.name: build_peer(spec, config, classes=10)}
     before = next(modules[spec.name].parameters()).clone()
-    first = timed([spec], modules, config, torch.device("cpu"))
+
+    def measured() -> dict[str, float]:
+        layout, device = torch.contiguous_format, torch.device("cpu")
+        return timed([spec], modules, config.optim, 16, "no", layout, device)
+
+    first = measured()
     assert first["resnet8-0"] > 0
-    assert timed([spec], modules, config, torch.device("cpu")) == first
+    assert measured() == first
     assert torch.equal(next(modules[spec.name].parameters()), before)
 
 
@@ -195,16 +210,16 @@ def test_plan_prints_both_placements_and_the_choice(capsys: pytest.CaptureFixtur
     assert cli.main(["plan", *words]) == 0
     said = capsys.readouterr().out
     assert "replicate: " in said and "split: " in said and "--placement auto: " in said
-    assert "0.5 GB/s, 50 us a message" in said
+    assert "0.5 GB/s, 50 us per message" in said
     assert sum(line.startswith("2 ") for line in said.splitlines()) == 2  # a row per process
 
 
-def test_what_a_process_computes_is_by_its_threads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_assumed_speed_follows_from_the_threads(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:
         for count, rate in (("1", "40 billion"), ("3", "120 billion")):
             assert cli.main(["plan", "--cohort", "resnet8*2", "--cpu", "--threads", count]) == 0
-            assert f"assumed: {rate} multiply-accumulates a second" in capsys.readouterr().out
+            assert f"assumed: {rate} multiply-accumulates per second" in capsys.readouterr().out
     finally:
         torch.set_num_threads(threads)
 
@@ -215,7 +230,7 @@ def test_what_a_process_computes_is_by_its_threads(capsys: pytest.CaptureFixture
         (["--world", "0"], "--world is 0; it must be at least 1"),
         (["--bandwidth", "-1"], "--bandwidth is -1.0; it must be above 0"),
         (["--world", "65"], "--world 65 is more than the 64 images"),
-        (["--cohort", "resnet33"], "there is no net 'resnet33'"),
+        (["--cohort", "resnet33"], "unknown net 'resnet33'"),
         (["--exchange", "sum", "--exchange-dtype", "bf16"], "--exchange sum sends none"),
     ],
 )
