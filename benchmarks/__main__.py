@@ -31,20 +31,20 @@ from benchmarks.measuring import (
     BATCH,
     HERE,
     IMAGES,
-    build_peers,
+    build_cohort,
     image_set,
+    noise_data,
     ratio,
     surroundings,
     timed,
 )
 from dml_accel.core.config import Config
-from dml_accel.data import decode as decoding
-from dml_accel.distributed.allocation import everywhere
+from dml_accel.data.decode import decode
 from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.plan import everywhere
 from dml_accel.distributed.processes import Processes
-from dml_accel.models import spec as cohort
-from dml_accel.mutual.step import Step, train_step
-from dml_accel.mutual.teaching import Teaching
+from dml_accel.models.spec import parse_cohort
+from dml_accel.mutual.step import train_step
 
 
 def input_cost(blocks: int) -> dict[str, Any]:
@@ -64,24 +64,24 @@ def input_cost(blocks: int) -> dict[str, Any]:
 def step_cost(blocks: int, steps: int) -> dict[str, Any]:
     """The whole step of a ResNet-32 pair against its networks' own work on a ready batch."""
     config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
-    names = [spec.name for spec in cohort.parse(config.cohort)]
-    placement = Placement(config, Processes(config), everywhere(names, 1))
-    images, teaching = image_set(), Teaching(config, names)
-    ours, bare = build_peers(config, placement), build_peers(config, placement)
-    x, y = images.batch(0, BATCH, 0, BATCH)
+    names = [spec.name for spec in parse_cohort(config.cohort)]
+    placement = Placement(Processes(config.numerics, config.compute), everywhere(names, 1))
+    images = noise_data()
+    ours, bare = (build_cohort(config, placement, images) for _ in range(2))
+    x, y = images.train.batch(0, BATCH, 0, BATCH)
 
     def whole() -> None:
         for step in range(steps):
-            train_step(Step(ours, (), images, step, 0.1, config, placement, teaching))
+            train_step(ours, step, 0.1)
 
     def networks_alone() -> None:
         for _ in range(steps):
-            for peer in bare:
+            for peer in bare.peers:
                 peer.optimizer.zero_grad()
-            losses = [F.cross_entropy(peer.net(x), y) for peer in bare]
+            losses = [F.cross_entropy(peer.net(x), y) for peer in bare.peers]
             for loss in losses:
                 loss.backward()
-            for peer in bare:
+            for peer in bare.peers:
                 peer.optimizer.step()
 
     whole(), networks_alone()  # warm-up
@@ -138,7 +138,7 @@ def start_cost(images: Path | None) -> dict[str, Any]:
         dataset = datasets.load_dataset(str(folder / "set"), split="train")
         label = "fine_label" if "fine_label" in dataset.features else "label"
         image = next(n for n, f in dataset.features.items() if isinstance(f, datasets.Image))
-        decoding_s = timed(lambda: decoding.decode(dataset, "train", image, 32))
+        decoding_s = timed(lambda: decode(dataset, "train", image, 32))
         command = [sys.executable, "train.py", "--dataset", str(folder / "set"), "--cpu"]
         command += ["--label-column", label, "--cohort", "resnet32*2", "--max-steps", "4"]
         first_steps = []
@@ -171,7 +171,7 @@ def table(found: dict[str, Any]) -> str:
     rows = [
         [
             "input: crop, flip, normalise, one thread",
-            f"{first['us_per_image']:.1f} us an image",
+            f"{first['us_per_image']:.1f} us per image",
             "20",
             f"{first['blocks']} blocks, {first['min']:.1f} to {first['max']:.1f}",
         ],

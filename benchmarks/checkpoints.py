@@ -23,20 +23,18 @@ from benchmarks.measuring import (
     BATCH,
     HERE,
     IMAGES,
-    build_peers,
-    image_set,
+    build_cohort,
+    noise_data,
     surroundings,
     timed,
 )
 from dml_accel.core.config import Config
-from dml_accel.distributed.allocation import everywhere
 from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.plan import everywhere
 from dml_accel.distributed.processes import Processes
-from dml_accel.models import spec as cohort
-from dml_accel.mutual.step import Step, train_step
-from dml_accel.mutual.teaching import Teaching
-from dml_accel.training import keeping
-from dml_accel.training.loop import CheckpointRecord
+from dml_accel.models.spec import parse_cohort
+from dml_accel.mutual.step import train_step
+from dml_accel.training.checkpoint import write_together
 
 _STEPS = 5  # of a block
 
@@ -44,18 +42,17 @@ _STEPS = 5  # of a block
 def measure(blocks: int, root: Path) -> list[tuple[float, float]]:
     """Return the seconds of a step and of a checkpoint, block by block."""
     config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
-    names = [spec.name for spec in cohort.parse(config.cohort)]
-    placement = Placement(config, Processes(config), everywhere(names, 1))
-    images, teaching = image_set(), Teaching(config, names)
-    peers = build_peers(config, placement)
+    names = [spec.name for spec in parse_cohort(config.cohort)]
+    placement = Placement(Processes(config.numerics, config.compute), everywhere(names, 1))
+    cohort = build_cohort(config, placement, noise_data())
 
     def steps() -> None:
         for step in range(_STEPS):
-            train_step(Step(peers, (), images, step, 0.1, config, placement, teaching))
+            train_step(cohort, step, 0.1)
 
     def write(step: int) -> None:
-        record = CheckpointRecord(step, 0, {peer.name: 0 for peer in peers})
-        keeping.keep(root, record, peers, {}, config, placement)
+        state = {"lost": dict.fromkeys(names, 0)}
+        write_together(root, step, cohort.peers, state, config.run.keep_checkpoints, placement)
 
     steps(), write(1)  # warm-up
     return [

@@ -11,6 +11,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -19,51 +20,50 @@ import torch
 from scipy import stats
 from tabulate import tabulate
 
-from benchmarks.measuring import HERE, build_peers, image_set, surroundings
+from benchmarks.measuring import HERE, build_cohort, noise_data, surroundings
 from dml_accel.core.config import Config
 from dml_accel.distributed.launch import check_launch
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes
-from dml_accel.models import spec as cohort
-from dml_accel.mutual.losses import Targets
-from dml_accel.mutual.step import Step, train_step
-from dml_accel.mutual.teaching import Teaching
+from dml_accel.models.spec import parse_cohort
+from dml_accel.mutual.step import train_step
 
 _WARM_UP = 5
 
 
 class TimedPlacement(Placement):
-    """A placement that times its exchange, and apart from it the wait for the others."""
+    """A placement that times its exchange, and separately the wait for the other processes."""
 
     waited = exchanged = 0.0
 
-    def targets(
-        self,
-        logits: torch.Tensor,
-        count: int,
-        teaching: Teaching,
-        frozen: torch.Tensor | None = None,
-    ) -> Targets:
-        """Wait for all, then exchange."""
+    def gather(
+        self, logits: torch.Tensor, count: int, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Wait for all, then exchange logits."""
+        return self._timed(super().gather, logits, count, dtype)
+
+    def sum_over_peers(self, ours: torch.Tensor, count: int) -> torch.Tensor:
+        """Wait for all, then exchange sums."""
+        return self._timed(super().sum_over_peers, ours, count)
+
+    def _timed(self, exchange: Callable[..., torch.Tensor], *words: Any) -> torch.Tensor:
         started = time.perf_counter()
-        self.processes.wait()
+        self.processes.barrier()
         ready = time.perf_counter()
-        found = super().targets(logits, count, teaching, frozen)
+        found = exchange(*words)
         self.waited, self.exchanged = ready - started, time.perf_counter() - ready
         return found
 
 
 def measure(exchange: str, steps: int, processes: Processes) -> list[float]:
-    """Return the exchange's share of each step, the wait left out."""
+    """Return the exchange's share of each step, without the wait."""
     config = Config(cohort=("resnet32*2",), placement="split", exchange=exchange, cpu=True)
-    specs = cohort.parse(config.cohort)
-    placement = TimedPlacement(config, processes, {spec.name: [i] for i, spec in enumerate(specs)})
-    images, shares = image_set(), []
-    teaching = Teaching(config, [spec.name for spec in specs])
-    peers = build_peers(config, placement)
+    specs = parse_cohort(config.cohort)
+    placement = TimedPlacement(processes, {spec.name: [i] for i, spec in enumerate(specs)})
+    cohort, shares = build_cohort(config, placement, noise_data()), []
     for step in range(_WARM_UP + steps):
         started = time.perf_counter()
-        train_step(Step(peers, (), images, step, 0.1, config, placement, teaching))
+        train_step(cohort, step, 0.1)
         whole = time.perf_counter() - started - placement.waited
         shares.append(placement.exchanged / whole)
     return shares[_WARM_UP:]
@@ -75,8 +75,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of each (default: 60)")
     steps = parser.parse_args().steps
     config = Config(cpu=True)
-    check_launch(config)
-    processes = Processes(config)
+    check_launch(config.numerics, config.compute, config.optim)
+    processes = Processes(config.numerics, config.compute)
     found: dict[str, Any] = {"shares": {}}
     for exchange in ("logits", "sum"):
         found["shares"][exchange] = measure(exchange, steps, processes)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, ratios with intervals, peers, what a result says."""
+"""What the benchmarks share: clocks, ratios with intervals, cohorts, and the machine."""
 
 import math
 import os
@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from dml_accel.analysis.intervals import summarise
+from dml_accel.analysis.statistics import summarise
 from dml_accel.core.config import Config
 from dml_accel.core.versions import commit, versions
-from dml_accel.data import decode as decoding
-from dml_accel.data.batches import ImageSet, Normalisation
+from dml_accel.data.batches import Data, ImageSet, Normalisation, PixelSet
+from dml_accel.data.decode import Split
 from dml_accel.distributed.placement import Placement
-from dml_accel.models import build as building
-from dml_accel.models import spec as cohort
-from dml_accel.models.spec import Peer
+from dml_accel.models.build import build
+from dml_accel.models.spec import parse_cohort
+from dml_accel.mutual.step import Cohort
+from dml_accel.training.setup import Modules, make_cohort
 
 HERE = Path(__file__).parent
 IMAGES = 50_000  # CIFAR-100's training split
@@ -79,13 +80,18 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
     return Ratio(math.exp(found.mean), *ends)
 
 
-def image_set() -> ImageSet:
-    """Return as many images as CIFAR-100 has, of noise: gathering pixels costs the same."""
-    pixels = torch.randint(0, 256, (IMAGES, 32, 32, 3), dtype=torch.uint8)
-    split = decoding.Split(pixels, torch.randint(0, 100, (IMAGES,)))
-    return ImageSet(
+def noise(images: int = IMAGES) -> Split:
+    """Return images of noise, as many as CIFAR-100 has: gathering pixels costs the same."""
+    pixels = torch.randint(0, 256, (images, 32, 32, 3), dtype=torch.uint8)
+    return Split(pixels, torch.randint(0, 100, (images,)))
+
+
+def image_set(split: Split | None = None) -> ImageSet:
+    """Return training images in memory (default: noise)."""
+    split = split or noise()
+    return PixelSet(
         split,
-        Normalisation.of(pixels[:100]),
+        Normalisation.of(split.images[:100]),
         augment="crop-flip",
         seed=0,
         device=torch.device("cpu"),
@@ -93,20 +99,31 @@ def image_set() -> ImageSet:
     )
 
 
-def build_peers(config: Config, placement: Placement, classes: int = 100) -> list[Peer]:
-    """Build the peers that a run of this configuration trains in this process."""
-    peers = []
-    for spec in cohort.parse(config.cohort):
-        if spec.name in placement.mine:
-            module = building.build(spec, config, classes)
-            net = placement.prepare(module, spec.name, config.compile == "on")
-            optimizer = cohort.optimizer(module, config)
-            peers.append(Peer(spec, module, net, optimizer, placement.scaler()))
-    return peers
+def noise_data() -> Data:
+    """Return the splits of a run on noise with 100 classes."""
+    train = image_set()
+    classes = tuple(map(str, range(100)))
+    return Data(train, None, image_set(noise(100)), classes, Normalisation.identity())
+
+
+def networks(config: Config, classes: int = 100) -> Modules:
+    """Build the networks of a configuration."""
+    return {
+        spec.name: build(spec, classes=classes, image_size=config.data.image_size, seed=config.seed)
+        for spec in parse_cohort(config.cohort)
+    }
+
+
+def build_cohort(config: Config, placement: Placement, images: Data) -> Cohort:
+    """Build the cohort that a run of this configuration trains in this process."""
+    specs = parse_cohort(config.cohort)
+    to_compile = [spec.name for spec in specs] if config.compute.compile == "on" else []
+    modules = networks(config, len(images.classes))
+    return make_cohort(config, specs, modules, images, placement, to_compile=to_compile)
 
 
 def processor() -> str:
-    """Return the processor's name where Linux tells it."""
+    """Return the name of the processor, if the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
@@ -115,7 +132,7 @@ def processor() -> str:
 
 
 def surroundings() -> dict[str, Any]:
-    """Return what a result file says of machine and versions."""
+    """Return what a result file says about the machine and versions."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),

@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.measuring import BATCH
+from benchmarks.measuring import BATCH, networks
 from benchmarks.workloads import Steps, configuration, made_fast, prepared, read
-from dml_accel.models import build as building
-from dml_accel.models import spec as cohort
 
 _WORKERS = 2
 _MEAN, _STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # pytorch-dml's
@@ -136,7 +134,7 @@ def plain_loop(images: str | None) -> Steps:
     """The loop of public ports: every pair's KL, transforms for each image, .item() each step."""
     epoch, classes = _per_image(images)
     config, batches = configuration(images, {}), _Part(epoch)
-    nets = [building.build(spec, config, classes) for spec in cohort.parse(config.cohort)]
+    nets = list(networks(config, classes).values())
     optimizers = [torch.optim.SGD(net.parameters(), **_SGD, nesterov=True) for net in nets]
 
     def steps(count: int) -> None:

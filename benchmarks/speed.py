@@ -23,20 +23,18 @@ from typing import Any
 from benchmarks import speed_report
 from benchmarks.children import measure
 from benchmarks.competitors import PARTS, Competitor
-from benchmarks.measuring import HERE, surroundings
+from benchmarks.measuring import HERE, networks, surroundings
 from benchmarks.rivals import has_pytorch_dml
 from benchmarks.workloads import MACS_OF_A_PRODUCT, configuration, read
 from dml_accel.core.files import write_json
 from dml_accel.distributed.costs import count
-from dml_accel.models import build as building
-from dml_accel.models import spec as cohort
 
 
 def arithmetic(classes: int) -> int:
     """Return the multiply-accumulates of an image's forward pass through the pair."""
     config = configuration(None, {})
-    nets = [building.build(spec, config, classes) for spec in cohort.parse(config.cohort)]
-    return sum(count(net, config.image_size).macs for net in nets)
+    nets = networks(config, classes).values()
+    return sum(count(net, config.data.image_size).macs for net in nets)
 
 
 def at_hand(part: str, only: str) -> list[Competitor]:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from benchmarks import rivals, workloads
 from benchmarks.measuring import timed
 from benchmarks.workloads import Steps
-from dml_accel.training.progress import device_memory
+from dml_accel.training.progress import peak_memory
 
 KINDS: dict[str, Callable[..., Steps]] = {
     "training": workloads.training,
@@ -111,7 +111,7 @@ def main() -> None:
             answer["operations"] = operations(lambda count=count: steps(count))
         return_memory()
         if speaks:
-            answer["memory_bytes"] = device_memory(device) - imported
+            answer["memory_bytes"] = peak_memory(device) - imported
             print(json.dumps(answer), file=answers)
     os._exit(0)  # nothing is left to keep, and threads of the exchange would not end in order
 

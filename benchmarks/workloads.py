@@ -14,20 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measuring import BATCH, build_peers
+from benchmarks.measuring import BATCH, build_cohort
 from dml_accel.core.config import Config
-from dml_accel.data import batches as data
 from dml_accel.data import sources
 from dml_accel.data.batches import Data
 from dml_accel.data.decode import Split
 from dml_accel.data.sources import Source
-from dml_accel.distributed.allocation import allocate
 from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.plan import allocate
 from dml_accel.distributed.processes import Processes
-from dml_accel.models import spec as cohort
+from dml_accel.models.spec import parse_cohort
 from dml_accel.mutual.losses import mutual_losses
 from dml_accel.mutual.teaching import Teaching
 from dml_accel.training.loop import fit
+from dml_accel.training.setup import prepare_images
 
 Steps = Callable[[int], None]
 _MADE_IMAGES = 10_000
@@ -47,7 +47,7 @@ def configuration(images: str | None, changes: dict[str, Any]) -> Config:
         **_UNDISTURBED,
         **changes,
     }
-    return Config.from_dict(settings)
+    return Config(**settings)
 
 
 def read(config: Config, classes: int | None = None) -> Source:
@@ -57,24 +57,24 @@ def read(config: Config, classes: int | None = None) -> Source:
         config: names the folder.
         classes: how many there are said to be, if not those of the images.
     """
-    if config.dataset == "made":
+    if config.data.dataset == "made":
         made = torch.Generator().manual_seed(0)
-        shape = (_MADE_IMAGES, config.image_size, config.image_size, 3)
+        shape = (_MADE_IMAGES, config.data.image_size, config.data.image_size, 3)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=made)
         split = Split(pixels, torch.randint(0, 100, (_MADE_IMAGES,), generator=made))
         source = Source(split, split, tuple(map(str, range(100))))
     else:
-        source = sources.read(config, quiet=True)
+        source = sources.read(config.data, quiet=True)
     if classes is None:
         return source
     return dataclasses.replace(source, classes=tuple(map(str, range(classes))))
 
 
 def _placed(config: Config) -> Placement:
-    """Return the placement of equal peers: each in a process of its own where there are several."""
-    processes = Processes(config)
-    costs = {spec.name: 1.0 for spec in cohort.parse(config.cohort)}
-    return Placement(config, processes, allocate(costs, processes.world_size))
+    """Return the placement of equal peers: each in a process of its own if there are several."""
+    processes = Processes(config.numerics, config.compute)
+    costs = {spec.name: 1.0 for spec in parse_cohort(config.cohort)}
+    return Placement(processes, allocate(costs, processes.world_size), config.numerics.batch_norm)
 
 
 def prepared(
@@ -83,7 +83,7 @@ def prepared(
     """Return what a run works with: configuration, placement and images."""
     config = configuration(images, changes)
     placement = _placed(config)
-    return config, placement, data.prepare(read(config, classes), config, placement.device)
+    return config, placement, prepare_images(config, read(config, classes), placement.device)
 
 
 def training(images: str | None, *, classes: int | None = None, **changes: Any) -> Steps:
@@ -94,9 +94,8 @@ def training(images: str | None, *, classes: int | None = None, **changes: Any) 
         classes: of the networks, if not those of the images.
         changes: of the configuration.
     """
-    config, placement, found = prepared(images, changes, classes)
-    peers = build_peers(config, placement, len(found.classes))
-    records = fit(peers, found, config, placement)
+    config, placement, data = prepared(images, changes, classes)
+    records = fit(build_cohort(config, placement, data), data, config.run)
 
     def steps(count: int) -> None:
         for _ in range(count):
@@ -136,9 +135,9 @@ def networks_alone(
 ) -> Steps:
     """The pair's own forward, cross-entropy, backward and optimizer steps on a ready batch."""
     layout = "channels_last" if channels_last else "contiguous"
-    config, placement, found = prepared(images, {"memory_format": layout})
-    x, y = found.train.batch(0, BATCH, 0, BATCH)
-    peers = build_peers(config, placement, len(found.classes))
+    config, placement, data = prepared(images, {"memory_format": layout})
+    x, y = data.train.batch(0, BATCH, 0, BATCH)
+    peers = build_cohort(config, placement, data).peers
     nets = [made_fast(peer.module, channels_last, bf16, compiled) for peer in peers]
 
     def steps(count: int) -> None:
@@ -158,14 +157,14 @@ def losses_alone(images: str | None, *, peers: int, classes: int) -> Steps:
     """Targets and losses of K peers on ready logits [K, B, C], forward and backward."""
     config = configuration(None, {"cohort": [f"resnet8*{peers}"]})
     placement = _placed(config)
-    teaching = Teaching(config, placement.names)
+    teaching = Teaching(config.method, placement.names)
     logits = torch.randn(peers, BATCH, classes, requires_grad=True)
     y = torch.randint(0, classes, (BATCH,))
 
     def steps(count: int) -> None:
         for _ in range(count):
             logits.grad = None
-            targets = placement.targets(logits, BATCH, teaching)
+            targets = teaching.targets(logits, BATCH, placement)
             mutual_losses(logits, y, targets).total.sum().div(BATCH).backward()
 
     return steps

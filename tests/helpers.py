@@ -12,23 +12,18 @@ import torch
 
 from dml_accel import cli
 from dml_accel.core.config import Config
-from dml_accel.data import batches
-from dml_accel.data.batches import Data, slices
+from dml_accel.data.batches import Data
 from dml_accel.data.sources import Source
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import allocate, everywhere
 from dml_accel.distributed.processes import Processes
-from dml_accel.distributed.wrap import Wrapper
 from dml_accel.models.build import build
-from dml_accel.models.optim import make_optimizer
 from dml_accel.models.spec import PeerSpec, parse_cohort
 from dml_accel.mutual.links import read_links
-from dml_accel.mutual.peer import Peer
-from dml_accel.mutual.step import Cohort, Step
-from dml_accel.mutual.teachers import load_teachers, read_teachers
-from dml_accel.mutual.teaching import Teaching
+from dml_accel.mutual.step import Step, train_step
+from dml_accel.mutual.teachers import read_teachers
 from dml_accel.training import checkpoint
-from dml_accel.training.setup import dtype_of, layout_of
+from dml_accel.training.setup import dtype_of, make_cohort, prepare_images
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -115,8 +110,14 @@ def environment(**changes: str) -> dict[str, str]:
     launcher = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     clean = {n: v for n, v in os.environ.items() if n not in names and not n.startswith(launcher)}
-    # torchrun reads its port from here, and accelerate launch is built on it.
+    # torchrun reads its port from here; accelerate launch does not (see ``accelerate_launch``).
     return clean | {"OMP_NUM_THREADS": "1", "PET_MASTER_PORT": str(free_port())} | changes
+
+
+def accelerate_launch(processes: int, *flags: object) -> list[str]:
+    """Return the words that start several processes, on a port of their own (not 29500)."""
+    words = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", processes]
+    return [str(word) for word in (*words, "--main_process_port", "0", *flags)]
 
 
 def run_program(
@@ -150,55 +151,29 @@ class Training:
             costs = {name: COSTS[name.rpartition("-")[0]] for name in names}
             ranks = allocate(costs, processes.world_size)
         self.placement = Placement(processes, ranks, config.numerics.batch_norm)
-        dtype, layout = dtype_of(config), layout_of(config, processes.device)
-        self.data: Data = batches.prepare(
-            source,
-            config.data,
-            seed=config.seed,
-            device=processes.device,
-            dtype=dtype,
-            memory_format=layout,
-        )
-        parts = slices(config.optim.batch_size, config.optim.grad_accum)
-        self._wrapper = Wrapper(
+        self.data: Data = prepare_images(config, source, processes.device)
+        modules = {spec.name: build_peer(spec, config, len(source.classes)) for spec in specs}
+        frozen = read_teachers(config.method.frozen_peers, source.classes, config.data.image_size)
+        self.cohort = make_cohort(
+            config,
+            specs,
+            modules,
+            self.data,
             self.placement,
-            [stop - start for start, stop in parts],
-            config.data.image_size,
-            layout,
-            config.compute.compile_mode,
+            frozen=frozen,
+            links=read_links(config.method.links, names, list(frozen)),
+            to_compile=names if config.compute.compile == "on" else (),
         )
-        self.peers = [self._peer(spec) for spec in specs if spec.name in self.placement.mine]
-        folders = read_teachers(
-            config.method.frozen_peers, self.data.classes, config.data.image_size
-        )
-        self.cohort = Cohort(
-            sorted(self.peers, key=lambda peer: peer.name),
-            load_teachers(folders, self.data.normalisation, dtype, layout, processes),
-            self.data.train,
-            self.placement,
-            Teaching(
-                config.method,
-                names,
-                list(folders),
-                read_links(config.method.links, names, list(folders)),
-                exchange=config.compute.exchange,
-                exchange_dtype=config.numerics.exchange_dtype,
-            ),
-            config.optim,
-            config.method.update,
-            config.seed,
-            config.compute.low_memory,
-        )
+        self.peers = list(self.cohort.peers)
 
     def step(self, number: int, lr: float) -> Step:
         """One optimizer step, not taken."""
         return Step(self.cohort, number, lr)
 
-    def _peer(self, spec: PeerSpec) -> Peer:
-        module = build_peer(spec, self.config, len(self.data.classes))
-        net = self._wrapper.wrap(module, spec.name, self.config.compute.compile == "on")
-        optimizer = make_optimizer(module, self.config.optim)
-        return Peer(spec, module, net, optimizer, self.placement.processes.loss_scaler())
+    def take(self, steps: int, start: int = 0) -> list[torch.Tensor]:
+        """Take optimizer steps; return the parts of all peers' losses in each, [K, P]."""
+        lr = self.config.optim.lr
+        return [train_step(self.cohort, step, lr)[0] for step in range(start, start + steps)]
 
     def states(self) -> dict[str, dict[str, torch.Tensor]]:
         """Parameters, buffers and momentum of every peer, by name."""

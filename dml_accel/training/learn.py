@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError, one_line
-from dml_accel.data import batches
-from dml_accel.data.batches import check_batch_size, slices
+from dml_accel.data.batches import check_batch_size
 from dml_accel.data.decode import Split
 from dml_accel.data.sources import Source
 from dml_accel.distributed.batchnorm import check_spanning
@@ -20,18 +19,13 @@ from dml_accel.distributed.launch import check_launch, launched_processes, share
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import everywhere
 from dml_accel.distributed.processes import Processes
-from dml_accel.distributed.wrap import Wrapper
 from dml_accel.models.build import refuse_twins
-from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import PeerFolder
 from dml_accel.models.spec import PeerSpec
 from dml_accel.mutual.links import LinkWeights, read_links
-from dml_accel.mutual.peer import Peer
-from dml_accel.mutual.step import Cohort
-from dml_accel.mutual.teachers import load_teachers, read_teachers
-from dml_accel.mutual.teaching import Teaching
+from dml_accel.mutual.teachers import read_teachers
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, StepRecord, fit
-from dml_accel.training.setup import dtype_of, layout_of
+from dml_accel.training.setup import make_cohort, prepare_images
 
 __all__ = ["Config", "EvaluationRecord", "StepRecord", "UsageError", "learn"]
 
@@ -95,31 +89,14 @@ def _records(
         with processes.watching():
             ranks = everywhere(modules, processes.world_size)
             placement = Placement(processes, ranks, config.numerics.batch_norm)
-            dtype, layout = dtype_of(config), layout_of(config, processes.device)
-            images = batches.prepare(
-                source,
-                config.data,
-                seed=config.seed,
-                device=placement.device,
-                dtype=dtype,
-                memory_format=layout,
-            )
-            cohort = Cohort(
-                [_peer(name, modules[name], config, placement) for name in sorted(modules)],
-                load_teachers(frozen, images.normalisation, dtype, layout, processes),
-                images.train,
-                placement,
-                Teaching(
-                    config.method,
-                    list(modules),
-                    list(frozen),
-                    links,
-                    exchange_dtype=config.numerics.exchange_dtype,
-                ),
-                config.optim,
-                config.method.update,
-                config.seed,
-                config.compute.low_memory,
+            images = prepare_images(config, source, placement.device)
+            specs = [PeerSpec(name, type(net).__name__) for name, net in modules.items()]
+            for module in modules.values():
+                module.train()
+                if config.numerics.float64:
+                    module.double()
+            cohort = make_cohort(
+                config, specs, dict(modules), images, placement, frozen=frozen, links=links
             )
             for record in fit(cohort, images, config.run):
                 if not isinstance(record, CheckpointRecord):
@@ -128,22 +105,6 @@ def _records(
             processes.close()
     finally:
         processes.stop_heartbeat()
-
-
-def _peer(name: str, module: nn.Module, config: Config, placement: Placement) -> Peer:
-    if config.numerics.float64:
-        module.double()
-    parts = slices(config.optim.batch_size, config.optim.grad_accum)
-    wrapper = Wrapper(
-        placement,
-        [stop - start for start, stop in parts],
-        config.data.image_size,
-        layout_of(config, placement.device),
-    )
-    net = wrapper.wrap(module.train())
-    optimizer = make_optimizer(module, config.optim)
-    spec = PeerSpec(name, type(module).__name__)
-    return Peer(spec, module, net, optimizer, placement.processes.loss_scaler())
 
 
 # ---------------------------------------------------------------- validation

@@ -1,8 +1,10 @@
 """What a run resumes from: a checkpoint is verified, and compared, before the run is touched.
 
-train -> find_origin    rank 0 finds and verifies the checkpoint, compares configurations
-      -> Origin.agreed  all processes learn which one it is
-      -> load_peers     all load their peers from it, or none does
+    find_origin      rank 0 finds and verifies the checkpoint, and compares configurations
+    Origin.agreed    all processes learn which one it is
+    load_peers       all of them load their peers from it, or none does
+
+``train`` calls them in this order.
 """
 
 import dataclasses

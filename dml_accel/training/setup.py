@@ -1,23 +1,28 @@
-"""Validate a run and choose a placement before training.
+"""Validate a run, choose a placement, and put together what a process trains with.
 
-check          builds the networks; refuses what does not fit them or the images
-choose_ranks   rank 0 chooses who trains which peer, and all processes learn it
-compiles       whether to compile, as asked or as measured
+    check          builds the networks; refuses what does not fit them or the images
+    choose_ranks   rank 0 chooses who trains which peer, and all processes learn it
+    make_cohort    the peers of this process, wrapped for training
+    compiles       whether to compile, as asked or as measured
+
+``train.py`` calls them in this order.
 """
 
 import dataclasses
 import json
 import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import nn
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
-from dml_accel.data.batches import Data, check_batch_size
+from dml_accel.data.batches import Data, check_batch_size, prepare, slices
 from dml_accel.data.sources import Source
 from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.compile import Trial
@@ -35,13 +40,17 @@ from dml_accel.distributed.plan import (
     this_machine,
 )
 from dml_accel.distributed.processes import Processes
+from dml_accel.distributed.wrap import Wrapper
 from dml_accel.models.build import build, memory_format, refuse_twins
+from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import read_weights
 from dml_accel.models.spec import PeerSpec, parse_cohort
 from dml_accel.mutual.links import LinkWeights, read_links
+from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import Cohort
-from dml_accel.mutual.teachers import read_teachers
+from dml_accel.mutual.teachers import load_teachers, read_teachers
+from dml_accel.mutual.teaching import Teaching
 from dml_accel.training.loop import Start
 
 Modules = dict[str, nn.Module]
@@ -313,6 +322,82 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
     load, compute = StepLoad.of(config, classes), config.compute
     both = predict_both(costs, world_size, load, machine)
     return plan_text(both, why, load, size, compute.placement, compute.measure, machine)
+
+
+# ---------------------------------------------------------------- images and peers
+
+
+def prepare_images(config: Config, source: Source, device: torch.device) -> Data:
+    """Return the splits of a run on a device, in its dtype and memory layout."""
+    return prepare(
+        source,
+        config.data,
+        seed=config.seed,
+        device=device,
+        dtype=dtype_of(config),
+        memory_format=layout_of(config, device),
+    )
+
+
+def make_cohort(
+    config: Config,
+    specs: Sequence[PeerSpec],
+    modules: Modules,
+    images: Data,
+    placement: Placement,
+    *,
+    frozen: Mapping[str, PeerFolder] | None = None,
+    links: LinkWeights | None = None,
+    to_compile: Collection[str] = (),
+) -> Cohort:
+    """Return the peers of this process, and what they are trained with.
+
+    Args:
+        config: of the run.
+        specs: all peers, in the order of the command line, in which they take turns.
+        modules: their networks; those that are trained here are taken out.
+        images: of the run.
+        placement: which peers and rows are ours.
+        frozen: folders of the frozen peers, by name.
+        links: who learns from whom; None if all learn from all alike.
+        to_compile: names of the peers to compile.
+    """
+    frozen, processes = frozen or {}, placement.processes
+    layout = layout_of(config, placement.device)
+    parts = slices(config.optim.batch_size, config.optim.grad_accum)
+    wrapper = Wrapper(
+        placement,
+        [stop - start for start, stop in parts],
+        config.data.image_size,
+        layout,
+        config.compute.compile_mode,
+    )
+    peers = []
+    for spec in sorted(specs, key=lambda spec: spec.name):
+        if spec.name in placement.mine:
+            module = modules.pop(spec.name)
+            net = wrapper.wrap(module, spec.name, spec.name in to_compile)
+            keeps = is_compiled_module(net) and config.compute.compile_mode != "default"
+            optimizer = make_optimizer(module, config.optim)
+            peers.append(Peer(spec, module, net, optimizer, processes.loss_scaler(), keeps))
+    return Cohort(
+        peers,
+        load_teachers(frozen, images.normalisation, dtype_of(config), layout, processes),
+        images.train,
+        placement,
+        Teaching(
+            config.method,
+            [spec.name for spec in specs],
+            list(frozen),
+            links,
+            exchange=config.compute.exchange,
+            exchange_dtype=config.numerics.exchange_dtype,
+        ),
+        config.optim,
+        config.method.update,
+        config.seed,
+        config.compute.low_memory,
+    )
 
 
 # ---------------------------------------------------------------- compilation

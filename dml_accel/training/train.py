@@ -1,8 +1,10 @@
 """One run from its configuration to its folder, from top to bottom.
 
-train      validate, find what to resume from, open the folder, form the process group
-run_one    prepare, take all steps, write the results
-prepare    place, compile and load what this process trains with
+    train      validate, find what to resume from, open the folder, form the process group
+    run_one    prepare, take all steps, write the results
+    prepare    place, compile and load what this process trains with
+
+``compare`` calls ``run_one`` for each of its runs.
 """
 
 import contextlib
@@ -13,24 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_compiled_module
-from torch import nn
 
-from dml_accel.core.config import Config, OptimConfig
+from dml_accel.core.config import Config
 from dml_accel.core.errors import OutOfMemoryError, StoppedError, UsageError
-from dml_accel.core.updates import UpdateSchedule
-from dml_accel.data import batches, sources
-from dml_accel.data.batches import slices
+from dml_accel.data import sources
 from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes, is_out_of_memory
-from dml_accel.distributed.wrap import Wrapper
 from dml_accel.models.build import parameter_count
-from dml_accel.models.optim import make_optimizer
 from dml_accel.models.spec import cohort_label, parse_cohort
-from dml_accel.mutual.peer import Peer
-from dml_accel.mutual.step import Cohort
-from dml_accel.mutual.teachers import load_teachers
-from dml_accel.mutual.teaching import Teaching
 from dml_accel.training import checkpoint, trackers
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, fit, steps_to_take
 from dml_accel.training.progress import Display, forget_peak_memory, peak_memory, workload
@@ -54,8 +47,8 @@ from dml_accel.training.setup import (
     check,
     choose_ranks,
     compiles,
-    dtype_of,
-    layout_of,
+    make_cohort,
+    prepare_images,
     print_starts,
     refuse_other_files,
 )
@@ -207,7 +200,7 @@ def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> E
     config, cohort = ready.config, ready.cohort
     state = checkpoint_state(config, ready.checked, ready.placement, ready.compiled)
     try:
-        with _explaining_out_of_memory(config.optim, config.method.schedule, cohort.one_at_a_time):
+        with _explaining_out_of_memory(config, cohort.one_at_a_time):
             for record in fit(cohort, ready.images, config.run, ready.start, stop):
                 if isinstance(record, CheckpointRecord):
                     _save(ready, record, state)
@@ -237,14 +230,11 @@ def _save(ready: Prepared, record: CheckpointRecord, state: dict[str, Any]) -> N
 
 
 @contextlib.contextmanager
-def _explaining_out_of_memory(
-    optim: OptimConfig, schedule: UpdateSchedule, one_at_a_time: bool
-) -> Iterator[None]:
+def _explaining_out_of_memory(config: Config, one_at_a_time: bool) -> Iterator[None]:
     """Name the flags that need less memory if a tensor cannot be allocated.
 
     Args:
-        optim: batch and micro-batches.
-        schedule: the update schedule.
+        config: of the run.
         one_at_a_time: whether one network's activations at a time are kept already.
 
     Raises:
@@ -255,7 +245,8 @@ def _explaining_out_of_memory(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        ways, parts, size = [], 2 * optim.grad_accum, optim.batch_size
+        optim, schedule, ways = config.optim, config.method.schedule, []
+        parts, size = 2 * optim.grad_accum, optim.batch_size
         if not one_at_a_time and not schedule.takes_turns:
             ways.append("--low-memory keeps one network's activations at a time")
         if parts <= size and schedule.splits_batches:
@@ -296,89 +287,42 @@ def prepare(
     ranks = origin.ranks(config.compute.placement, processes.world_size)
     ranks = ranks or choose_ranks(config, checked, modules, processes, path)
     placement = Placement(processes, ranks, config.numerics.batch_norm)
-    device, dtype, layout = placement.device, dtype_of(config), layout_of(config, processes.device)
-    images = batches.prepare(
-        checked.source,
-        config.data,
-        seed=config.seed,
-        device=device,
-        dtype=dtype,
-        memory_format=layout,
-    )
-    teachers = load_teachers(checked.frozen, images.normalisation, dtype, layout, processes)
-    teaching = Teaching(
-        config.method,
-        checked.names,
-        list(checked.frozen),
-        checked.links,
-        exchange=config.compute.exchange,
-        exchange_dtype=config.numerics.exchange_dtype,
-    )
+    images = prepare_images(config, checked.source, placement.device)
     parameters = {name: parameter_count(module) for name, module in modules.items()}
     start = origin.start(path / CHECKPOINTS)
-    one_at_a_time = config.compute.low_memory or not teaching.is_on
-    with _explaining_out_of_memory(config.optim, config.method.schedule, one_at_a_time):
+    one_at_a_time = config.compute.low_memory or config.method.kl_weight == 0
+    with _explaining_out_of_memory(config, one_at_a_time):
         to_compile = origin.compiled(config, processes.world_size)
         if to_compile is None:
             if compiled is None:
                 steps = steps_to_take(config.optim, len(images.train)) - start.step
                 compiled = compiles(config, checked, modules, placement, steps)
             to_compile = checked.names if compiled else []
-        peers = _make_peers(config, checked, modules, placement, to_compile)
-    load_peers(origin, peers, processes)
-    cohort = Cohort(
-        sorted(peers, key=lambda peer: peer.name),
-        teachers,
-        images.train,
-        placement,
-        teaching,
-        config.optim,
-        config.method.update,
-        config.seed,
-        config.compute.low_memory,
-    )
+        if to_compile and processes.rank == 0:
+            _print_compilation(placement, to_compile)
+        cohort = make_cohort(
+            config,
+            checked.specs,
+            modules,
+            images,
+            placement,
+            frozen=checked.frozen,
+            links=checked.links,
+            to_compile=to_compile,
+        )
+    modules.clear()
+    load_peers(origin, cohort.peers, processes)
     return Prepared(
         config,
         path,
         checked,
         cohort,
         images,
-        placement.union(peer.name for peer in peers if is_compiled_module(peer.net)),
+        placement.union(peer.name for peer in cohort.peers if is_compiled_module(peer.net)),
         parameters,
         start,
         origin.path is not None,
     )
-
-
-def _make_peers(
-    config: Config,
-    checked: Checked,
-    modules: Modules,
-    placement: Placement,
-    to_compile: Sequence[str],
-) -> list[Peer]:
-    """Return the peers that are trained here; ``modules`` is emptied."""
-    if to_compile and placement.processes.rank == 0:
-        _print_compilation(placement, to_compile)
-    parts = slices(config.optim.batch_size, config.optim.grad_accum)
-    wrapper = Wrapper(
-        placement,
-        [stop - start for start, stop in parts],
-        config.data.image_size,
-        layout_of(config, placement.device),
-        config.compute.compile_mode,
-    )
-    peers = []
-    for spec in checked.specs:
-        if spec.name in placement.mine:
-            module: nn.Module = modules.pop(spec.name)
-            net = wrapper.wrap(module, spec.name, spec.name in to_compile)
-            keeps = is_compiled_module(net) and config.compute.compile_mode != "default"
-            optimizer = make_optimizer(module, config.optim)
-            scaler = placement.processes.loss_scaler()
-            peers.append(Peer(spec, module, net, optimizer, scaler, keeps))
-    modules.clear()
-    return peers
 
 
 def _print_compilation(placement: Placement, to_compile: Sequence[str]) -> None:
