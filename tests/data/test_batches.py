@@ -1,4 +1,4 @@
-"""Data: augmentation as in the paper, keyed per image and epoch; the split to choose by."""
+"""Batches: augmentation as in the paper, keyed per image and epoch; the validation split."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,13 +7,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dml_accel.core.config import UsageError
-from dml_accel.core.rng import bounds, generator, stratified
-from dml_accel.data import batches as data
-from dml_accel.data.batches import ImageSet, Normalisation, held_out
+from dml_accel.core.errors import UsageError
+from dml_accel.core.rng import generator, stratified
+from dml_accel.data.batches import (
+    Data,
+    ImageSet,
+    Normalisation,
+    PixelSet,
+    TensorSet,
+    check_batch_size,
+    prepare,
+    slices,
+    split_training,
+    training_sizes,
+)
 from dml_accel.data.decode import Split
 from dml_accel.data.sources import Source
-from tests.conftest import tiny_config
+from tests.helpers import tiny_config
 
 N, S, B = 103, 16, 10
 PER_EPOCH = N // B
@@ -27,10 +37,21 @@ def split() -> Split:
     return Split(images, torch.randint(0, 5, (N,), generator=g))
 
 
-def image_set(split: Split, augment: str = "crop-flip", seed: int = 7) -> ImageSet:
+def image_set(split: Split, augment: str = "crop-flip", seed: int = 7) -> PixelSet:
     normalisation = Normalisation.of(split.images)
-    return ImageSet(
+    return PixelSet(
         split, normalisation, augment=augment, seed=seed, device=CPU, dtype=torch.float64
+    )
+
+
+def prepared(source: Source, memory_format: torch.memory_format, **changes: object) -> Data:
+    return prepare(
+        source,
+        tiny_config(**changes).data,
+        seed=0,
+        device=CPU,
+        dtype=torch.float64,
+        memory_format=memory_format,
     )
 
 
@@ -88,7 +109,9 @@ def test_crops_are_windows_of_the_reflect_padded_image(split: Split) -> None:
 
 
 @pytest.mark.parametrize(("augment", "crops", "flips"), [("crop", True, False), ("none", 0, 0)])
-def test_lesser_augmentations(split: Split, augment: str, crops: bool, flips: bool) -> None:
+def test_crop_alone_never_mirrors_and_none_changes_nothing(
+    split: Split, augment: str, crops: bool, flips: bool
+) -> None:
     images = image_set(split, augment)
     unchanged = mirrored = 0
     plain = images.rows(0, N)[0]
@@ -101,7 +124,7 @@ def test_lesser_augmentations(split: Split, augment: str, crops: bool, flips: bo
     assert not mirrored and not flips
 
 
-def test_any_slices_of_a_batch_from_fresh_objects_make_the_whole(split: Split) -> None:
+def test_slices_of_a_batch_from_fresh_objects_make_up_the_whole(split: Split) -> None:
     step = PER_EPOCH + 3  # in the second epoch
     whole = image_set(split).batch(step, B, 0, B)
     for cuts in ([(0, 4), (4, 10)], [(0, 1), (1, 2), (2, 10)], [(0, 10), (10, 10)]):
@@ -110,7 +133,7 @@ def test_any_slices_of_a_batch_from_fresh_objects_make_the_whole(split: Split) -
         assert torch.equal(torch.cat([y for _, y in parts]), whole[1])
 
 
-def test_an_image_is_augmented_the_same_whatever_the_batch_size(split: Split) -> None:
+def test_augmentation_does_not_depend_on_the_batch_size(split: Split) -> None:
     small = torch.cat([image_set(split).batch(step, 5, 0, 5)[0] for step in range(20)])
     large = torch.cat([image_set(split).batch(step, 10, 0, 10)[0] for step in range(10)])
     assert torch.equal(small, large)
@@ -136,7 +159,7 @@ def test_the_seed_decides_order_and_augmentation(split: Split) -> None:
     assert not torch.equal(first, other)
 
 
-def test_draws_owe_nothing_to_torchs_global_generator(split: Split) -> None:
+def test_draws_do_not_depend_on_torchs_global_generator(split: Split) -> None:
     torch.manual_seed(1)
     first = image_set(split).batch(0, B, 0, B)[0]
     state = torch.get_rng_state()
@@ -145,7 +168,7 @@ def test_draws_owe_nothing_to_torchs_global_generator(split: Split) -> None:
     torch.set_rng_state(state)
 
 
-# ---------------------------------------------------------------- the split to choose by
+# ---------------------------------------------------------------- the validation split
 
 
 def test_stratified_choice_keeps_every_classs_share() -> None:
@@ -160,7 +183,9 @@ def test_stratified_choice_keeps_every_classs_share() -> None:
 
 
 def test_the_validation_split_is_the_same_for_every_seed(digits: Source) -> None:
-    cuts = [held_out(digits, tiny_config(val_fraction=0.2, seed=seed)) for seed in (0, 1)]
+    cuts = [
+        split_training(digits, tiny_config(val_fraction=0.2, seed=seed).data) for seed in (0, 1)
+    ]
     (train, val), (other_train, other_val) = cuts
     assert torch.equal(val.images, other_val.images)
     assert torch.equal(train.images, other_train.images)
@@ -168,9 +193,9 @@ def test_the_validation_split_is_the_same_for_every_seed(digits: Source) -> None
     assert len(val) + len(train) == len(digits.train)
 
 
-def test_a_limit_takes_every_class_alike_whatever_the_seed(digits: Source) -> None:
+def test_a_training_limit_is_stratified_and_the_same_for_every_seed(digits: Source) -> None:
     (few, _), (again, _), (more, _) = (
-        held_out(digits, tiny_config(train_limit=limit, seed=seed))
+        split_training(digits, tiny_config(train_limit=limit, seed=seed).data)
         for limit, seed in ((100, 0), (100, 1), (200, 0))
     )
     assert torch.equal(few.images, again.images) and len(few) == 100
@@ -181,14 +206,14 @@ def test_a_limit_takes_every_class_alike_whatever_the_seed(digits: Source) -> No
     assert {tuple(image) for image in few.images.flatten(1).tolist()} <= larger
 
 
-def test_a_limit_leaves_the_validation_split_alone(digits: Source) -> None:
-    _, val = held_out(digits, tiny_config(val_fraction=0.2))
-    train, same = held_out(digits, tiny_config(val_fraction=0.2, train_limit=50))
+def test_a_training_limit_does_not_change_the_validation_split(digits: Source) -> None:
+    _, val = split_training(digits, tiny_config(val_fraction=0.2).data)
+    train, same = split_training(digits, tiny_config(val_fraction=0.2, train_limit=50).data)
     assert torch.equal(val.images, same.images) and len(train) == 50
 
 
-def test_the_validation_split_is_cut_from_the_training_images_only(digits: Source) -> None:
-    train, val = held_out(digits, tiny_config(val_fraction=0.2))
+def test_the_validation_split_comes_from_the_training_images_only(digits: Source) -> None:
+    train, val = split_training(digits, tiny_config(val_fraction=0.2).data)
     everything = torch.cat([train.images, val.images]).flatten(1).tolist()
     assert sorted(everything) == sorted(digits.train.images.flatten(1).tolist())
 
@@ -204,16 +229,17 @@ def test_the_validation_split_is_cut_from_the_training_images_only(digits: Sourc
     ],
 )
 def test_too_few_images_are_refused(digits: Source, changes: dict, message: str) -> None:
+    config = tiny_config(**changes)
     with pytest.raises(UsageError, match=message):
-        held_out(digits, tiny_config(**changes))
+        check_batch_size(digits, config.data, config.optim.batch_size)
 
 
 def test_slices_differ_by_at_most_one_row() -> None:
-    assert list(bounds(10, 3)) == [(0, 3), (3, 6), (6, 10)]
-    assert list(bounds(2, 3)) == [(0, 0), (0, 1), (1, 2)]
+    assert list(slices(10, 3)) == [(0, 3), (3, 6), (6, 10)]
+    assert list(slices(2, 3)) == [(0, 0), (0, 1), (1, 2)]
 
 
-def test_keys_tell_apart_what_differs() -> None:
+def test_different_keys_give_different_draws() -> None:
     draws = [torch.rand(1, generator=generator(*k)).item() for k in (("a", 1), ("a", 2), ("a1",))]
     assert len(set(draws)) == 3
 
@@ -223,8 +249,7 @@ def test_keys_tell_apart_what_differs() -> None:
 
 def test_channels_last_batches_hold_the_same_images(digits: Source) -> None:
     plain, last = (
-        data.prepare(digits, tiny_config(memory_format=name), torch.device("cpu")).train
-        for name in ("contiguous", "channels_last")
+        prepared(digits, layout).train for layout in (torch.contiguous_format, torch.channels_last)
     )
     for (a, _), (b, _) in (
         (plain.batch(7, 8, 2, 8), last.batch(7, 8, 2, 8)),
@@ -234,26 +259,9 @@ def test_channels_last_batches_hold_the_same_images(digits: Source) -> None:
         assert a.is_contiguous() and b.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    ("device", "changes", "expected"),
-    [
-        ("cpu", {"float64": False}, torch.contiguous_format),
-        ("cpu", {}, torch.contiguous_format),  # double precision
-        ("cpu", {"float64": False, "mixed_precision": "bf16"}, torch.channels_last),
-        ("cuda", {"float64": False, "mixed_precision": "bf16"}, torch.contiguous_format),
-        ("cuda", {"float64": False, "memory_format": "channels_last"}, torch.channels_last),
-        ("cpu", {"float64": False, "memory_format": "channels_last"}, torch.channels_last),
-    ],
-)
-def test_the_memory_format_follows_device_and_precision(
-    device: str, changes: dict, expected: torch.memory_format
-) -> None:
-    assert data.memory_format(tiny_config(**changes), torch.device(device)) == expected
-
-
 def test_no_step_copies_to_the_device(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     # An accelerator would wait for each copy: only an epoch's first batch may make them.
-    images = data.prepare(digits, tiny_config(labelled_fraction=0.5), torch.device("cpu")).train
+    images = prepared(digits, torch.contiguous_format, labelled_fraction=0.5).train
     images.batch(0, 8, 0, 8)
     monkeypatch.setattr(torch.Tensor, "to", _only_its_precision(torch.Tensor.to))
     images.batch(1, 8, 0, 8)
@@ -270,13 +278,38 @@ def _only_its_precision(to: Callable[..., torch.Tensor]) -> Callable[..., torch.
 
 def test_a_batch_may_be_all_images_and_not_one_more(digits: Source) -> None:
     few = dataclasses.replace(digits, train=digits.train.select(torch.arange(20)))
-    assert data.check_sizes(few, tiny_config(batch_size=20)) == (20, 0)
-    assert data.check_sizes(few, tiny_config(batch_size=15, val_fraction=0.25)) == (15, 5)
-    assert data.check_sizes(few, tiny_config(batch_size=12, train_limit=12)) == (12, 0)
+
+    def checked(**changes: object) -> tuple[int, int]:
+        config = tiny_config(**changes)
+        check_batch_size(few, config.data, config.optim.batch_size)
+        return training_sizes(few, config.data)
+
+    assert checked(batch_size=20) == (20, 0)
+    assert checked(batch_size=15, val_fraction=0.25) == (15, 5)
+    assert checked(batch_size=12, train_limit=12) == (12, 0)
     for changes, text in (
         ({"batch_size": 21}, "--batch-size 21 is more than the 20 training images"),
         ({"batch_size": 16, "val_fraction": 0.25}, "--batch-size 16 is more than the 15"),
         ({"train_limit": 21}, "--train-limit 21 is more than the 20"),
     ):
         with pytest.raises(UsageError, match=text):
-            data.check_sizes(few, tiny_config(**changes))
+            checked(**changes)
+
+
+def test_floating_images_are_shuffled_and_otherwise_left_as_they_are() -> None:
+    generate = torch.Generator().manual_seed(0)
+    split = Split(torch.randn(12, 5, 3, generator=generate), torch.arange(12) % 3)
+    data = prepare(
+        Source(split, split, ("a", "b", "c")),
+        tiny_config().data,
+        seed=0,
+        device=CPU,
+        dtype=torch.float64,
+    )
+    assert isinstance(data.train, TensorSet) and isinstance(data.test, TensorSet)
+    assert data.normalisation == Normalisation.identity()
+    images, labels = data.train.batch(0, 12, 0, 12)
+    order = [int((split.images == image).flatten(1).all(1).nonzero()) for image in images]
+    assert sorted(order) == list(range(12)) != order
+    assert images.dtype == torch.float64 and torch.equal(labels, split.labels[order])
+    assert torch.equal(data.test.rows(2, 5)[0], split.images[2:5].double())
