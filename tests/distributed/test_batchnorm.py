@@ -1,4 +1,6 @@
-"""Batch norm over processes: what is converted, what is refused; its numbers: test_processes."""
+"""Batch norm over processes: what is converted, what is refused; test_processes has the values."""
+
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -6,14 +8,14 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from dml_accel.core.config import UsageError
+from dml_accel.core.errors import UsageError
 from dml_accel.distributed.batchnorm import (
     GroupBatchNorm2d,
     GroupBatchNormAct2d,
     check_spanning,
     span_group,
 )
-from tests.conftest import Training, tiny_config
+from tests.helpers import Training
 
 
 def test_every_batch_norm_is_converted_with_weights_and_names_kept() -> None:
@@ -31,7 +33,7 @@ def test_every_batch_norm_is_converted_with_weights_and_names_kept() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 5)])
-def test_evaluation_is_the_native_layers(shape: tuple[int, ...]) -> None:
+def test_evaluation_equals_the_native_layers(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     for layer in (nn.BatchNorm2d(3), BatchNormAct2d(3)):
         nn.init.uniform_(layer.weight)
@@ -50,8 +52,8 @@ def test_a_batch_norm_of_another_kind_is_refused_by_name() -> None:
         check_spanning(nn.Sequential(nn.BatchNorm2d(3, affine=False)), "a-0")
 
 
-def test_one_process_keeps_the_native_layers(digits: object) -> None:
-    training = Training(tiny_config(cohort=("resnet8", "wrn_16_2")), digits)
-    kinds = {type(layer) for peer in training.peers for layer in peer.net.modules()}
+def test_one_process_keeps_the_native_layers(training: Callable[..., Training]) -> None:
+    peers = training(cohort=("resnet8", "wrn_16_2")).peers
+    kinds = {type(layer) for peer in peers for layer in peer.net.modules()}
     assert {nn.BatchNorm2d, BatchNormAct2d} <= kinds
     assert not kinds & {GroupBatchNorm2d, GroupBatchNormAct2d}
