@@ -13,7 +13,6 @@ from dml_accel.core.tables import printable
 from dml_accel.core.versions import command_line
 from dml_accel.data import sources
 from dml_accel.data.decode import Split
-from dml_accel.distributed.launch import launched_processes
 from dml_accel.inference import evaluate as evaluation
 from dml_accel.inference import predict as prediction
 from dml_accel.inference.export import check_target, export, select_peers
@@ -31,8 +30,6 @@ def run(command: str, values: dict[str, Any]) -> int:
     Raises:
         UsageError: the input does not allow it; the text says why.
     """
-    if launched_processes() > 1:
-        raise UsageError(f"{command} runs in a single process; start it without a launcher")
     peers = read_trained_peers(Path(values["source"]).expanduser())
     return {"evaluate": _evaluate, "predict": _predict, "export": _export}[command](peers, values)
 

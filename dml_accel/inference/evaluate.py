@@ -1,4 +1,4 @@
-"""Trained networks measured on a data set: as in training, by class, and what is taken for what.
+"""Evaluation of trained networks on a data set: metrics, accuracy by class, confusion matrix.
 
 Shape letters: K networks, N images, B of them, C classes. Row K of a table is the ensemble.
 """
@@ -6,40 +6,43 @@ Shape letters: K networks, N images, B of them, C classes. Row K of a table is t
 import csv
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dml_accel.analysis.plots import confusion, save
-from dml_accel.core.config import UsageError
-from dml_accel.core.files import write_json
+from dml_accel.core.errors import UsageError
+from dml_accel.core.files import replacing, write_json
 from dml_accel.core.tables import percent, printable, results_table, table
 from dml_accel.core.versions import versions
 from dml_accel.data.decode import Split
-from dml_accel.inference.load import ROWS, Networks, Trained
+from dml_accel.inference.load import BATCH_SIZE, Networks, TrainedPeers
 from dml_accel.models.build import parameter_count
 from dml_accel.mutual.metrics import batch_sums, best_five, finish, log_posteriors, no_sums
 
+if TYPE_CHECKING:  # imported when something is drawn, because that takes a second
+    from matplotlib.figure import Figure
+
 ENSEMBLE = "ensemble"
-FILES = ("evaluation.json", "confusion.csv", "confusion.png")
-_SHOWN = 10  # classes and confusions on the screen
-_MOST_CLASSES = 2000  # of a table of what is taken for what
+RECORD, MATRIX, FIGURE = FILES = ("evaluation.json", "confusion.csv", "confusion.png")
+_SHOWN = 10  # classes, and pairs of confused classes, on the screen
+_MOST_CLASSES = 2000  # of a confusion matrix, which grows with their square
+_MOST_NAMED, _MOST_COUNTED = 100, 20  # classes of a figure with names, and with counts in its cells
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """The results of an evaluation.
 
     Attributes:
         record: the content of evaluation.json.
-        confusion_CC: how many images of each class (rows) were taken for each (columns), by the
-            ensemble, or by the only network; None where there are too many classes.
-        classes: their names.
+        confusion_CC: images of each class (rows) by predicted class (columns), for the ensemble or
+            the only network; None if there are too many classes.
+        classes: class names.
     """
 
     record: dict[str, Any]
@@ -47,183 +50,243 @@ class Evaluation:
     classes: tuple[str, ...]
 
 
-def by_name(labels: Tensor, theirs: Sequence[str], ours: Sequence[str], where: str) -> Tensor:
-    """Return labels of a data set as the numbers that the networks know these classes by.
+# ---------------------------------------------------------------- labels
+
+
+def match_labels(labels: Tensor, theirs: Sequence[str], ours: Sequence[str], name: str) -> Tensor:
+    """Return a data set's labels as indices of the networks' classes.
+
+    Classes in another order are matched by name, and so is a data set that has only some of them.
 
     Args:
-        labels: [N] int64.
-        theirs: names of the data set's classes.
-        ours: names of the networks' classes; in another order, or where the data set has some of
-            them only, they are matched by name.
-        where: what to call the networks.
+        labels: of the data set, [N] int64.
+        theirs: class names of the data set.
+        ours: class names of the networks.
+        name: of the networks, for messages.
 
     Raises:
-        UsageError: the data set has classes that the networks do not know.
+        UsageError: the networks do not have a class of the data set, or names are ambiguous.
     """
     if tuple(theirs) == tuple(ours):
         return labels
-    # Numbers are no names: of fewer, each could mean another class.
-    unnamed = all(name.isdecimal() for name in theirs)
+    # Numbers are not names: in a smaller data set, each could mean another class.
+    unnamed = all(one.isdecimal() for one in theirs)
     if len(theirs) > len(ours) or (len(theirs) < len(ours) and unnamed):
         raise UsageError(
-            f"{where} tells {len(ours)} classes apart; the data set has {len(theirs)}; another "
-            "--label-column or --dataset may have those"
+            f"{name} has {len(ours)} classes, but the data set has {len(theirs)}; try another "
+            "--label-column or --dataset"
         )
     for names in (ours, theirs):
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
+        repeated = [one for one, count in Counter(names).items() if count > 1]
+        if repeated:
             raise UsageError(
-                f"{where}: its classes and those of the data set differ, and cannot be matched by "
-                f"name, as several are called {_some(twice)}"
+                f"{name}: its classes differ from those of the data set and cannot be matched by "
+                f"name, because several are called {_quoted(repeated)}"
             )
-    unknown = [name for name in theirs if name not in set(ours)]
+    unknown = [one for one in theirs if one not in set(ours)]
     if unknown:
         raise UsageError(
-            f"{where} was trained on other classes: it knows no {_some(unknown)} of the data set, "
-            f"which has no {_some([name for name in ours if name not in set(theirs)])}"
+            f"{name} was trained on other classes: it does not have {_quoted(unknown)} of the data "
+            f"set, which does not have {_quoted([one for one in ours if one not in set(theirs)])}"
         )
-    places = {name: place for place, name in enumerate(ours)}
-    return torch.tensor([places[name] for name in theirs])[labels]
+    index = {one: place for place, one in enumerate(ours)}
+    return torch.tensor([index[one] for one in theirs])[labels]
 
 
-def _some(names: Sequence[str]) -> str:
+def _quoted(names: Sequence[str]) -> str:
     return ", ".join(map(repr, map(printable, names[:3]))) + ", ..." * (len(names) > 3)
 
 
+# ---------------------------------------------------------------- measuring
+
+
 def evaluate(
-    trained: Trained, networks: Networks, split: Split, device: torch.device, about: dict[str, Any]
+    peers: TrainedPeers,
+    networks: Networks,
+    split: Split,
+    device: torch.device,
+    origin: dict[str, Any],
 ) -> Evaluation:
-    """Measure every network and their ensemble on all images of a split.
+    """Evaluate every network and their ensemble on all images of a split.
 
     Args:
-        trained: what is measured.
-        networks: the same, built.
-        split: images, and labels as the networks number them.
+        peers: the peers.
+        networks: their networks.
+        split: images, and labels as indices of the networks' classes.
         device: of the networks.
-        about: what else evaluation.json is to tell.
+        origin: further entries of evaluation.json: what was evaluated, and how.
     """
-    sums, hits, pairs = _counted(networks, split, device, len(trained.classes))
-    names, classes = networks.names, len(trained.classes)
-    found = finish(sums, names, classes)
-    matrix = pairs.view(classes, classes) if len(pairs) else None
+    names, classes = networks.names, len(peers.classes)
+    sums, hits, confusion = _accumulate(networks, split, device, classes)
+    metrics = finish(sums, names, classes)
     counts = torch.bincount(split.labels, minlength=classes).tolist()
     record = {
         "format": 1,
-        **about,
+        **origin,
         "device": str(device),
         "mixed_precision": networks.precision,
         "peers": [
             {
                 "name": name,
-                "arch": trained.folders[name].arch,
+                "arch": peers.folders[name].arch,
                 "params": parameter_count(module),
-                "sha256": trained.folders[name].sha256,
-                "test": found["peers"][name],
+                "sha256": peers.folders[name].sha256,
+                "test": metrics["peers"][name],
             }
             for name, module in zip(names, networks.modules, strict=True)
         ],
-        "ensemble": found["ensemble"],
-        "agreement": found["agreement"],
-        "classes": _classes(trained.classes, counts, hits, names),
-        "most_confused": [] if matrix is None else _most_confused(matrix, trained.classes),
+        "ensemble": metrics["ensemble"],
+        "agreement": metrics["agreement"],
+        "classes": _accuracy_by_class(peers.classes, counts, hits, names),
+        "most_confused": [] if confusion is None else _most_confused(confusion, peers.classes),
         "versions": versions(),
     }
-    return Evaluation(record, matrix, trained.classes)
+    return Evaluation(record, confusion, peers.classes)
 
 
-def _counted(
+def _accumulate(
     networks: Networks, split: Split, device: torch.device, classes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums of metrics, hits of each class [K + 1, C], and confusions, flat [C C]."""
-    names = networks.names
-    sums = no_sums(len(names), device)
-    hits = torch.zeros(len(names) + 1, classes, dtype=torch.int64)
-    pairs = torch.zeros(classes**2 if classes <= _MOST_CLASSES else 0, dtype=torch.int64)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return sums for ``metrics.finish``, hits by class [K + 1, C] and the confusion matrix."""
+    sums = no_sums(len(networks.names), device)
+    hits = torch.zeros(len(networks.names) + 1, classes, dtype=torch.int64)
+    confusion = None
+    if classes <= _MOST_CLASSES:
+        confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    for images, labels in _batches(split):
+        logits = networks.logits(images)
+        sums += batch_sums(logits, labels.to(device))
+        predicted = best_five(log_posteriors(logits))[1][..., 0].cpu()  # [K + 1, B]
+        for row, best in enumerate(predicted):
+            hits[row] += torch.bincount(labels[best == labels], minlength=classes)
+        if confusion is not None:
+            cells = torch.bincount(labels * classes + predicted[-1], minlength=classes**2)
+            confusion += cells.view(classes, classes)
+    return sums, hits, confusion
+
+
+def _batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images and labels in batches, and show the progress."""
+    parts = zip(split.images.split(BATCH_SIZE), split.labels.split(BATCH_SIZE), strict=True)
     with tqdm(total=len(split), desc="evaluating", unit=" images", disable=None) as progress:
-        for images, labels in zip(split.images.split(ROWS), split.labels.split(ROWS), strict=True):
-            logits = networks.logits(images)
-            sums += batch_sums(logits, labels.to(device))
-            best = best_five(log_posteriors(logits))[1][..., 0].cpu()
-            for row, guesses in enumerate(best):
-                hits[row] += torch.bincount(labels[guesses == labels], minlength=classes)
-            if len(pairs):
-                pairs += torch.bincount(labels * classes + best[-1], minlength=len(pairs))
+        for images, labels in parts:
+            yield images, labels
             progress.update(len(labels))
-    return sums, hits, pairs
 
 
-def _classes(
-    classes: Sequence[str], counts: Sequence[int], hits: Tensor, names: Sequence[str]
+def _accuracy_by_class(
+    classes: Sequence[str], counts: Sequence[int], hits: Tensor, peers: Sequence[str]
 ) -> list[dict[str, Any]]:
-    rows = zip(classes, counts, hits.T.tolist(), strict=True)
+    names = [*peers, ENSEMBLE]
     return [
         {
             "name": name,
             "n": n,
-            "top1": {
-                who: right / n if n else None
-                for who, right in zip([*names, ENSEMBLE], of_class, strict=True)
-            },
+            "top1": {one: hit / n if n else None for one, hit in zip(names, column, strict=True)},
         }
-        for name, n, of_class in rows
+        for name, n, column in zip(classes, counts, hits.T.tolist(), strict=True)
     ]
 
 
-def _most_confused(matrix: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the pairs of a class and what it is wrongly taken for, most images first."""
-    wrong = matrix.clone().fill_diagonal_(0).flatten()
-    places = wrong.sort(descending=True, stable=True).indices[: 2 * _SHOWN].tolist()
+def _most_confused(confusion_CC: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return pairs of a class and a wrong prediction, the most frequent first."""
+    wrong = confusion_CC.clone().fill_diagonal_(0).flatten()
+    cells = wrong.sort(descending=True, stable=True).indices[: 2 * _SHOWN].tolist()
     return [
         {
-            "class": classes[place // len(classes)],
-            "taken_for": classes[place % len(classes)],
-            "n": int(wrong[place]),
+            "class": classes[cell // len(classes)],
+            "taken_for": classes[cell % len(classes)],
+            "n": int(wrong[cell]),
         }
-        for place in places
-        if wrong[place]
+        for cell in cells
+        if wrong[cell]
     ]
 
 
-def write(found: Evaluation, folder: Path) -> None:
-    """Write ``FILES`` into a folder, which is made where missing."""
+# ---------------------------------------------------------------- files and text
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write ``FILES`` into a folder, which is created if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:  # of another evaluation: one that breaks off leaves no mixture
+    for name in FILES:  # so that an interruption does not leave files of two evaluations
         (folder / name).unlink(missing_ok=True)
-    if found.confusion_CC is not None:
-        matrix = found.confusion_CC.tolist()
-        rows = [[name, *counts] for name, counts in zip(found.classes, matrix, strict=True)]
-        temporary = folder / f".{FILES[1]}.tmp"
-        with open(temporary, "w", newline="", encoding="utf-8", errors="replace") as file:
-            csv.writer(file).writerows([["class \\ taken for", *found.classes], *rows])
-        temporary.replace(folder / FILES[1])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the picture's font does not have
-            save(confusion(matrix, found.classes), folder / FILES[2])
-    write_json(folder / FILES[0], found.record)
+    if evaluation.confusion_CC is not None:
+        counts, classes = evaluation.confusion_CC.tolist(), evaluation.classes
+        rows = [[name, *line] for name, line in zip(classes, counts, strict=True)]
+        with (
+            replacing(folder / MATRIX) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8", errors="replace") as file,
+        ):
+            csv.writer(file).writerows([["class \\ taken for", *classes], *rows])
+        with replacing(folder / FIGURE) as temporary, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # letters that the font does not have
+            confusion_figure(counts, classes).savefig(temporary, format="png", dpi=150)
+    write_json(folder / RECORD, evaluation.record)
 
 
-def as_text(found: Evaluation) -> str:
-    """Return the metrics, the classes and the confusions that matter most as tables."""
-    record = found.record
+def evaluation_text(record: dict[str, Any]) -> str:
+    """Return the metrics, the hardest classes and the most confused pairs as tables.
+
+    Args:
+        record: the content of evaluation.json.
+    """
     parts = [results_table(record)]
     if record["agreement"] is not None:
-        parts.append(f"two networks agree on {percent(record['agreement'])}% of the images")
-    by_class = [one for one in record["classes"] if one["n"]]
-    by_class.sort(key=lambda one: one["top1"][ENSEMBLE])
-    who = [peer["name"] for peer in record["peers"]]
-    who = [*who, ENSEMBLE] if len(who) > 1 else who
-    rows = [
-        [printable(one["name"]), one["n"], *(percent(one["top1"][name]) for name in who)]
-        for one in by_class[:_SHOWN]
-    ]
-    headers = ["class", "images", *(f"{name} %" for name in who)]
-    least = "hardest classes" if len(by_class) > _SHOWN else "classes, hardest first"
-    parts.append(f"top-1 of the {least}\n\n" + table(rows, headers, "simple", left=1))
+        agreement = percent(record["agreement"])
+        parts.append(f"two networks agree on {agreement}% of the images (mean over pairs)")
+    parts.append(_classes_text(record))
     pairs = [
         [printable(one["class"]), printable(one["taken_for"]), one["n"]]
-        for one in record["most_confused"]
+        for one in record["most_confused"][:_SHOWN]
     ]
     if pairs:
-        headers = ["class", "taken for", "images"]
-        parts.append(table(pairs[:_SHOWN], headers, "simple", left=2))
+        parts.append(table(pairs, ["class", "predicted as", "images"], "simple", left=2))
     return "\n\n".join(parts)
+
+
+def _classes_text(record: dict[str, Any]) -> str:
+    classes = [one for one in record["classes"] if one["n"]]
+    classes.sort(key=lambda one: one["top1"][ENSEMBLE])
+    names = [peer["name"] for peer in record["peers"]]
+    names = [*names, ENSEMBLE] if len(names) > 1 else names
+    rows = [
+        [printable(one["name"]), one["n"], *(percent(one["top1"][name]) for name in names)]
+        for one in classes[:_SHOWN]
+    ]
+    headers = ["class", "images", *(f"{name} %" for name in names)]
+    which = "hardest classes" if len(classes) > _SHOWN else "classes, hardest first"
+    return f"top-1 accuracy of the {which}\n\n" + table(rows, headers, "simple", left=1)
+
+
+def confusion_figure(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> "Figure":
+    """Draw a confusion matrix as shares of each class, with names and counts if there is room.
+
+    Args:
+        counts: images of each class (rows) by predicted class (columns).
+        classes: class names.
+    """
+    from matplotlib.figure import Figure
+
+    shares = [[count / max(1, sum(line)) for count in line] for line in counts]
+    side = min(14.0, 3.5 + 0.3 * len(classes))  # inches
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if len(classes) <= _MOST_NAMED:
+        size = 9 if len(classes) <= 30 else 6
+        # Names may be untrusted, and "$" would begin a formula.
+        names = [name.replace("$", r"\$")[:24] for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(names)), names, fontsize=size)
+    if len(classes) <= _MOST_COUNTED:
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
+        for row, line in enumerate(counts):
+            for column, count in enumerate(line):
+                if count:
+                    ink = "white" if shares[row][column] > 0.5 else "black"
+                    axes.text(column, row, str(count), color=ink, **style)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("class")
+    figure.colorbar(image, label="share of the class", shrink=0.8)
+    return figure

@@ -1,4 +1,4 @@
-"""A chosen network, or all of a cohort, as a folder of its own: for timm, or for ONNX runtimes."""
+"""Export of a network, or of all peers as an ensemble, into a new folder: for timm, or as ONNX."""
 
 import contextlib
 import math
@@ -10,126 +10,108 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from torch import nn
 
-from dml_accel.core.config import UsageError
-from dml_accel.core.files import UnreadableError, can_be_made, read_at_most, write_json, write_text
-from dml_accel.inference import onnx as onnx_model
-from dml_accel.inference.load import Trained
-from dml_accel.models import peer_folder as frozen
-from dml_accel.models.model_card import TIMM_USAGE, model_card, without_place
-from dml_accel.models.peer_folder import PeerFolder
+from dml_accel.core.errors import UnreadableError, UsageError
+from dml_accel.core.files import can_be_made, read_at_most, read_json, write_json, write_text
+from dml_accel.inference import onnx
+from dml_accel.inference.load import TrainedPeers
+from dml_accel.models.model_card import model_card, public_name
+from dml_accel.models.peer_folder import CARD, WEIGHTS, PeerFolder, load_network
+from dml_accel.models.timm_config import FILE
 
 BEST, ENSEMBLE = "best", "ensemble"
 FORMATS = ("safetensors", "onnx")
 _LARGEST_CARD = 2**20  # bytes
 
-_ONNX_USAGE = """```python
-import json
-import numpy as np
-import onnxruntime
 
-known = json.load(open("config.json"))
-session = onnxruntime.InferenceSession("model.onnx")
-# images: [batch, 3, height, width], float32, RGB levels of 0 ... 255
-mean, std = (np.float32(known["pretrained_cfg"][k]).reshape(3, 1, 1) for k in ("mean", "std"))
-(answers,) = session.run(None, {"input": (images / 255 - mean) / std})
-print([known["label_names"][place] for place in answers.argmax(1)])
-```"""
-
-_ENSEMBLE_USAGE = """The ensemble is the mean of their posteriors:
-
-```python
-import timm
-import dml_accel  # registers the *_cifar networks with timm
-
-nets = [timm.create_model(f"local-dir:{folder}", pretrained=True).eval() for folder in FOLDERS]
-posterior = sum(net(x).softmax(-1) for net in nets) / len(nets)
-```
-
-or `dml-accel predict path/to/this/folder IMAGE ...`."""
+# ---------------------------------------------------------------- what to export
 
 
-def choose(trained: Trained, peer: str | None) -> tuple[Trained, str]:
-    """Return what is meant by ``--peer``, and its name.
+def select_peers(peers: TrainedPeers, asked: str | None) -> tuple[TrainedPeers, str]:
+    """Return the peers that ``--peer`` selects, and a name for them.
 
     Args:
-        trained: a run, or a peer's folder.
-        peer: a peer's name, ``best`` by validation accuracy, or ``ensemble``; None for the only.
+        peers: of a run, or a single one.
+        asked: a peer's name, ``best`` (by validation accuracy) or ``ensemble``; None for the only
+            peer.
 
     Raises:
-        UsageError: it is not there, or there is nothing to choose by.
+        UsageError: there is no such peer, several could be meant, or there is no validation
+            accuracy.
     """
-    names = list(trained.folders)
-    if peer is None:
+    names = list(peers.folders)
+    if asked is None:
         if len(names) > 1:
             raise UsageError(
-                f"{trained.path} has {len(names)} peers: choose with --peer {ENSEMBLE}, {BEST} or "
+                f"{peers.path} has {len(names)} peers: choose with --peer {ENSEMBLE}, {BEST} or "
                 f"one of {', '.join(names)}"
             )
-        return trained, names[0]
-    if peer == ENSEMBLE:
-        return trained, ENSEMBLE
-    if peer == BEST:
-        peer = _best(trained)
-    return trained.only(peer), peer
+        return peers, names[0]
+    if asked == ENSEMBLE:
+        return peers, ENSEMBLE
+    name = _best_peer(peers) if asked == BEST else asked
+    return peers.only(name), name
 
 
-def _best(trained: Trained) -> str:
-    """Return the peer of the highest validation accuracy, of equal ones that of the lowest NLL."""
-    found: dict[str, tuple[float, float]] = {}
-    for name in trained.folders:
-        val = trained.measured.get(name, {}).get("val")
+def _best_peer(peers: TrainedPeers) -> str:
+    """Return the peer with the highest validation accuracy; the lowest NLL breaks a tie."""
+    scores: dict[str, tuple[float, float]] = {}
+    for name in peers.folders:
+        val = peers.results_by_peer.get(name, {}).get("val")
         if not isinstance(val, dict) or not isinstance(val.get("top1"), int | float):
             raise UsageError(
-                f"--peer {BEST} chooses by validation accuracy, and {trained.path} has none (the "
+                f"--peer {BEST} chooses by validation accuracy, but {peers.path} has none (the "
                 "test split is for reporting): train with --val-fraction 0.1, or name a peer: "
-                f"{', '.join(trained.folders)}"
+                f"{', '.join(peers.folders)}"
             )
         nll = val.get("nll")
-        found[name] = (val["top1"], -nll if isinstance(nll, int | float) else -math.inf)
-    best = max(sorted(found), key=lambda name: found[name])
-    said = (
-        f"{name} {100 * top1:.2f}% (NLL {-negative:.4f})"
-        for name, (top1, negative) in found.items()
+        scores[name] = (val["top1"], -nll if isinstance(nll, int | float) else -math.inf)
+    best = max(sorted(scores), key=lambda name: scores[name])
+    words = (
+        f"{name} {100 * top1:.2f}% (NLL {-minus:.4f})" for name, (top1, minus) in scores.items()
     )
-    print(f"{BEST} is {best}: on the validation split {', '.join(said)}", file=sys.stderr)
+    print(f"{BEST} is {best}: on the validation split {', '.join(words)}", file=sys.stderr)
     return best
 
 
+# ---------------------------------------------------------------- the target folder
+
+
 def check_target(target: Path) -> None:
-    """Refuse a folder that is not new or empty, or cannot be made.
+    """Refuse a target that is not a new or empty folder, or cannot be created.
 
     Raises:
         UsageError: see above.
     """
     try:
         if os.path.lexists(target) and not target.is_dir():
-            raise UsageError(f"--to {target} is no folder; name a new one")
+            raise UsageError(f"--to {target} is not a folder; name a new one")
         if target.is_dir() and any(target.iterdir()):
             raise UsageError(f"--to {target} is not empty; name a new folder")
     except OSError as error:
         raise UsageError(f"--to {target} cannot be read: {error.strerror}") from error
     if not can_be_made(target):
-        raise UsageError(f"--to {target} cannot be made or written; name another folder")
+        raise UsageError(f"--to {target} cannot be created or written; name another folder")
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to fill; what is in it is in ``target`` afterwards, or nothing is.
+def _filling(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder, and move its content to ``target`` at the end.
 
-    A folder that is there, and empty, is filled where it is: it may be where a volume is mounted,
-    or somebody's current one. Otherwise it appears whole.
+    An existing empty folder is kept, because it may be a mount point or a working directory; a new
+    one appears whole. After an error the temporary folder is removed.
     """
     target = target.resolve()
-    there = target.is_dir()
-    parent = target if there else target.parent
+    exists = target.is_dir()
+    parent = target if exists else target.parent
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f".{target.name}.{os.getpid()}.tmp"
     temporary.mkdir()
     try:
         yield temporary
-        if there:
+        if exists:
             for entry in sorted(temporary.iterdir()):
                 entry.rename(target / entry.name)
         else:
@@ -138,128 +120,134 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def export(chosen: Trained, name: str, style: str, target: Path) -> str:
-    """Write a network, or an ensemble, into a new folder.
+# ---------------------------------------------------------------- writing
+
+
+def export(peers: TrainedPeers, name: str, style: str, target: Path) -> str:
+    """Write a network or an ensemble into a new folder.
 
     Args:
-        chosen: what ``choose`` returned.
+        peers: as ``select_peers`` returns them.
         name: the same.
         style: one of ``FORMATS``.
         target: the folder; see ``check_target``.
 
     Returns:
-        What was written and how it was checked, in a line.
+        One line: which files were written, and how they were checked.
 
     Raises:
-        UsageError: a network cannot be read, or is not the same as ONNX.
+        UsageError: a network cannot be loaded, or its ONNX file would differ from it.
     """
-    nets = {one: frozen.build(folder) for one, folder in chosen.folders.items()}
-    with new_folder(target) as folder:
+    # The networks are built for safetensors, too: a damaged folder must not be passed on.
+    nets = [load_network(folder) for folder in peers.folders.values()]
+    with _filling(target) as folder:
         if style == "onnx":
-            return _write_onnx(chosen, name, list(nets.values()), folder)
-        if name != ENSEMBLE:
-            _copy_peer(chosen, name, folder)
-            return f"{name} as {', '.join(sorted(file.name for file in folder.iterdir()))}"
-        for one in chosen.folders:
-            (folder / one).mkdir()
-            _copy_peer(chosen, one, folder / one)
-        usage = _ENSEMBLE_USAGE.replace("FOLDERS", repr(tuple(chosen.folders)))
-        _card(chosen, name, usage, "timm", ["timm"]).save(folder / "README.md")
-        return f"{len(nets)} networks as {', '.join(chosen.folders)}"
+            return _write_onnx(peers, name, nets, folder)
+        if name == ENSEMBLE:
+            return _copy_ensemble(peers, folder)
+        _copy_peer(peers, name, folder)
+        return f"{name} as {', '.join(sorted(file.name for file in folder.iterdir()))}"
 
 
-def _copy_peer(chosen: Trained, name: str, folder: Path) -> None:
-    """Copy what timm loads and its card, and nothing else that may lie there."""
-    source = chosen.folders[name].path
-    shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
-    write_json(folder / "config.json", frozen.description(source / "config.json"))
+def _copy_ensemble(peers: TrainedPeers, folder: Path) -> str:
+    for name in peers.folders:
+        (folder / name).mkdir()
+        _copy_peer(peers, name, folder / name)
+    _card(peers, ENSEMBLE, "ensemble").save(folder / CARD)
+    return f"{len(peers.folders)} networks as {', '.join(peers.folders)}"
+
+
+def _copy_peer(peers: TrainedPeers, name: str, folder: Path) -> None:
+    """Copy the three files of a peer, and nothing else that its folder may hold."""
+    source = peers.folders[name].path
+    shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
+    write_json(folder / FILE, read_json(source / FILE))
     try:
-        card = read_at_most(source / "README.md", _LARGEST_CARD)
-        write_text(folder / "README.md", card.decode(errors="replace"))
-    except UnreadableError:  # it came without one
-        _card(chosen.only(name), name, TIMM_USAGE, "timm", ["timm"]).save(folder / "README.md")
+        card = read_at_most(source / CARD, _LARGEST_CARD)
+        write_text(folder / CARD, card.decode(errors="replace"))
+    except UnreadableError:  # there is none
+        _card(peers.only(name), name, "timm").save(folder / CARD)
 
 
-def _write_onnx(chosen: Trained, name: str, nets: list[nn.Module], folder: Path) -> str:
-    together = name == ENSEMBLE
-    folders = list(chosen.folders.values())
+def _write_onnx(peers: TrainedPeers, name: str, nets: list[nn.Module], folder: Path) -> str:
+    folders = list(peers.folders.values())
     if any(one.normalisation != folders[0].normalisation for one in folders):
         raise UsageError(
-            f"{chosen.path}: the peers' inputs are not normalised alike, so that no one graph can "
-            "take them; export each by its name"
+            f"{peers.path}: the peers' inputs are normalised differently, so one graph cannot "
+            "serve all of them; export each peer by its name"
         )
     nets = [net.float() for net in nets]
-    net = onnx_model.Ensemble(nets).eval() if together else nets[0]
-    output = onnx_model.LOG_MEAN if together else onnx_model.LOGITS
-    path = folder / onnx_model.FILE
-    found = onnx_model.write(net, chosen.image_size, output, path)
-    write_json(folder / "config.json", _onnx_config(chosen, folders[0], output))
-    _card(chosen, name, _ONNX_USAGE, "onnx", ["onnx"]).save(folder / "README.md")
+    is_ensemble = name == ENSEMBLE
+    net = onnx.Ensemble(nets).eval() if is_ensemble else nets[0]
+    output = onnx.LOG_MEAN if is_ensemble else onnx.LOGITS
+    path = folder / onnx.FILE
+    difference = onnx.write_onnx(net, peers.image_size, output, path)
+    write_json(folder / FILE, _onnx_config(peers, folders[0], output))
+    _card(peers, name, "onnx").save(folder / CARD)
     return (
-        f"{name} as {onnx_model.FILE} ({path.stat().st_size:,} bytes); largest difference to torch "
-        f"{found:.1e} of the largest value"
+        f"{name} as {onnx.FILE} ({path.stat().st_size:,} bytes); largest difference to torch "
+        f"{difference:.1e} of the largest value"
     )
 
 
-def _onnx_config(chosen: Trained, like: PeerFolder, output: str) -> dict[str, Any]:
-    """Return what a caller of the graph has to know, in the words of timm's config.json."""
-    size, count = chosen.image_size, len(chosen.classes)
+def _onnx_config(peers: TrainedPeers, first: PeerFolder, output: str) -> dict[str, Any]:
+    """Return inputs, outputs and classes of a graph, with the keys of timm's config.json."""
+    size, classes = peers.image_size, len(peers.classes)
+    meaning = {
+        onnx.LOGITS: "logits",
+        onnx.LOG_MEAN: "natural logarithm of the mean of the networks' posteriors",
+    }
     return {
-        "networks": {name: folder.arch for name, folder in chosen.folders.items()},
-        "num_classes": count,
-        "label_names": list(chosen.classes),
+        "networks": {name: folder.arch for name, folder in peers.folders.items()},
+        "num_classes": classes,
+        "label_names": list(peers.classes),
         "pretrained_cfg": {
-            "num_classes": count,
+            "num_classes": classes,
             "input_size": [3, size, size],
-            "mean": list(like.normalisation.mean),
-            "std": list(like.normalisation.std),
+            "mean": list(first.normalisation.mean),
+            "std": list(first.normalisation.std),
             "interpolation": "bilinear",
             "crop_pct": 1.0,
             "crop_mode": "squash",
         },
         "onnx": {
-            "file": onnx_model.FILE,
+            "file": onnx.FILE,
             "input": {
-                "name": onnx_model.INPUT,
+                "name": onnx.INPUT,
                 "type": "float32",
                 "shape": ["batch", 3, size, size],
-                "meaning": "RGB on the [0, 1] scale, less mean, divided by std",
+                "meaning": "RGB on the [0, 1] scale, minus mean, divided by std",
             },
             "output": {
                 "name": output,
                 "type": "float32",
-                "shape": ["batch", count],
-                "meaning": "logits"
-                if output == onnx_model.LOGITS
-                else "natural logarithm of the mean of the networks' posteriors",
+                "shape": ["batch", classes],
+                "meaning": meaning[output],
             },
         },
     }
 
 
-def _card(chosen: Trained, name: str, usage: str, library: str, tags: list[str]) -> Any:
-    """Return a model card with what the run's own records say, as far as they say it."""
-    nets = Counter(folder.arch for folder in chosen.folders.values())
+def _card(peers: TrainedPeers, name: str, usage: str) -> ModelCard:
+    """Return a model card; dataset, steps and accuracy only if the run's records hold them."""
+    nets = Counter(folder.arch for folder in peers.folders.values())
     archs = ", ".join(f"`{arch}`" + f" x {n}" * (n > 1) for arch, n in nets.items())
-    config = chosen.run.get("config")
-    dataset = config.get("dataset") if isinstance(config, dict) else None
-    dataset = without_place(dataset) if isinstance(dataset, str) else None
-    together = name == ENSEMBLE
-    metrics = (
-        chosen.results.get("ensemble") if together else chosen.measured.get(name, {}).get("test")
-    )
-    known = isinstance(metrics, dict) and {"top1", "n"} <= metrics.keys()
-    steps = chosen.results.get("steps")
-    what = f"An ensemble of {len(chosen.folders)} networks, {archs}" if together else f"A {archs}"
-    where = f", trained on `{dataset}`" if dataset else ""
+    dataset = peers.config.get("dataset")
+    dataset = public_name(dataset) if isinstance(dataset, str) else None
+    steps = peers.results.get("steps")
+    what, metrics = f"A {archs}", peers.results_by_peer.get(name, {}).get("test")
+    if name == ENSEMBLE:
+        what = f"An ensemble of {len(peers.folders)} networks, {archs}"
+        metrics = peers.results.get("ensemble")
+    is_complete = isinstance(metrics, dict) and {"top1", "n"} <= metrics.keys()
+    size = peers.image_size
     return model_card(
         name,
-        f"{what}{where}, for {len(chosen.classes)} classes and images of {chosen.image_size} x "
-        f"{chosen.image_size} pixels.",
-        usage,
-        metrics=metrics if known else None,
+        f"{what}{f', trained on `{dataset}`' if dataset else ''}, for {len(peers.classes)} classes "
+        f"and images of {size} x {size} pixels.",
+        metrics=metrics if is_complete else None,
         dataset=dataset,
         steps=steps if isinstance(steps, int) else None,
-        library=library,
-        tags=tags,
+        usage=usage,
+        peers=list(peers.folders),
     )

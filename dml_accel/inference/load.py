@@ -1,11 +1,12 @@
-"""Trained networks in use: those of a run, or one peer, with what their inputs and outputs mean.
+"""Trained peers of a run, a peer folder or a folder of peers, and their networks ready to predict.
 
-A folder may be a stranger's; see frozen.py for how it is read.
+A folder may be untrusted: its peers are read by models.peer_folder, its records by SavedRun.
 
-Shape letters: K networks, B images, S pixels a side, C classes.
+Shape letters: K networks, B images, S pixels per side, C classes.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,57 +15,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dml_accel.core.config import UsageError
-from dml_accel.data.batches import ImageSet
+from dml_accel.core.errors import UsageError
+from dml_accel.data.batches import PixelSet
 from dml_accel.data.decode import Split
-from dml_accel.models import peer_folder as frozen
-from dml_accel.models.peer_folder import PeerFolder, description
-from dml_accel.training.saved import state_of
+from dml_accel.models.peer_folder import WEIGHTS, PeerFolder, find_peers, load_network, read_peer
+from dml_accel.models.timm_config import FILE
+from dml_accel.training.run_folder import SavedRun
 
-ROWS = 256  # images that are computed at once, as in the evaluations of training
+BATCH_SIZE = 256  # images per forward pass, as in the evaluations of training
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Networks that tell the same classes apart, as their folders describe them.
+class TrainedPeers:
+    """Trained peers with the same classes and image size, before their networks are built.
 
     Attributes:
-        path: of the run or of the peer.
+        path: the folder that was named.
         folders: of the peers, by name.
-        classes: their names, or their numbers where no folder tells.
-        image_size: pixels a side of the inputs.
-        run: the content of the run's config.json; empty where this is no run.
-        results: that of its results.json; empty where there is none.
+        classes: class names; their numbers if the folders have no names.
+        image_size: pixels per side of the inputs.
+        config: the configuration in the run's config.json, flat; empty if this is not a run.
+        results: the content of the run's results.json; empty if this is not a run.
     """
 
     path: Path
     folders: Mapping[str, PeerFolder]
     classes: tuple[str, ...]
     image_size: int
-    run: Mapping[str, Any]
+    config: Mapping[str, Any]
     results: Mapping[str, Any]
 
     @property
     def precision(self) -> str:
-        """The mixed precision that the networks were trained and evaluated in."""
-        found = self.results.get("mixed_precision")
-        return found if found in _HALF else "no"
+        """The mixed precision in which the networks were trained and evaluated."""
+        recorded = self.results.get("mixed_precision")
+        return recorded if recorded in _HALF else "no"
 
     @property
-    def measured(self) -> Mapping[str, Mapping[str, Any]]:
-        """What results.json says of each peer, by name.
+    def results_by_peer(self) -> Mapping[str, Mapping[str, Any]]:
+        """The entries of results.json, by peer.
 
         Raises:
-            UsageError: it is not as a run writes it.
+            UsageError: they do not have the form that a run writes.
         """
         try:
             return {str(peer["name"]): dict(peer) for peer in self.results.get("peers", [])}
         except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{self.path / 'results.json'} is not one of a run") from error
+            raise UsageError(
+                f"{self.path / 'results.json'} does not hold the results of a run"
+            ) from error
 
-    def only(self, name: str) -> "Trained":
-        """Return one of the peers alone.
+    def only(self, name: str) -> "TrainedPeers":
+        """Return a single peer.
 
         Raises:
             UsageError: there is none of that name.
@@ -73,106 +76,114 @@ class Trained:
             raise UsageError(
                 f"--peer {name}: {self.path} has no such peer; it has {', '.join(self.folders)}"
             )
-        one = {name: self.folders[name]}
-        return Trained(self.path, one, self.classes, self.image_size, self.run, self.results)
+        return dataclasses.replace(self, folders={name: self.folders[name]})
 
 
-def find(path: Path) -> Trained:
-    """Read what a run, a peer's folder or a folder of peers holds; no network is built.
+def read_trained_peers(path: Path) -> TrainedPeers:
+    """Read the peers of a run, a peer folder or a folder of peers; no network is built.
 
     Raises:
-        UsageError: it holds no trained peer, one cannot be read, some are missing, the run is not
-            finished, or they do not have the same classes and image size.
+        UsageError: the folder holds no trained peer, a peer cannot be read or is missing, the run
+            is not finished, or the peers differ in their classes or image size.
     """
-    if not path.is_dir():
-        raise UsageError(f"{path} is no folder; name a run, or peers/<name> of one")
-    is_peer = (path / "model.safetensors").exists()
-    is_run = not is_peer and any((path / name).exists() for name in ("config.json", "status.json"))
-    if is_run and not (path / "results.json").is_file():
+    saved, is_peer = SavedRun(path), (path / WEIGHTS).is_file()
+    is_run = not is_peer and (saved.has_description or saved.status != "")
+    if is_run and not saved.is_done:
         raise UsageError(
-            f"{path} is not finished ({state_of(path)}): let it end with --resume auto, or name a "
+            f"{path} is not finished ({saved.state}): finish it with --resume auto, or name a "
             "peer's folder"
         )
-    found = frozen.folders_of(path)
-    folders = {one.name or one.resolve().name: frozen.read(one) for one in found}
+    # A link may have no name of its own: "." is known by the name of its target.
+    folders = {one.name or one.resolve().name: read_peer(one) for one in find_peers(path)}
+    _refuse_different(path, folders)
     first = next(iter(folders.values()))
-    _require_alike(path, folders)
-    classes = first.classes or tuple(map(str, range(first.number_of_classes)))
-    if len(classes) != first.number_of_classes:
-        raise UsageError(
-            f"{first.path / 'config.json'} names {len(classes)} classes and counts "
-            f"{first.number_of_classes}"
-        )
-    run: dict[str, Any] = {}
-    results: dict[str, Any] = {}
-    if is_run:
-        run, results = description(path / "config.json"), description(path / "results.json")
-    trained = Trained(path, folders, classes, first.image_size, run, results)
-    differing = trained.measured.keys() ^ folders.keys() if results else set()
+    peers = TrainedPeers(
+        path,
+        folders,
+        _class_names(first),
+        first.image_size,
+        config=saved.description["config"] if is_run else {},
+        results=saved.results if is_run else {},
+    )
+    differing = peers.results_by_peer.keys() ^ folders.keys() if is_run else set()
     if differing:
         raise UsageError(
             f"{path}: results.json and the folders in peers differ: {', '.join(sorted(differing))}"
         )
-    return trained
+    return peers
 
 
-def _require_alike(path: Path, folders: Mapping[str, PeerFolder]) -> None:
+def _class_names(folder: PeerFolder) -> tuple[str, ...]:
+    names = folder.classes or tuple(map(str, range(folder.number_of_classes)))
+    if len(names) != folder.number_of_classes:
+        raise UsageError(
+            f"{folder.path / FILE} has {len(names)} class names for {folder.number_of_classes} "
+            "classes"
+        )
+    return names
+
+
+def _refuse_different(path: Path, folders: Mapping[str, PeerFolder]) -> None:
+    """Refuse peers whose predictions cannot be averaged."""
     first_name, first = next(iter(folders.items()))
     for name, folder in folders.items():
-        for what, mine, its in (
-            ("classes", folder.number_of_classes, first.number_of_classes),
+        for what, value, expected in (
+            ("the number of classes", folder.number_of_classes, first.number_of_classes),
             ("class names", folder.classes, first.classes),
-            ("pixels a side", folder.image_size, first.image_size),
+            ("image size", folder.image_size, first.image_size),
         ):
-            if mine != its:
+            if value != expected:
                 raise UsageError(
-                    f"{path}: {name} and {first_name} do not answer together, as they differ in "
-                    f"{what}; name one of their folders"
+                    f"{path}: {name} and {first_name} cannot form an ensemble, because they differ "
+                    f"in {what}; name one of their folders"
                 )
 
 
-def device_of(cpu: bool) -> torch.device:
-    """Return the accelerator of this machine, else the CPU."""
-    found = None if cpu else torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.device("cpu")
+def choose_device(cpu: bool) -> torch.device:
+    """Return this machine's accelerator; the CPU if it has none, or if ``cpu`` asks for it."""
+    accelerator = None if cpu else torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
 
 
 class Networks:
-    """Networks that were built, ready to answer.
+    """The networks of trained peers on a device, in evaluation mode.
 
     Args:
-        trained: what to build.
-        device: where.
+        peers: whose networks.
+        device: where they compute.
+
+    Attributes:
+        names: of the peers.
+        modules: their networks, in the same order.
+        precision: the mixed precision in which they compute.
 
     Raises:
-        UsageError: one cannot be built; see ``frozen.build``.
+        UsageError: a network cannot be built; see ``models.peer_folder.load_network``.
     """
 
-    def __init__(self, trained: Trained, device: torch.device) -> None:
-        self.names = list(trained.folders)
-        self._device, self._folders = device, list(trained.folders.values())
-        self.modules = [frozen.build(folder).requires_grad_(False) for folder in self._folders]
-        if device.type == "mps":  # it knows no double precision
+    def __init__(self, peers: TrainedPeers, device: torch.device) -> None:
+        self.names = list(peers.folders)
+        self._device, self._folders = device, list(peers.folders.values())
+        self.modules = [load_network(folder).requires_grad_(False) for folder in self._folders]
+        if device.type == "mps":  # MPS has no double precision
             self.modules = [module.float() for module in self.modules]
         self.modules = [module.to(device) for module in self.modules]
-        # fp16 is for accelerators: what was trained there in it answers in single precision here.
-        suits = device.type != "cpu" or trained.precision != "fp16"
-        self.precision = trained.precision if suits else "no"
+        # A CPU has no fp16: networks trained in it compute in single precision there.
+        has_precision = device.type != "cpu" or peers.precision != "fp16"
+        self.precision = peers.precision if has_precision else "no"
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Return what every network makes of some images.
+        """Return every network's logits, [K, B, C] on the device.
 
         Args:
-            images: RGB levels [B, S, S, 3], uint8, as ``decoding.to_rgb`` makes them.
-
-        Returns:
-            Logits [K, B, C] on the device.
+            images: RGB levels [B, S, S, 3] uint8, as ``data.decode.to_rgb`` returns them.
         """
-        split, answers = Split(images, torch.zeros(len(images), dtype=torch.int64)), []
+        split = Split(images, torch.zeros(len(images), dtype=torch.int64))
+        outputs = []
         for folder, module in zip(self._folders, self.modules, strict=True):
-            # What makes the batches of training normalises these, too, to the last bit.
-            prepared = ImageSet(
+            # The same code as in training, so that the inputs are equal to the last bit.
+            prepared = PixelSet(
                 split,
                 folder.normalisation,
                 augment="none",
@@ -181,12 +192,12 @@ class Networks:
                 dtype=next(module.parameters()).dtype,
             )
             x, _ = prepared.rows(0, len(images))
-            with self._precision():
-                answers.append(module(x))
-        wide = torch.float64 if any(a.dtype == torch.float64 for a in answers) else torch.float32
-        return torch.stack([answer.to(wide) for answer in answers])
+            with self._autocast():
+                outputs.append(module(x))
+        wide = torch.float64 if any(o.dtype == torch.float64 for o in outputs) else torch.float32
+        return torch.stack([output.to(wide) for output in outputs])
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "no":
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype=_HALF[self.precision])

@@ -1,6 +1,6 @@
-"""One file model.onnx of a network or of an ensemble, compared with torch before it is kept.
+"""ONNX files of a network or an ensemble, compared with torch before they are kept.
 
-Shape letters: K networks, B images, S pixels a side, C classes.
+Shape letters: K networks, B images, S pixels per side, C classes.
 """
 
 import importlib.util
@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dml_accel.core.config import UsageError
+from dml_accel.core.errors import UsageError
 from dml_accel.core.rng import generator
 
 FILE = "model.onnx"
 INPUT, LOGITS, LOG_MEAN = "input", "logits", "log_mean_posterior"
-MOST_DIFFERENCE = 1e-4  # relative to the largest value
-_NEEDED = ("onnx", "onnxruntime", "onnxscript")
-_MOST_BYTES = 2**31 - 2**24  # one file of the format holds 2 GiB
-_COMPARED = (1, 2, 5)  # images of a batch; the graph is traced with 2
+LARGEST_DIFFERENCE = 1e-4  # relative to the largest value
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_MOST_BYTES = 2**31 - 2**24  # a single file of the format holds at most 2 GiB
+_BATCH_SIZES = (1, 2, 5)  # compared with torch; the graph is traced with 2
 
 
 class Ensemble(nn.Module):
-    """Networks that answer together: from images to the log of their mean posterior."""
+    """Several networks as one module, from images to the log of their mean posterior."""
 
     def __init__(self, nets: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -32,46 +32,45 @@ class Ensemble(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [B, 3, S, S] to log probabilities [B, C]."""
-        log_p = torch.stack([F.log_softmax(net(x), dim=-1) for net in self.nets])
+        log_p = torch.stack([F.log_softmax(net(x), dim=-1) for net in self.nets])  # [K, B, C]
         return log_p.logsumexp(0) - math.log(len(self.nets))
 
 
-def require_installed() -> None:
-    """Refuse where the libraries are missing.
+def require_packages() -> None:
+    """Refuse to continue without the packages that write and run ONNX.
 
     Raises:
-        UsageError: one is.
+        UsageError: one is not installed.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"--format onnx needs {', '.join(missing)}: pip install 'dml-accel[onnx]'")
 
 
-def write(net: nn.Module, size: int, output: str, path: Path) -> float:
-    """Write a network as ONNX and run the file beside it.
+def write_onnx(net: nn.Module, size: int, output: str, path: Path) -> float:
+    """Write a network as ONNX, and run the file to compare it with torch.
 
     Args:
-        net: on the CPU, in evaluation mode, of single precision.
-        size: S, pixels a side of its inputs.
-        output: what the graph calls what it returns.
+        net: on the CPU, in evaluation mode and single precision.
+        size: S, pixels per side of its inputs.
+        output: name of the graph's output.
         path: of the file.
 
     Returns:
-        The largest difference between both, relative to the largest value.
+        The largest difference between the two, relative to the largest value.
 
     Raises:
-        UsageError: the exporter does not know the network, it is too large, or what the file
-            computes differs by more than ``MOST_DIFFERENCE``.
+        UsageError: the exporter does not support the network, the network is too large, or the
+            outputs differ by more than ``LARGEST_DIFFERENCE``.
     """
     stored = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     if stored > _MOST_BYTES:
-        raise UsageError(f"{stored:,} bytes of weights are more than one {FILE} holds (2 GiB)")
-    example = torch.zeros(2, 3, size, size)
+        raise UsageError(f"{stored:,} bytes of weights do not fit into one {FILE} (2 GiB)")
     try:
         with torch.no_grad():
             torch.onnx.export(
                 net,
-                (example,),
+                (torch.zeros(2, 3, size, size),),
                 str(path),
                 input_names=[INPUT],
                 output_names=[output],
@@ -86,33 +85,34 @@ def write(net: nn.Module, size: int, output: str, path: Path) -> float:
             f"the network cannot be written as ONNX ({type(error).__name__}: {reason.strip()}); "
             "use --format safetensors"
         ) from error
-    found = difference(net, size, path)
-    if not found <= MOST_DIFFERENCE:
+    difference = measure_difference(net, size, path)
+    if not difference <= LARGEST_DIFFERENCE:  # NaN, too
         raise UsageError(
-            f"what {FILE} computes differs from torch by {found:.1e} of the largest value, which "
-            f"is more than {MOST_DIFFERENCE:.0e}; it is not kept"
+            f"the outputs of {FILE} differ from torch by {difference:.1e} of the largest value, "
+            f"which is more than {LARGEST_DIFFERENCE:.0e}: the file is not kept"
         )
-    return found
+    return difference
 
 
 @torch.no_grad()
-def difference(net: nn.Module, size: int, path: Path) -> float:
-    """Return by how much a file's outputs differ from a network's, relative to the largest.
+def measure_difference(net: nn.Module, size: int, path: Path) -> float:
+    """Return the largest difference between a file and its network, relative to the largest value.
 
-    Compared on normalised noise, in batches of several sizes.
+    Both receive normal noise in batches of several sizes. NaN if an output is NaN, infinity if a
+    shape differs.
     """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
-    for rows in _COMPARED:
+    for rows in _BATCH_SIZES:
         x = torch.randn(rows, 3, size, size, generator=generator("onnx", rows))
         expected = net(x)
-        found = torch.from_numpy(session.run(None, {INPUT: x.numpy()})[0])
-        if found.shape != expected.shape:
+        actual = torch.from_numpy(session.run(None, {INPUT: x.numpy()})[0])
+        if actual.shape != expected.shape:
             return math.inf
-        gap = ((found - expected).abs().max() / expected.abs().max()).item()
-        worst = gap if math.isnan(gap) else max(worst, gap)
-        if math.isnan(worst):
-            return worst
+        difference = ((actual - expected).abs().max() / expected.abs().max()).item()
+        if math.isnan(difference):  # max() would drop it
+            return difference
+        worst = max(worst, difference)
     return worst

@@ -1,6 +1,6 @@
-"""What trained networks see in image files: found, read one by one, answered in batches.
+"""Prediction of image files: found by name, decoded one by one, classified in batches.
 
-Shape letters: B images of a batch, S pixels a side, C classes.
+Shape letters: B images of a batch, S pixels per side, C classes.
 """
 
 import csv
@@ -16,27 +16,29 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from dml_accel.core.config import UsageError
-from dml_accel.core.files import UnreadableError, read_at_most
+from dml_accel.core.errors import UnreadableError, UsageError
+from dml_accel.core.files import read_at_most
 from dml_accel.core.tables import printable, table
 from dml_accel.data.decode import bounded_pixels, opened, to_rgb
-from dml_accel.inference.load import ROWS, Networks
+from dml_accel.inference.load import BATCH_SIZE, Networks
 from dml_accel.mutual.metrics import best_five, log_posteriors
 
 FORMATS = ("table", "jsonl", "csv")
-_LARGEST_FILE = 2**28  # bytes: several formats are read whole before their header is looked at
+CSV_HEADER = "image,rank,class,index,probability\n"
+_LARGEST_FILE = 2**28  # bytes: Pillow reads some formats whole before it checks their header
+
+OnError = Callable[[str, str], None]  # receives a name and why it cannot be used
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a network, or an ensemble, makes of one image: the likeliest classes, best first.
+class ImagePrediction:
+    """The likeliest classes of one image, best first.
 
     Attributes:
-        image: the file's name, as it was given or found.
-        classes: at most five numbers of classes.
-        probabilities: of those, in [0, 1].
+        image: the name of the file.
+        classes: indices of at most five classes.
+        probabilities: of those classes, in [0, 1].
     """
 
     image: str
@@ -44,32 +46,34 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-def names_of(
-    words: Iterable[str], stdin: Iterable[str], bad: Callable[[str, str], None]
-) -> Iterator[str]:
-    """Yield the files that words of the command line name, in order.
+# ---------------------------------------------------------------- files
+
+
+def find_images(words: Iterable[str], stdin: Iterable[str], on_error: OnError) -> Iterator[str]:
+    """Yield the files that words of the command line stand for, in order.
 
     Args:
-        words: files, folders (all images below, sorted), globs, or ``-`` for names in ``stdin``.
-        stdin: a file or folder a line.
-        bad: told the word and the reason where one names nothing.
+        words: files, folders (all images below them, sorted), globs, or ``-`` for ``stdin``.
+        stdin: one file or folder per line.
+        on_error: called for a word that stands for no file.
     """
     for word in words:
         if word == "-":
             lines = (line.rstrip("\n") for line in stdin)
-            yield from _below((line for line in lines if line), bad)
+            yield from _expand_folders((line for line in lines if line), on_error)
         elif os.path.lexists(word):
-            yield from _below([word], bad)
+            yield from _expand_folders([word], on_error)
         else:
-            yield from _below(sorted(glob.glob(word, recursive=True)) or [word], bad)
+            matches = sorted(glob.glob(word, recursive=True))
+            yield from _expand_folders(matches or [word], on_error)
 
 
-def _below(paths: Iterable[str], bad: Callable[[str, str], None]) -> Iterator[str]:
-    """Yield files as they are and, of folders, the images below them by their endings, sorted."""
+def _expand_folders(paths: Iterable[str], on_error: OnError) -> Iterator[str]:
+    """Yield files as they are and, for a folder, the files below it that have an image suffix."""
     Image.init()
     for path in paths:
         if not os.path.lexists(path):
-            bad(path, "there is no such file or folder")
+            on_error(path, "this file or folder does not exist")
             continue
         if not os.path.isdir(path):
             yield path
@@ -81,28 +85,28 @@ def _below(paths: Iterable[str], bad: Callable[[str, str], None]) -> Iterator[st
             if os.path.splitext(name)[1].lower() in Image.EXTENSION and not name.startswith(".")
         ]
         if not images:
-            bad(path, "no image is in this folder")
+            on_error(path, "this folder contains no images")
         yield from sorted(images)
 
 
-def read(name: str, size: int) -> tuple[np.ndarray, bool]:
-    """Read one image file as training reads its images.
+def read_image(name: str, size: int) -> tuple[np.ndarray, bool]:
+    """Decode and resize one image file in the same way as training does.
 
     Returns:
-        RGB levels [S, S, 3] uint8, and whether there were more frames than the first.
+        RGB levels [S, S, 3] uint8, and whether further frames were ignored.
 
     Raises:
-        ValueError: it cannot be used; the text says why.
+        ValueError: the file cannot be used; the text is the reason.
     """
     try:
         if not Path(name).is_file():
-            raise ValueError("this is no file")
+            raise ValueError("this is not a file")
         content = io.BytesIO(read_at_most(Path(name), _LARGEST_FILE))
         with bounded_pixels(), opened(content) as picture:
             levels = to_rgb(picture, size)
             try:
                 return levels, bool(getattr(picture, "is_animated", False))
-            except Exception:  # a second frame that is broken is no matter
+            except Exception:  # a damaged second frame does not matter
                 return levels, True
     except UnreadableError as error:
         raise ValueError(str(error).removeprefix(f"{name} ")) from error
@@ -111,60 +115,65 @@ def read(name: str, size: int) -> tuple[np.ndarray, bool]:
         raise ValueError(reason or type(error).__name__) from error
 
 
+# ---------------------------------------------------------------- networks
+
+
 def predict(
-    networks: Networks, size: int, names: Iterable[str], bad: Callable[[str, str], None]
-) -> Iterator[list[Prediction]]:
-    """Yield what the ensemble of some networks makes of image files, a batch at a time.
+    networks: Networks, size: int, names: Iterable[str], on_error: OnError
+) -> Iterator[list[ImagePrediction]]:
+    """Yield predictions for image files, a batch at a time.
 
     Args:
-        networks: they answer together, by their mean posterior; one answers alone.
-        size: S, pixels a side of their inputs.
+        networks: several predict as an ensemble, by their mean posterior.
+        size: S, pixels per side of their inputs.
         names: of files.
-        bad: told the name and the reason of each that cannot be used.
+        on_error: called for a file that cannot be used.
 
     Raises:
-        UsageError: what the networks return is not finite.
+        UsageError: the networks' outputs are not finite.
     """
     batch: list[tuple[str, np.ndarray]] = []
     for name in names:
         try:
-            levels, animated = read(name, size)
+            levels, has_more_frames = read_image(name, size)
         except ValueError as error:
-            bad(name, str(error))
+            on_error(name, str(error))
             continue
-        if animated:
-            print(f"{printable(name)}: the first of its frames is used", file=sys.stderr)
+        if has_more_frames:
+            print(f"{printable(name)}: only the first frame is used", file=sys.stderr)
         batch.append((name, levels))
-        if len(batch) == ROWS:
-            yield _answer(networks, batch)
+        if len(batch) == BATCH_SIZE:
+            yield _predict_batch(networks, batch)
             batch = []
     if batch:
-        yield _answer(networks, batch)
+        yield _predict_batch(networks, batch)
 
 
-def _answer(networks: Networks, batch: Sequence[tuple[str, np.ndarray]]) -> list[Prediction]:
-    images = torch.from_numpy(np.stack([levels for _, levels in batch]))
-    log_p: Tensor = log_posteriors(networks.logits(images))[-1].cpu()
+def _predict_batch(
+    networks: Networks, batch: Sequence[tuple[str, np.ndarray]]
+) -> list[ImagePrediction]:
+    images = torch.from_numpy(np.stack([levels for _, levels in batch]))  # [B, S, S, 3]
+    log_p = log_posteriors(networks.logits(images))[-1].cpu()  # [B, C]
     if not log_p.exp().isfinite().all():
-        raise UsageError(f"what {', '.join(networks.names)} predict is not finite")
-    values, places = best_five(log_p)
+        raise UsageError(f"the outputs of {', '.join(networks.names)} are not finite")
+    values, indices = best_five(log_p)
     return [
-        Prediction(name, tuple(row.tolist()), tuple(value.exp().tolist()))
-        for (name, _), row, value in zip(batch, places, values, strict=True)
+        ImagePrediction(name, tuple(row.tolist()), tuple(value.exp().tolist()))
+        for (name, _), row, value in zip(batch, indices, values, strict=True)
     ]
 
 
-# ---------------------------------------------------------------- on the screen
+# ---------------------------------------------------------------- output
 
 
-def as_table(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
-    """Return one row an image: each of the likeliest classes with its percentage."""
+def predictions_table(predictions: Sequence[ImagePrediction], classes: Sequence[str]) -> str:
+    """Return one row per image: its likeliest classes with their probabilities in percent."""
     rows = [
         [
             printable(one.image),
             *(
-                f"{printable(classes[place])} {100 * p:.1f}%"
-                for place, p in zip(one.classes, one.probabilities, strict=True)
+                f"{printable(classes[index])} {100 * p:.1f}%"
+                for index, p in zip(one.classes, one.probabilities, strict=True)
             ),
         ]
         for one in predictions
@@ -173,21 +182,21 @@ def as_table(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
     return table(rows, ["image", *(str(rank + 1) for rank in range(ranks))], "simple", 1 + ranks)
 
 
-def as_lines(predictions: Sequence[Prediction], classes: Sequence[str], style: str) -> str:
-    """Return a JSON object an image, or a line of CSV for each of its likeliest classes."""
+def predictions_lines(
+    predictions: Sequence[ImagePrediction], classes: Sequence[str], style: str
+) -> str:
+    """Return one JSON object per image, or one line of CSV per image and class."""
     content = io.StringIO()
     for one in predictions:
         ranked = list(zip(one.classes, one.probabilities, strict=True))
         if style == "jsonl":
-            found = [
-                {"class": classes[place], "index": place, "probability": p} for place, p in ranked
+            entries = [
+                {"class": classes[index], "index": index, "probability": p} for index, p in ranked
             ]
-            content.write(json.dumps({"image": one.image, "predictions": found}) + "\n")
+            content.write(json.dumps({"image": one.image, "predictions": entries}) + "\n")
         else:
-            for rank, (place, p) in enumerate(ranked, 1):
-                row = (one.image, rank, classes[place], place, p)
+            for rank, (index, p) in enumerate(ranked, 1):
+                row = (one.image, rank, classes[index], index, p)
                 csv.writer(content, lineterminator="\n").writerow(row)
-    return content.getvalue().encode("utf-8", "replace").decode()  # names may be no UTF-8
-
-
-CSV_HEADER = "image,rank,class,index,probability\n"
+    # A file name is bytes to the system, and need not be valid UTF-8.
+    return content.getvalue().encode("utf-8", "replace").decode()
