@@ -1,6 +1,4 @@
-"""The networks: parameter counts against the literature, shapes, and timm's own ways of use."""
-
-from pathlib import Path
+"""Networks: parameter counts against the literature, shapes, use through timm, what is refused."""
 
 import pytest
 import timm
@@ -9,13 +7,13 @@ from timm.models import register_model
 from torch import nn
 
 import dml_accel  # noqa: F401  (registers the networks)
-from dml_accel.core.config import UsageError
+from dml_accel.core.errors import UsageError
 from dml_accel.data.decode import Split
 from dml_accel.data.sources import Source
-from dml_accel.models import build as building
-from dml_accel.models import spec as cohort
-from dml_accel.mutual.step import train_step
-from tests.conftest import Training, tiny_config
+from dml_accel.models.build import parameter_count
+from dml_accel.models.spec import SHORT_NAMES, parse_cohort
+from dml_accel.training.setup import layout_of
+from tests.helpers import ROOT, Training, build_peer, tiny_config
 
 # name: parameters with 100 classes. ResNets: He et al. 2016 (0.27M, 0.46M, 0.85M, 1.7M with 10
 # classes; a head of 100 adds 5,850). MobileNet 3.3M and WRN-28-10 36.5M: the paper's table 1.
@@ -31,18 +29,14 @@ LITERATURE = {
 }
 
 
-def parameters(net: nn.Module) -> int:
-    return sum(weight.numel() for weight in net.parameters())
-
-
 def meta(name: str, **arguments: object) -> nn.Module:
     with torch.device("meta"):
         return timm.create_model(name, **({"num_classes": 100} | arguments))
 
 
 @pytest.mark.parametrize("name", LITERATURE)
-def test_parameter_counts_are_the_literatures(name: str) -> None:
-    assert parameters(meta(f"{name}_cifar")) == LITERATURE[name]
+def test_parameter_counts_equal_the_literature(name: str) -> None:
+    assert parameter_count(meta(f"{name}_cifar")) == LITERATURE[name]
 
 
 def test_resnet8_count_by_hand() -> None:
@@ -53,7 +47,7 @@ def test_resnet8_count_by_hand() -> None:
     blocks = convolution(16, 16) * 2
     blocks += convolution(16, 32) + convolution(32, 32)
     blocks += convolution(32, 64) + convolution(64, 64)
-    assert parameters(meta("resnet8_cifar")) == stem + blocks + 64 * 100 + 100
+    assert parameter_count(meta("resnet8_cifar")) == stem + blocks + 64 * 100 + 100
 
 
 def test_inception_count_by_hand() -> None:
@@ -80,10 +74,10 @@ def test_inception_count_by_hand() -> None:
         count += convolution(width, r5, 1) + convolution(r5, w5, 5)
         count += convolution(width, pool, 1)
     count += 1024 * 100 + 100
-    assert parameters(meta("inception_cifar")) == count == 6_075_652
+    assert parameter_count(meta("inception_cifar")) == count == 6_075_652
 
 
-@pytest.mark.parametrize("name", cohort.SHORT_NAMES)
+@pytest.mark.parametrize("name", SHORT_NAMES)
 def test_networks_keep_resolution_at_32_pixels(name: str) -> None:
     net = meta(f"{name}_cifar", num_classes=7)
     images = torch.zeros(2, 3, 32, 32, device="meta")
@@ -93,7 +87,7 @@ def test_networks_keep_resolution_at_32_pixels(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet8_cifar", "inception_cifar", "wrn_16_2_cifar"])
-def test_timms_own_ways_of_use(name: str) -> None:
+def test_networks_work_as_timm_uses_its_own(name: str) -> None:
     net = timm.create_model(name, num_classes=5, drop_rate=0.1)
     assert net.get_classifier().weight.shape[0] == 5
     net.reset_classifier(9)
@@ -107,17 +101,17 @@ def without_a_cfg(pretrained: bool = False, num_classes: int = 10, **_: object) 
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
 
 
-def test_a_network_that_timm_could_not_load_again_is_refused() -> None:
-    (spec,) = cohort.parse(["timm:without_a_cfg"])
+def test_a_network_without_a_pretrained_cfg_is_refused() -> None:
+    (spec,) = parse_cohort(["timm:without_a_cfg"])
     with pytest.raises(UsageError, match=r"no pretrained_cfg, .*build_model_with_cfg\(\.\.\.\)"):
-        building.build(spec, tiny_config(), 10)
+        build_peer(spec, tiny_config(), 10)
 
 
-def test_building_leaves_batch_norm_untouched() -> None:
+def test_building_does_not_move_running_statistics() -> None:
     # A constructor that tries its network on dummy images would move the running statistics.
-    specs = cohort.parse(["resnet8", "timm:resnet10t"])
+    specs = parse_cohort(["resnet8", "timm:resnet10t"])
     for spec in specs:
-        net = building.build(spec, tiny_config(image_size=32, float64=False), 10)
+        net = build_peer(spec, tiny_config(image_size=32, float64=False), 10)
         assert net.training
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -138,7 +132,7 @@ def test_building_leaves_batch_norm_untouched() -> None:
     ],
 )
 def test_peers_are_named_after_their_net(text: list[str], expected: list[str]) -> None:
-    assert [spec.name for spec in cohort.parse(text)] == expected
+    assert [spec.name for spec in parse_cohort(text)] == expected
 
 
 @pytest.mark.parametrize(
@@ -147,45 +141,45 @@ def test_peers_are_named_after_their_net(text: list[str], expected: list[str]) -
         (["0"], "asks for 0 peers; at least 1"),
         (["-2"], "asks for -2 peers; at least 1"),
         (["resnet8*0"], "asks for 0 peers; at least 1"),
-        (["resnet23"], r"no net 'resnet23'; nearest: resnet\d+"),
-        (["timm:resnet5"], "no net 'timm:resnet5'; nearest: timm:resnet50"),
-        (["efficientnet_b0"], "no net 'efficientnet_b0'; nearest: timm:efficientnet_b0"),
-        (["resnet8", "2"], "no net '2'"),
+        (["resnet23"], r"unknown net 'resnet23'; nearest: resnet\d+"),
+        (["timm:resnet5"], "unknown net 'timm:resnet5'; nearest: timm:resnet50"),
+        (["efficientnet_b0"], "unknown net 'efficientnet_b0'; nearest: timm:efficientnet_b0"),
+        (["resnet8", "2"], "unknown net '2'"),
         (["resnet8[depth]"], r"write arguments as \[key=value"),
-        (["resnet8 [a=1"], "cannot be read"),
+        (["resnet8 [a=1"], "cannot be parsed"),
     ],
 )
-def test_a_cohort_that_cannot_be_is_refused(text: list[str], message: str) -> None:
+def test_an_impossible_cohort_is_refused(text: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        cohort.parse(text)
+        parse_cohort(text)
 
 
-def test_an_image_size_that_a_net_cannot_take_names_the_argument_that_would() -> None:
-    spec = cohort.parse(["timm:vit_tiny_patch16_224"])[0]
+def test_a_net_that_cannot_take_the_image_size_is_refused_with_arguments_that_help() -> None:
+    spec = parse_cohort(["timm:vit_tiny_patch16_224"])[0]
     message = r"cannot take 32 x 32 .*\[img_size=32,patch_size=4\]' or --image-size 224"
     with pytest.raises(UsageError, match=message):
-        building.build(spec, tiny_config(image_size=32), 10)
-    spec = cohort.parse(["timm:vit_tiny_patch16_224[img_size=32,patch_size=4,depth=1]"])[0]
-    assert building.build(spec, tiny_config(image_size=32), 10).num_classes == 10
+        build_peer(spec, tiny_config(image_size=32), 10)
+    spec = parse_cohort(["timm:vit_tiny_patch16_224[img_size=32,patch_size=4,depth=1]"])[0]
+    assert build_peer(spec, tiny_config(image_size=32), 10).num_classes == 10
 
 
-def test_an_argument_that_a_net_does_not_know_is_refused() -> None:
-    spec = cohort.parse(["resnet8[depth=3]"])[0]
+def test_an_unknown_argument_of_a_net_is_refused() -> None:
+    spec = parse_cohort(["resnet8[depth=3]"])[0]
     with pytest.raises(UsageError, match=r"cannot be built: .*depth"):
-        building.build(spec, tiny_config(), 10)
+        build_peer(spec, tiny_config(), 10)
 
 
-def test_our_own_nets_arguments_are_tried_as_well() -> None:
-    spec = cohort.parse(["resnet8[in_chans=1]"])[0]
+def test_arguments_of_our_own_nets_are_tried_as_well() -> None:
+    spec = parse_cohort(["resnet8[in_chans=1]"])[0]
     with pytest.raises(UsageError, match="resnet8-0 cannot take 16 x 16 images"):
-        building.build(spec, tiny_config(), 10)
+        build_peer(spec, tiny_config(), 10)
 
 
 def test_a_net_that_cannot_learn_from_one_image_is_refused() -> None:
-    spec = cohort.parse(["timm:resnet18"])[0]
-    with pytest.raises(UsageError, match="cannot learn from 1 image at a time"):
-        building.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=4), 10)
-    assert building.build(spec, tiny_config(image_size=32, batch_size=4, grad_accum=2), 10).training
+    spec = parse_cohort(["timm:resnet18"])[0]
+    with pytest.raises(UsageError, match="cannot learn from a single image at a time"):
+        build_peer(spec, tiny_config(image_size=32, batch_size=4, grad_accum=4), 10)
+    assert build_peer(spec, tiny_config(image_size=32, batch_size=4, grad_accum=2), 10).training
 
 
 def test_a_vision_transformer_learns_with_a_resnet() -> None:
@@ -195,7 +189,7 @@ def test_a_vision_transformer_learns_with_a_resnet() -> None:
     split = Split(images, torch.arange(16) % 2)
     training = Training(config, Source(split, split, ("even", "odd")))
     before = training.states()
-    parts, _ = train_step(training.step(0, 0.05))
+    (parts,) = training.take(1)
     assert parts.shape == (2, 3) and parts.isfinite().all()
     assert (parts[:, 2] > 0).all()  # they teach each other
     after = training.states()["vit_tiny_patch16_224-0"]
@@ -205,11 +199,31 @@ def test_a_vision_transformer_learns_with_a_resnet() -> None:
     # the last norm, and the head of two classes.
     block = 4 * 192 * 192 + 4 * 192 + 2 * 4 * 192 * 192 + 5 * 192 + 4 * 192
     (vit,) = [peer.module for peer in training.peers if peer.name.startswith("vit")]
-    assert parameters(vit) == 49 * 192 + 66 * 192 + 12 * block + 2 * 192 + 193 * 2
+    assert parameter_count(vit) == 49 * 192 + 66 * 192 + 12 * block + 2 * 192 + 193 * 2
 
 
-def test_the_readme_prints_the_counts_beside_the_papers() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    for name in cohort.SHORT_NAMES:
-        count = f"{parameters(meta(f'{name}_cifar')):,}"
-        assert any(name in line and count in line for line in readme.splitlines()), name
+def test_the_documentation_lists_the_parameter_counts() -> None:
+    page = (ROOT / "docs/training.md").read_text()
+    for name in SHORT_NAMES:
+        count = f"{parameter_count(meta(f'{name}_cifar')):,}"
+        assert any(name in line and count in line for line in page.splitlines()), name
+
+
+# ---------------------------------------------------------------- memory format
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "expected"),
+    [
+        ("cpu", {"float64": False}, torch.contiguous_format),
+        ("cpu", {}, torch.contiguous_format),  # double precision
+        ("cpu", {"float64": False, "mixed_precision": "bf16"}, torch.channels_last),
+        ("cuda", {"float64": False, "mixed_precision": "bf16"}, torch.contiguous_format),
+        ("cuda", {"float64": False, "memory_format": "channels_last"}, torch.channels_last),
+        ("cpu", {"float64": False, "memory_format": "channels_last"}, torch.channels_last),
+    ],
+)
+def test_the_memory_format_follows_device_and_precision(
+    device: str, changes: dict, expected: torch.memory_format
+) -> None:
+    assert layout_of(tiny_config(**changes), torch.device(device)) == expected
