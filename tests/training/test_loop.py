@@ -9,21 +9,19 @@ import torch
 from torch import nn
 
 from dml_accel.core.config import Config
-from dml_accel.core.rng import bounds
-from dml_accel.models import spec as cohort
-from dml_accel.models.spec import learning_rate
-from dml_accel.mutual import losses, reference
-from dml_accel.mutual import step as schedules
-from dml_accel.mutual.step import train_step
-from dml_accel.training.loop import EvaluationRecord, StepRecord, evaluate, fit
-from tests.conftest import Training, assert_same_state
+from dml_accel.data.batches import slices
+from dml_accel.models.optim import learning_rate, make_optimizer
+from dml_accel.models.spec import PeerSpec
+from dml_accel.mutual import losses, reference, teaching
+from dml_accel.mutual.peer import Peer
+from dml_accel.training.loop import EvaluationRecord, Record, StepRecord, evaluate, fit
+from tests.helpers import Training, assert_same_state
 
 Build = Callable[..., Training]
 
 
-def run(training: Training, steps: int, start: int = 0) -> list[torch.Tensor]:
-    lr = training.config.lr
-    return [train_step(training.step(step, lr))[0] for step in range(start, start + steps)]
+def fitted(training: Training) -> list[Record]:
+    return list(fit(training.cohort, training.data, training.config.run))
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -43,27 +41,26 @@ def run(training: Training, steps: int, start: int = 0) -> list[torch.Tensor]:
 )
 def test_steps_equal_the_slow_reference(training: Build, changes: dict) -> None:
     fast = training(**changes)
-    config = fast.config
-    peers = sorted(fast.peers, key=lambda peer: peer.name)
-    nets = [copy.deepcopy(peer.module) for peer in peers]
-    optimizers = [cohort.optimizer(net, config) for net in nets]
+    optim, method = fast.config.optim, fast.config.method
+    nets = [copy.deepcopy(peer.module) for peer in fast.peers]
+    optimizers = [make_optimizer(net, optim) for net in nets]
     for step in range(3):
-        found = run(fast, 1, step)[0]
+        (found,) = fast.take(1, step)
         batches = [
-            fast.data.train.batch(step, config.batch_size, lo, hi)
-            for lo, hi in bounds(config.batch_size, config.grad_accum)
+            fast.data.train.batch(step, optim.batch_size, lo, hi)
+            for lo, hi in slices(optim.batch_size, optim.grad_accum)
         ]
         expected = reference.step(
             nets,
             optimizers,
             batches,
-            config.clip_norm,
-            kl_weight=config.kl_weight,
-            temperature=config.temperature,
-            kl_reduction=config.kl_reduction,
+            optim.clip_norm,
+            kl_weight=method.kl_weight,
+            temperature=method.temperature,
+            kl_reduction=method.kl_reduction,
         )
         assert found[:, 0].tolist() == pytest.approx(expected, rel=1e-9)
-        for peer, net in zip(peers, nets, strict=True):
+        for peer, net in zip(fast.peers, nets, strict=True):
             for name, weight in net.state_dict().items():
                 torch.testing.assert_close(
                     peer.module.state_dict()[name], weight, rtol=1e-7, atol=1e-9
@@ -71,7 +68,7 @@ def test_steps_equal_the_slow_reference(training: Build, changes: dict) -> None:
 
 
 def test_parts_add_up_and_are_means_over_the_batch(training: Build) -> None:
-    (parts,) = run(training(kl_weight=0.5), 1)
+    (parts,) = training(kl_weight=0.5).take(1)
     loss, cross_entropy, kl = parts.T
     torch.testing.assert_close(loss, cross_entropy + 0.5 * kl)
     assert (kl > 0).all()
@@ -80,7 +77,7 @@ def test_parts_add_up_and_are_means_over_the_batch(training: Build) -> None:
 
 def test_learning_improves_on_guessing(training: Build) -> None:
     t = training(max_steps=60, float64=False, batch_size=32)
-    records = list(fit(t.peers, t.data, t.config, t.placement))
+    records = fitted(t)
     assert min(p["top1"] for p in records[-1].test["peers"].values()) > 0.3
 
 
@@ -102,27 +99,27 @@ def test_no_gradient_of_a_peers_loss_reaches_another(
         mask = torch.tensor([[1.0], [0.0]], dtype=found.total.dtype)
         return found._replace(total=found.total * mask)
 
-    monkeypatch.setattr(schedules, "mutual_losses", only_the_first)
+    monkeypatch.setattr(teaching, "mutual_losses", only_the_first)
     t = training()
-    run(t, 1)
+    t.take(1)
     assert all(grad.abs().sum() > 0 for grad in gradients_of(t, 0))
     assert all(grad.abs().sum() == 0 for grad in gradients_of(t, 1))
 
 
-# ---------------------------------------------------------------- law 3: independent is this path
+# ---------------------------------------------------------------- law 3: independent training
 
 
 def test_without_kl_a_peer_learns_as_if_alone(training: Build) -> None:
     together = training(cohort=("resnet8", "wrn_16_2"), kl_weight=0.0)
     alone = training(cohort=("resnet8",))
-    parts = run(together, 3), run(alone, 3)
+    parts = together.take(3), alone.take(3)
     assert_same_state(together.states()["resnet8-0"], alone.states()["resnet8-0"])
     assert all(torch.equal(a[0], b[0]) for a, b in zip(*parts, strict=True))
 
 
 def test_with_kl_a_peer_learns_otherwise(training: Build) -> None:
     together, alone = training(cohort=("resnet8", "wrn_16_2")), training(cohort=("resnet8",))
-    run(together, 2), run(alone, 2)
+    together.take(2), alone.take(2)
     weight = "conv1.weight"
     assert not torch.equal(
         together.states()["resnet8-0"][weight], alone.states()["resnet8-0"][weight]
@@ -133,7 +130,7 @@ def test_a_diverged_peer_leaves_independent_peers_alone(training: Build) -> None
     t, clean = training(kl_weight=0.0), training(kl_weight=0.0)
     with torch.no_grad():
         t.peers[1].module.conv1.weight.fill_(math.nan)
-    run(t, 2), run(clean, 2)
+    t.take(2), clean.take(2)
     assert_same_state(t.states()["resnet8-0"], clean.states()["resnet8-0"])
 
 
@@ -143,10 +140,11 @@ def test_a_diverged_peer_leaves_independent_peers_alone(training: Build) -> None
 def test_permuting_the_cohort_permutes_the_results(training: Build) -> None:
     names = ("wrn_16_2", "resnet8*2")
     first, second = training(cohort=names), training(cohort=names[::-1])
-    ends = [list(fit(t.peers, t.data, t.config, t.placement))[-1] for t in (first, second)]
+    orders = [t.cohort.teaching.turns for t in (first, second)]
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+    ends = [fitted(t)[-1] for t in (first, second)]
     assert ends[0] == ends[1]
     a, b = first.states(), second.states()
-    assert list(a) != list(b)
     for name in a:
         assert_same_state(a[name], b[name])
 
@@ -155,7 +153,7 @@ def test_two_peers_never_start_equal(training: Build) -> None:
     t = training(cohort=("resnet8*3",))
     weights = [peer.module.conv1.weight for peer in t.peers]
     assert not any(torch.equal(weights[i], weights[j]) for i in range(3) for j in range(i))
-    (parts,) = run(t, 1)
+    (parts,) = t.take(1)
     assert (parts[:, 2] > 0).all()  # their KL is not 0
 
 
@@ -171,15 +169,14 @@ def test_dropout_is_keyed_and_differs_between_peers_and_steps(training: Build) -
     settings = {"cohort": (nets,), "kl_weight": 0.0, "image_size": 16}
     first, again = training(**settings), training(**settings)
     torch.manual_seed(123)
-    run(first, 2)
+    first.take(2)
     torch.manual_seed(456)
-    run(again, 2)
+    again.take(2)
     assert_same_state(first.states()["resnet10t-0"], again.states()["resnet10t-0"])
     masks, plain = [], training(**settings)
     for step, name in ((0, "a"), (0, "b"), (1, "a")):
-        spec = cohort.PeerSpec(name, "")
         dropout = nn.Dropout(0.5)
-        peer = cohort.Peer(spec, dropout, dropout, None, None)
+        peer = Peer(PeerSpec(name, ""), dropout, dropout, None, None)
         masks.append(plain.step(step, 0.1).forward(peer, torch.ones(64), 0))
     assert not any(torch.equal(masks[i], masks[j]) for i in range(3) for j in range(i))
 
@@ -191,31 +188,31 @@ def test_weights_buffers_optimizer_and_step_are_all_there_is(training: Build) ->
     # Fresh objects given only those must go on as the first ones do, across an epoch's end.
     settings = {"cohort": ("resnet8", "timm:resnet10t[drop_rate=0.5]"), "images": 34}
     whole, before, after = (training(**settings) for _ in range(3))
-    run(whole, 6)
-    run(before, 3)
+    whole.take(6)
+    before.take(3)
     for old, new in zip(before.peers, after.peers, strict=True):
         new.module.load_state_dict(copy.deepcopy(old.module.state_dict()))
         new.optimizer.load_state_dict(copy.deepcopy(old.optimizer.state_dict()))
     torch.manual_seed(99)
-    run(after, 3, start=3)
+    after.take(3, start=3)
     for name, state in whole.states().items():
         assert_same_state(state, after.states()[name])
 
 
 def test_the_learning_rate_is_a_function_of_the_step() -> None:
-    config = Config(lr=0.1, lr_step=60, lr_gamma=0.1)
+    optim = Config(lr=0.1, lr_step=60, lr_gamma=0.1).optim
     epochs = [0, 59, 60, 119, 120, 199]
-    rates = [learning_rate(config, epoch * 781 + 780, 781) for epoch in epochs]
+    rates = [learning_rate(optim, epoch * 781 + 780, 781) for epoch in epochs]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.0001])
-    assert learning_rate(config, 60 * 781 - 1, 781) == 0.1
-    assert learning_rate(config, 60 * 781, 781) == pytest.approx(0.01)
+    assert learning_rate(optim, 60 * 781 - 1, 781) == 0.1
+    assert learning_rate(optim, 60 * 781, 781) == pytest.approx(0.01)
 
 
 def test_every_peer_gets_the_learning_rate(training: Build) -> None:
     t = training(cohort=("resnet8*3",), epochs=2, images=17, lr_step=1, max_steps=None)
     rates = [
         (record.step, record.lr, [peer.optimizer.param_groups[0]["lr"] for peer in t.peers])
-        for record in fit(t.peers, t.data, t.config, t.placement)
+        for record in fit(t.cohort, t.data, t.config.run)
         if isinstance(record, StepRecord)
     ]
     assert rates == [
@@ -227,8 +224,8 @@ def test_every_peer_gets_the_learning_rate(training: Build) -> None:
 # ---------------------------------------------------------------- what the optimizer and nets see
 
 
-def test_the_optimizer_is_the_papers() -> None:
-    sgd = cohort.optimizer(nn.Linear(2, 2), Config())
+def test_the_optimizer_is_the_one_of_the_paper() -> None:
+    sgd = make_optimizer(nn.Linear(2, 2), Config().optim)
     group = sgd.param_groups[0]
     found = {name: group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
     assert found == {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
@@ -237,7 +234,7 @@ def test_the_optimizer_is_the_papers() -> None:
 
 def test_clipping_is_per_peer(training: Build) -> None:
     t = training(clip_norm=1e-3)
-    run(t, 1)
+    t.take(1)
     for index in range(2):
         norm = torch.stack([grad.norm() for grad in gradients_of(t, index)]).norm()
         assert norm.item() == pytest.approx(1e-3, rel=1e-2)
@@ -245,20 +242,20 @@ def test_clipping_is_per_peer(training: Build) -> None:
 
 def test_batch_norm_statistics_move_once_per_batch(training: Build) -> None:
     t = training(grad_accum=2)
-    run(t, 3)
+    t.take(3)
     for peer in t.peers:
         assert peer.module.bn1.num_batches_tracked == 3 * 2
 
 
 def test_evaluation_leaves_no_trace(training: Build) -> None:
     t, undisturbed = training(), training()
-    run(t, 1), run(undisturbed, 1)
+    t.take(1), undisturbed.take(1)
     before = t.states()
     evaluate(t.peers, t.data.test, 10, t.placement)
     assert all(m.training for peer in t.peers for m in peer.net.modules())
     for name, state in before.items():
         assert_same_state(state, t.states()[name])
-    run(t, 1, start=1), run(undisturbed, 1, start=1)
+    t.take(1, start=1), undisturbed.take(1, start=1)
     for name, state in undisturbed.states().items():
         assert_same_state(state, t.states()[name])
 
@@ -290,7 +287,7 @@ def test_fit_records_each_step_and_ends_with_an_evaluation(
     training: Build, changes: dict, steps: int, evaluations: list[int]
 ) -> None:
     t = training(cohort=("resnet8",), float64=False, **changes)
-    records = list(fit(t.peers, t.data, t.config, t.placement))
+    records = fitted(t)
     taken = [record.step for record in records if isinstance(record, StepRecord)]
     assert taken == list(range(1, steps + 1))
     assert [r.step for r in records if isinstance(r, EvaluationRecord)] == evaluations
@@ -299,7 +296,7 @@ def test_fit_records_each_step_and_ends_with_an_evaluation(
 
 def test_the_validation_split_is_measured_beside_the_test_split(training: Build) -> None:
     t = training(cohort=("resnet8",), max_steps=1, val_fraction=0.2)
-    last = list(fit(t.peers, t.data, t.config, t.placement))[-1]
+    last = fitted(t)[-1]
     assert last.test["ensemble"]["n"] == 360
     assert last.val["ensemble"]["n"] == 287
 
@@ -313,7 +310,7 @@ def test_the_step_reads_nothing_back_from_the_device(training: Build) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__float__", "numpy"):
             patch.setattr(torch.Tensor, name, forbidden)
-        parts = run(t, 1)
+        parts = t.take(1)
     assert not parts[0].requires_grad
 
 
@@ -333,7 +330,7 @@ def test_one_peers_overflow_is_its_own(training: Build, clip_norm: float | None)
     scaled, plain = with_scalers(training(**settings)), training(**settings)
     before = scaled.states()["resnet8-0"]
     overflow = scaled.peers[0].module.conv1.weight.register_hook(lambda grad: grad * math.inf)
-    run(scaled, 1), run(plain, 1)
+    scaled.take(1), plain.take(1)
     overflow.remove()
     assert [peer.scaler.get_scale() for peer in scaled.peers] == [512, 1024, 1024]
     for name, weight in scaled.peers[0].module.named_parameters():
@@ -341,13 +338,13 @@ def test_one_peers_overflow_is_its_own(training: Build, clip_norm: float | None)
     for name in ("resnet8-1", "resnet8-2"):  # the others took theirs, with the right gradient
         for key, value in plain.states()[name].items():
             torch.testing.assert_close(scaled.states()[name][key], value)
-    run(scaled, 1, start=1)
+    scaled.take(1, start=1)
     assert not torch.equal(scaled.peers[0].module.conv1.weight, before["conv1.weight"])
 
 
 def test_scales_grow_once_per_step_and_are_all_kept(training: Build) -> None:
     t = with_scalers(training(cohort=("resnet8*3",), float64=False), growth_interval=2)
-    run(t, 4)
+    t.take(4)
     assert [peer.scaler.get_scale() for peer in t.peers] == [4096, 4096, 4096]
     assert len({id(peer.scaler) for peer in t.peers}) == 3
     assert all(peer.scaler.state_dict()["scale"] == 4096 for peer in t.peers)
