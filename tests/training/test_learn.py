@@ -1,7 +1,6 @@
-"""From Python: the same steps as a run's, on networks and images of one's own."""
+"""``learn``: your own networks and images, with the steps of a run."""
 
 import copy
-import dataclasses
 import itertools
 import subprocess
 import sys
@@ -16,10 +15,9 @@ from dml_accel import Config, EvaluationRecord, StepRecord, UsageError, learn
 from dml_accel.data.batches import labelled_rows
 from dml_accel.data.decode import Split
 from dml_accel.data.sources import Source
-from dml_accel.models.spec import optimizer
+from dml_accel.models.optim import make_optimizer
 from dml_accel.mutual import reference
-from dml_accel.mutual.step import train_step
-from tests.conftest import Training
+from tests.helpers import Training
 
 ROWS, CLASSES = 24, 3
 
@@ -48,7 +46,7 @@ def test_the_steps_are_the_references(target: str) -> None:
     nets = {"small": net(4).double(), "large": net(9).double()}
     twins = [copy.deepcopy(nets[name]) for name in sorted(nets)]
     config = settings(target=target, temperature=2.0)
-    optimizers = [optimizer(twin, config) for twin in twins]
+    optimizers = [make_optimizer(twin, config.optim) for twin in twins]
     images, labels = features()
     order = []
 
@@ -80,7 +78,7 @@ def test_the_steps_are_the_references(target: str) -> None:
             torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-12)
 
 
-def test_the_last_record_is_what_the_networks_are_worth() -> None:
+def test_the_last_record_has_the_accuracies_of_the_networks() -> None:
     nets = {"a": net(4), "b": net(9)}
     images, labels = features(40, seed=2)
     records = list(learn(nets, features(), (images, labels), settings(val_fraction=0.25)))
@@ -94,7 +92,9 @@ def test_the_last_record_is_what_the_networks_are_worth() -> None:
     assert last.test["ensemble"]["top1"] == (mean.argmax(1) == labels).sum().item() / 40
 
 
-def test_uint8_images_are_a_runs_images(training: Callable[..., Training], digits: Source) -> None:
+def test_uint8_images_are_augmented_as_in_a_run(
+    training: Callable[..., Training], digits: Source
+) -> None:
     # The networks and images of a run, given to both: the same augmented batches, step by step.
     fast = training(images=64, cohort=("resnet8*2",), lr_step=100)
     nets = {peer.name: copy.deepcopy(peer.module) for peer in fast.peers}
@@ -102,8 +102,7 @@ def test_uint8_images_are_a_runs_images(training: Callable[..., Training], digit
     test = (digits.test.images[:8], digits.test.labels[:8])
     config = settings(augment="crop", epochs=1, max_steps=3)
     found = steps(list(learn(nets, train, test, config)))
-    for number, record in enumerate(found):
-        expected, _ = train_step(fast.step(number, 0.05))
+    for record, expected in zip(found, fast.take(3), strict=True):
         assert torch.equal(record.losses_KP, expected)
     for peer in fast.peers:
         assert torch.equal(nets[peer.name].fc.weight, peer.module.fc.weight)
@@ -112,14 +111,14 @@ def test_uint8_images_are_a_runs_images(training: Callable[..., Training], digit
 def test_images_whose_labels_are_not_used_do_not_matter_without_kl() -> None:
     images, labels = features()
     config = settings(labelled_fraction=0.5, kl_weight=0.0, epochs=1)
-    used = labelled_rows(Split(images, labels), config)
+    used = labelled_rows(Split(images, labels), 0.5, config.seed)
     assert used is not None and len(used) == 12
     other = images + 1
     other[used] = images[used]
     nets = [net(4)]
     nets += [copy.deepcopy(nets[0]), copy.deepcopy(nets[0])]
     for module, shown, share in zip(nets, (images, other, other), (0.5, 0.5, 1.0), strict=True):
-        given = dataclasses.replace(config, labelled_fraction=share)
+        given = config.changed(labelled_fraction=share)
         list(learn({"a": module}, (shown, labels), features(5), given))
     assert torch.equal(nets[0][1].weight, nets[1][1].weight)
     assert not torch.equal(nets[0][1].weight, nets[2][1].weight)
@@ -136,10 +135,10 @@ def test_what_does_not_fit_is_refused_at_once() -> None:
         (twins, data, test, {}, "a and b start with the same weights"),
         (good, data, (test[0][:, :1], test[1]), {}, r"test has images \[5, 1, 5\] of"),
         (good, (data[0], data[1][:3]), test, {}, r"images \[24, 2, 5\] and labels \[3\]"),
-        (good, (data[0], data[1].float()), test, {}, "a label of torch.int64 is needed"),
+        (good, (data[0], data[1].float()), test, {}, "each image needs a label of torch.int64"),
         (good, (data[0], data[1] - 1), test, {}, "train has labels from -1 to 1; .* 3 classes"),
         (good, data, (test[0], test[1] + 1), {}, "test has labels from 1 to 3"),
-        (good, (pictures[..., :1], data[1]), test, {}, r"write uint8 \[N, H, H, 3\], or floating"),
+        (good, (pictures[..., :1], data[1]), test, {}, r"give uint8 images \[N, H, H, 3\], or"),
         (
             good,
             (pictures, data[1]),
@@ -147,9 +146,9 @@ def test_what_does_not_fit_is_refused_at_once() -> None:
             {},
             r"a cannot take images \[1, 3, 8, 8\]",
         ),
-        (good | {"c": nn.Flatten()}, data, test, {}, "c has no parameters to learn"),
+        (good | {"c": nn.Flatten()}, data, test, {}, "c has no parameters to train"),
         (good | {"c": nn.Linear(5, 3)}, data, test, {}, r"must return logits \[1, classes\]"),
-        (good, data, test, {"augment": "crop"}, "floating images are taken as they are"),
+        (good, data, test, {"augment": "crop"}, "floating images are used as they are"),
         (good, data, test, {"batch_size": 25}, "--batch-size 25 is more than the 24"),
         (good, data, test, {"output_dir": "x"}, "learn writes no files"),
         (good, data, test, {"log_with": ("tensorboard",)}, "learn writes no files"),
