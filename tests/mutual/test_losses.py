@@ -1,4 +1,4 @@
-"""The losses: the paper's equations, their gradients, and the mistakes others made."""
+"""Losses: the paper's equations, their gradients, and mistakes of other implementations."""
 
 import math
 
@@ -7,34 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from dml_accel.mutual import reference
-from dml_accel.mutual.losses import Losses, lessons, mutual_losses, targets
+from dml_accel.mutual.losses import contributions, mutual_loss, mutual_losses, targets
 
 K, B, C = 4, 6, 10
 
 
-def losses_of(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float = 1.0,
-    target: str = "peers",
-    kl_reduction: str = "mean",
-    **options: object,
-) -> Losses:
-    """Every peer taught by all the others."""
-    own = lessons(logits, temperature, target)
-    taught = targets(own.sum(0) - own, target)
-    return mutual_losses(
-        logits,
-        labels,
-        taught,
-        temperature=temperature,
-        kl_is_summed=kl_reduction == "sum",
-        **options,
-    )
-
-
 def kl_of(logits: torch.Tensor) -> torch.Tensor:
-    return losses_of(logits, torch.zeros(logits.shape[1], dtype=torch.int64)).kl
+    return mutual_loss(logits, torch.zeros(logits.shape[1], dtype=torch.int64)).kl
 
 
 @pytest.fixture
@@ -51,7 +30,7 @@ def labels() -> torch.Tensor:
 def test_golden_values_by_hand() -> None:
     # p1 = (.9, .1), p2 = (.5, .5), label 0, T = 1; a KL belongs to the peer that is taught.
     p = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]], dtype=torch.float64)
-    losses = losses_of(p.log(), torch.tensor([0]))
+    losses = mutual_loss(p.log(), torch.tensor([0]))
     ce_1, ce_2 = -math.log(0.9), -math.log(0.5)
     kl_21 = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
     kl_12 = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
@@ -71,7 +50,7 @@ def test_equals_the_reference_in_value_and_gradient(
     options = {"kl_weight": weight, "temperature": temperature, "kl_reduction": reduction}
     fast = logits.clone().requires_grad_()
     slow = [z.clone().requires_grad_() for z in logits]
-    losses = losses_of(fast, labels, **options).total.mean(1)
+    losses = mutual_loss(fast, labels, **options).total.mean(1)
     losses.sum().backward()
     expected = [reference.loss(k, slow, labels, **options) for k in range(K)]
     sum(expected).backward()
@@ -82,7 +61,7 @@ def test_equals_the_reference_in_value_and_gradient(
 def test_no_gradient_of_a_peer_reaches_another(logits: torch.Tensor, labels: torch.Tensor) -> None:
     logits.requires_grad_()
     for k in range(K):
-        (grad,) = torch.autograd.grad(losses_of(logits, labels).total[k].sum(), logits)
+        (grad,) = torch.autograd.grad(mutual_loss(logits, labels).total[k].sum(), logits)
         assert grad[k].abs().sum() > 0
         assert grad[[peer for peer in range(K) if peer != k]].abs().sum() == 0
 
@@ -113,7 +92,7 @@ def test_kl_is_summed_over_classes_and_not_reversed(logits: torch.Tensor) -> Non
     assert not torch.allclose(kl[0], kl[1])
 
 
-def test_the_ensemble_as_teacher_has_the_same_gradient(logits: torch.Tensor) -> None:
+def test_the_mean_posterior_as_target_has_the_same_gradient(logits: torch.Tensor) -> None:
     # DML_e teaches with the mean posterior of the others: another value, the very same gradient.
     z = logits.clone().requires_grad_()
     (dml,) = torch.autograd.grad(kl_of(z).sum(), z)
@@ -128,18 +107,18 @@ def test_permuting_the_peers_permutes_the_losses(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> None:
     order = torch.tensor([2, 0, 3, 1])
-    moved = losses_of(logits[order], labels).total
-    torch.testing.assert_close(moved, losses_of(logits, labels).total[order])
+    moved = mutual_loss(logits[order], labels).total
+    torch.testing.assert_close(moved, mutual_loss(logits, labels).total[order])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_computed_on_in_single(
+def test_half_precision_logits_are_converted_to_single(
     logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> None:
     half = logits.to(dtype)
-    losses = losses_of(half, labels)
+    losses = mutual_loss(half, labels)
     assert losses.total.dtype == torch.float32
-    torch.testing.assert_close(losses.total, losses_of(half.float(), labels).total)
+    torch.testing.assert_close(losses.total, mutual_loss(half.float(), labels).total)
 
 
 def test_kl_of_confident_peers_is_finite_and_not_negative() -> None:
@@ -148,12 +127,12 @@ def test_kl_of_confident_peers_is_finite_and_not_negative() -> None:
     assert kl[:, 0].tolist() == pytest.approx([100.0, 100.0, 200.0])
 
 
-def test_sums_of_parts_of_a_cohort_teach_like_the_whole(
+def test_sums_over_parts_of_a_cohort_give_the_targets_of_the_whole(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> None:
-    sums = lessons(logits[:1]).sum(0) + lessons(logits[1:]).sum(0)
-    part = mutual_losses(logits[1:3], labels, targets(sums - lessons(logits[1:3])))
-    torch.testing.assert_close(part.total, losses_of(logits, labels).total[1:3])
+    sums = contributions(logits[:1]).sum(0) + contributions(logits[1:]).sum(0)
+    part = mutual_losses(logits[1:3], labels, targets(sums - contributions(logits[1:3])))
+    torch.testing.assert_close(part.total, mutual_loss(logits, labels).total[1:3])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -164,12 +143,12 @@ def test_a_row_that_is_not_finite_teaches_nobody(
     spoiled = logits.clone()
     spoiled[1, 2, 5] = bad
     z = spoiled.clone().requires_grad_()
-    losses = losses_of(z, labels, kl_reduction=reduction)
+    losses = mutual_loss(z, labels, kl_reduction=reduction)
     others = [0, 2, 3]
-    without = losses_of(logits[others], labels, kl_reduction=reduction).total
+    without = mutual_loss(logits[others], labels, kl_reduction=reduction).total
     torch.testing.assert_close(losses.total[others, 2], without[:, 2])
     fine = [0, 1, 3, 4, 5]
-    as_usual = losses_of(logits, labels, kl_reduction=reduction).total
+    as_usual = mutual_loss(logits, labels, kl_reduction=reduction).total
     torch.testing.assert_close(losses.total[:, fine], as_usual[:, fine])
     assert not losses.total[1, 2].isfinite()
     losses.total[others].sum().backward()
@@ -180,6 +159,21 @@ def test_where_no_teacher_is_left_the_loss_is_the_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> None:
     logits[1:] = math.nan
-    losses = losses_of(logits, labels)
+    losses = mutual_loss(logits, labels)
     assert torch.equal(losses.total[0], losses.cross_entropy[0])
     assert losses.kl[0].abs().max() == 0
+
+
+def test_a_single_network_has_no_kl_whatever_its_logits(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    losses = mutual_loss(logits[:1], labels)
+    assert torch.equal(losses.total, losses.cross_entropy) and losses.kl.abs().max() == 0
+
+
+def test_at_weight_0_the_kl_is_not_computed(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    logits[1] = math.nan  # 0 x NaN would be NaN
+    losses = mutual_loss(logits, labels, kl_weight=0.0)
+    assert torch.equal(losses.total[0], losses.cross_entropy[0])
+    assert torch.equal(losses.total[0], mutual_losses(logits[:1], labels, None).total[0])
+    assert losses.kl.abs().max() == 0
