@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dml_accel.models.spec import Peer, PeerSpec
-from dml_accel.training import checkpoint, packing
+from dml_accel.core.errors import CheckpointError
+from dml_accel.models.spec import PeerSpec
+from dml_accel.mutual.peer import Peer
+from dml_accel.training import checkpoint
 from dml_accel.training.checkpoint import load_peers, named, read_state
-from dml_accel.training.packing import CheckpointError
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, fused=True),
@@ -59,7 +60,7 @@ def saved(root: Path, peers: list[Peer], step: int, keep: int = 3) -> Path:
 
 
 def everything(one: Peer) -> dict[str, torch.Tensor]:
-    tensors, _ = packing.pack(one)
+    tensors, _ = checkpoint.pack(one)
     return tensors
 
 
@@ -77,7 +78,7 @@ def written(tmp_path: Path) -> tuple[Path, list[Peer]]:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_going_on_from_a_checkpoint_is_never_having_stopped(
+def test_a_resumed_peer_equals_one_that_never_stopped(
     tmp_path: Path, optimizer: str, layout: torch.memory_format
 ) -> None:
     straight = peer("a-0", optimizer, layout=layout)
@@ -234,7 +235,9 @@ def test_a_well_formed_stranger_is_refused(written: tuple[Path, list[Peer]], bey
     # Every sha256 right, and yet a tensor too many: shapes and names are checked too.
     folder, peers = written
     path = folder / "a-0.safetensors"
-    index = len(list(peers[0].module.parameters())) + beyond  # the first that is none, and one far
+    index = (
+        len(list(peers[0].module.parameters())) + beyond
+    )  # one past the last, and one far beyond
     tensors = load_file(path) | {f"optimizer.{index}.momentum_buffer": torch.zeros(3)}
     save_file(tensors, path, metadata={"format": "pt"})
     state = json.loads((folder / "state.json").read_text())
@@ -260,7 +263,9 @@ def test_the_state_lists_the_sha256_of_every_file(written: tuple[Path, list[Peer
     assert files == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-def test_names_in_a_file_lead_nowhere(written: tuple[Path, list[Peer]], tmp_path: Path) -> None:
+def test_file_names_in_the_state_are_never_opened(
+    written: tuple[Path, list[Peer]], tmp_path: Path
+) -> None:
     folder, peers = written
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -272,7 +277,7 @@ def test_names_in_a_file_lead_nowhere(written: tuple[Path, list[Peer]], tmp_path
     assert load_peers(moved, peers)["step"] == 3  # never opened
 
 
-def test_json_that_is_none_is_refused(written: tuple[Path, list[Peer]]) -> None:
+def test_invalid_json_is_refused(written: tuple[Path, list[Peer]]) -> None:
     folder, _ = written
     for content in (
         '{"format": NaN, "sha256": "0"}',
