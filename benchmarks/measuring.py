@@ -17,7 +17,6 @@ from dml_accel.core.versions import commit, versions
 from dml_accel.data.batches import Data, ImageSet, Normalisation, PixelSet
 from dml_accel.data.decode import Split
 from dml_accel.distributed.placement import Placement
-from dml_accel.models.build import build
 from dml_accel.models.spec import parse_cohort
 from dml_accel.mutual.step import Cohort
 from dml_accel.training.setup import Modules, make_cohort
@@ -108,10 +107,7 @@ def noise_data() -> Data:
 
 def networks(config: Config, classes: int = 100) -> Modules:
     """Build the networks of a configuration."""
-    return {
-        spec.name: build(spec, classes=classes, image_size=config.data.image_size, seed=config.seed)
-        for spec in parse_cohort(config.cohort)
-    }
+    return build_networks(config, parse_cohort(config.cohort), classes)
 
 
 def build_cohort(config: Config, placement: Placement, images: Data) -> Cohort:

@@ -17,13 +17,13 @@ from dml_accel.data.sources import Source
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import allocate, everywhere
 from dml_accel.distributed.processes import Processes
-from dml_accel.models.build import build
+from dml_accel.models.pretrained import PretrainedWeights
 from dml_accel.models.spec import PeerSpec, parse_cohort
 from dml_accel.mutual.links import read_links
 from dml_accel.mutual.step import Step, train_step
 from dml_accel.mutual.teachers import read_teachers
 from dml_accel.training import checkpoint
-from dml_accel.training.setup import dtype_of, make_cohort, prepare_images
+from dml_accel.training.setup import build_networks, make_cohort, prepare_images
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -51,17 +51,12 @@ def tiny_config(**changes: object) -> Config:
     return Config(**(settings | changes))
 
 
-def build_peer(spec: PeerSpec, config: Config, classes: int, **options: object) -> torch.nn.Module:
-    """The untrained network of a peer, as a run builds it."""
-    return build(
-        spec,
-        classes=classes,
-        image_size=config.data.image_size,
-        seed=config.seed,
-        dtype=dtype_of(config),
-        smallest_micro_batch=config.optim.smallest_micro_batch,
-        **options,
-    )
+def build_peer(
+    spec: PeerSpec, config: Config, classes: int, weights: PretrainedWeights | None = None
+) -> torch.nn.Module:
+    """The network of a peer, as a run builds it: untrained, or with trained weights."""
+    start = {spec.name: weights} if weights else {}
+    return build_networks(config, [spec], classes, start)[spec.name]
 
 
 # ---------------------------------------------------------------- run folders
@@ -152,7 +147,7 @@ class Training:
             ranks = allocate(costs, processes.world_size)
         self.placement = Placement(processes, ranks, config.numerics.batch_norm)
         self.data: Data = prepare_images(config, source, processes.device)
-        modules = {spec.name: build_peer(spec, config, len(source.classes)) for spec in specs}
+        modules = build_networks(config, specs, len(source.classes))
         frozen = read_teachers(config.method.frozen_peers, source.classes, config.data.image_size)
         self.cohort = make_cohort(
             config,

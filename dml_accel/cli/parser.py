@@ -6,6 +6,7 @@ Nothing here imports torch, timm or datasets: ``--help`` and usage errors are pr
 import argparse
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Sequence
@@ -14,84 +15,6 @@ from typing import Any, NoReturn
 from dml_accel.analysis.methods import DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
 from dml_accel.core.config import flag_groups, flag_types
 from dml_accel.core.errors import UsageError, one_line
-
-_TRAIN = "Train a cohort of networks that learn from the labels and from each other."
-
-_TRAIN_EXAMPLES = """examples:
-  %(prog)s --cohort 'resnet8*2' --dataset digits --epochs 8 --batch-size 16 --lr 0.05
-  %(prog)s --cohort 'resnet32*2' wrn_28_10 'timm:efficientnet_b0'
-  %(prog)s --cohort 4 --dataset path/to/folder --image-size 32 --output-dir runs/four
-  %(prog)s --cohort 4 --kl-weight 0        # the same networks, trained independently
-  %(prog)s --cohort 4 --output-dir runs/four --resume auto     # start, or resume
-"""
-
-_COMPARE = """Train every method with the same seeds, initial weights, data order and augmentation.
-Write results.csv, results.json, results.md and a plot: means over seeds with 95% intervals, and the
-paired difference to independent training with its interval and p-value. The same command with the
-same --output-dir resumes an interrupted comparison."""
-
-_COMPARE_EXAMPLES = """examples:
-  %(prog)s --cohort 'resnet32*2' --seeds 5 --output-dir runs/pair
-  %(prog)s --methods independent mutual sequential mean-logit --cohort 'resnet32*2'
-  %(prog)s --methods independent distill --frozen-peers runs/wrn --cohort 'resnet32*2'
-  %(prog)s --methods independent mutual semi --labelled-fraction 0.2 --cohort 'resnet32*2'
-  %(prog)s --preset laptop --output-dir runs/laptop
-  %(prog)s --preset paper-table2 --seeds 1 --max-steps 3 --dataset path/to/folder   # a first look
-"""
-
-_PLAN = """Print what both placements cost, every peer in every process and each peer in processes
-of its own: who trains what, the predicted time of a step, the share of it that each process waits,
-the bytes that it sends and the memory that it needs. Nothing is trained; --measure times the
-networks on this machine."""
-
-_PLAN_EXAMPLES = """examples:
-  %(prog)s --cohort 'resnet32*2' wrn_28_10 --world 8
-  %(prog)s --cohort mobilenet resnet32 --world 2 --measure --bandwidth 0.125 --latency 200
-"""
-
-_REPORT = """Write one HTML page about any finished runs: the paper's table beside ours, differences
-with intervals, training curves with bands over seeds, agreement and KL between peers, calibration,
-accuracy under weight noise, cost. The page is self-contained. Runs that differ in method and seed
-only are compared with each other."""
-
-_REPORT_EXAMPLES = """examples:
-  %(prog)s runs/pair
-  %(prog)s runs/pair runs/four --to both.html --analyse 2000
-"""
-
-_EVALUATE = """Evaluate trained networks on a data set: top-1, top-5, NLL and calibration of every
-peer and of their ensemble, as in training; accuracy by class and the confusion matrix, as tables
-and a picture. Each network's inputs are prepared as in its training. The classes of the data set
-must be those of the training, in any order."""
-
-_EVALUATE_EXAMPLES = """examples:
-  %(prog)s runs/pair                                      # on the test split of its own data set
-  %(prog)s runs/pair --dataset path/to/folder --test-split validation
-  %(prog)s runs/pair/peers/resnet8-0 --dataset digits --to digits-of-resnet8
-"""
-
-_PREDICT = """Predict the classes of images: the five most likely classes of each. A run predicts
-as an ensemble, by the mean posterior of its peers. Images are resized to squares as in training; of
-an animation the first frame is used. A file that cannot be read is named on stderr and skipped; the
-exit code is then 1, or 2 if there was no image at all."""
-
-_PREDICT_EXAMPLES = """examples:
-  %(prog)s runs/pair cat.png holiday/               # files, and folders with all that is in them
-  %(prog)s runs/pair --peer resnet8-0 'photos/**/*.jpg'
-  find photos -name '*.png' | %(prog)s runs/pair - --format jsonl
-"""
-
-_EXPORT = """Write a trained network, or all of a run, to a folder of its own. safetensors: a folder
-that timm loads (local-dir:DIR); for an ensemble, one folder per peer. onnx: a model.onnx, from
-normalised float32 images [batch, 3, size, size] to logits, or to the log of the ensemble's mean
-posterior; its outputs are compared with torch's before it is kept. config.json holds the class
-names, the input size, mean and standard deviation; README.md is a model card."""
-
-_EXPORT_EXAMPLES = """examples:
-  %(prog)s runs/pair --peer resnet8-0 --to resnet8
-  %(prog)s runs/pair --peer best --to best          # needs a run with --val-fraction
-  %(prog)s runs/pair --peer ensemble --format onnx --to ensemble
-"""
 
 # Flags of other commands, and what to use instead.
 _ELSEWHERE = {
@@ -138,50 +61,53 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         description="Deep Mutual Learning: networks that teach each other.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-
-    def add(name: str, text: str, description: str, examples: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+    commands: dict[str, argparse.ArgumentParser] = {}
+    for name, (text, add_flags) in _COMMANDS.items():
+        description, _, examples = (inspect.getdoc(add_flags) or "").partition("\nexamples:")
+        commands[name] = subparsers.add_parser(
             name,
             help=text,
             description=description,
-            epilog=examples,
+            epilog=f"examples:{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-
-    training = add("train", "train a cohort, one folder per run", _TRAIN, _TRAIN_EXAMPLES)
-    _add_flags(training)
-    text = "compare methods over seeds, with intervals"
-    comparing = add("compare", text, _COMPARE, _COMPARE_EXAMPLES)
-    _add_comparison(comparing)
-    text = "predict what a placement costs, without training"
-    planning = add("plan", text, _PLAN, _PLAN_EXAMPLES)
-    _add_plan(planning)
-    reporting = add("report", "write a page about finished runs", _REPORT, _REPORT_EXAMPLES)
-    _add_report(reporting)
-    evaluating = add("evaluate", "evaluate trained networks", _EVALUATE, _EVALUATE_EXAMPLES)
-    _add_evaluation(evaluating)
-    predicting = add("predict", "predict the classes of images", _PREDICT, _PREDICT_EXAMPLES)
-    _add_prediction(predicting)
-    text = "write a network to a folder of its own"
-    exporting = add("export", text, _EXPORT, _EXPORT_EXAMPLES)
-    _add_export(exporting)
-    return parser, {
-        "train": training,
-        "compare": comparing,
-        "plan": planning,
-        "report": reporting,
-        "evaluate": evaluating,
-        "predict": predicting,
-        "export": exporting,
-    }
+        add_flags(commands[name])
+    return parser, commands
 
 
 # ---------------------------------------------------------------- training
+# The docstrings of the functions from here on are the help of the commands.
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Train a cohort of networks that learn from the labels and from each other.
+
+    examples:
+      %(prog)s --cohort 'resnet8*2' --dataset digits --epochs 8 --batch-size 16 --lr 0.05
+      %(prog)s --cohort 'resnet32*2' wrn_28_10 'timm:efficientnet_b0'
+      %(prog)s --cohort 4 --dataset path/to/folder --image-size 32 --output-dir runs/four
+      %(prog)s --cohort 4 --kl-weight 0        # the same networks, trained independently
+      %(prog)s --cohort 4 --output-dir runs/four --resume auto     # start, or resume
+    """
+    _add_flags(parser)
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    """Train every method with the same seeds, initial weights, data order and augmentation. Write
+    results.csv, results.json, results.md and a plot: means over seeds with 95% intervals, and
+    the paired difference to independent training with its interval and p-value. The same command
+    with the same --output-dir resumes an interrupted comparison.
+
+    examples:
+      %(prog)s --cohort 'resnet32*2' --seeds 5 --output-dir runs/pair
+      %(prog)s --methods independent mutual sequential mean-logit --cohort 'resnet32*2'
+      %(prog)s --methods independent distill --frozen-peers runs/wrn --cohort 'resnet32*2'
+      %(prog)s --methods independent mutual semi --labelled-fraction 0.2 --cohort 'resnet32*2'
+      %(prog)s --preset laptop --output-dir runs/laptop
+      %(prog)s --preset paper-table2 --seeds 1 --max-steps 3 --dataset path/to/folder
+    """
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -210,6 +136,15 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
+    """Print what both placements cost, every peer in every process and each peer in processes of
+    its own: who trains what, the predicted time of a step, the share of it that each process
+    waits, the bytes that it sends and the memory that it needs. Nothing is trained; --measure
+    times the networks on this machine.
+
+    examples:
+      %(prog)s --cohort 'resnet32*2' wrn_28_10 --world 8
+      %(prog)s --cohort mobilenet resnet32 --world 2 --measure --bandwidth 0.125 --latency 200
+    """
     for name, default, text in (
         ("world", 2, "processes (default: 2)"),
         ("classes", 100, "classes of the images (default: 100)"),
@@ -224,6 +159,15 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
+    """Write one HTML page about any finished runs: the paper's table beside ours, differences with
+    intervals, training curves with bands over seeds, agreement and KL between peers,
+    calibration, accuracy under weight noise, cost. The page is self-contained. Runs that differ
+    in method and seed only are compared with each other.
+
+    examples:
+      %(prog)s runs/pair
+      %(prog)s runs/pair runs/four --to both.html --analyse 2000
+    """
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs, or above them")
     parser.add_argument(
         "--to", metavar="FILE", help="the page (default: report.html in the first DIR)"
@@ -278,6 +222,16 @@ def _plain_type(hint: Any) -> type:
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Evaluate trained networks on a data set: top-1, top-5, NLL and calibration of every peer and
+    of their ensemble, as in training; accuracy by class and the confusion matrix, as tables and
+    a picture. Each network's inputs are prepared as in its training. The classes of the data set
+    must be those of the training, in any order.
+
+    examples:
+      %(prog)s runs/pair                             # on the test split of its own data set
+      %(prog)s runs/pair --dataset path/to/folder --test-split validation
+      %(prog)s runs/pair/peers/resnet8-0 --dataset digits --to digits-of-resnet8
+    """
     _add_source(parser, "RUN|PEER")
     parser.add_argument("--dataset", metavar="TEXT", help="as for train (default: that of the run)")
     for name, text in (
@@ -296,6 +250,16 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prediction(parser: argparse.ArgumentParser) -> None:
+    """Predict the classes of images: the five most likely classes of each. A run predicts as an
+    ensemble, by the mean posterior of its peers. Images are resized to squares as in training;
+    of an animation the first frame is used. A file that cannot be read is named on stderr and
+    skipped; the exit code is then 1, or 2 if there was no image at all.
+
+    examples:
+      %(prog)s runs/pair cat.png holiday/       # files, and folders with all that is in them
+      %(prog)s runs/pair --peer resnet8-0 'photos/**/*.jpg'
+      find photos -name '*.png' | %(prog)s runs/pair - --format jsonl
+    """
     _add_source(parser, "RUN|PEER")
     parser.add_argument(
         "images",
@@ -314,6 +278,17 @@ def _add_prediction(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
+    """Write a trained network, or all of a run, to a folder of its own. safetensors: a folder that
+    timm loads (local-dir:DIR); for an ensemble, one folder per peer. onnx: a model.onnx, from
+    normalised float32 images [batch, 3, size, size] to logits, or to the log of the ensemble's
+    mean posterior; its outputs are compared with torch's before it is kept. config.json holds
+    the class names, the input size, mean and standard deviation; README.md is a model card.
+
+    examples:
+      %(prog)s runs/pair --peer resnet8-0 --to resnet8
+      %(prog)s runs/pair --peer best --to best          # needs a run with --val-fraction
+      %(prog)s runs/pair --peer ensemble --format onnx --to ensemble
+    """
     _add_source(parser, "RUN")
     parser.add_argument(
         "--peer",
@@ -336,3 +311,14 @@ def _add_source(parser: argparse.ArgumentParser, name: str) -> None:
 
 def _add_cpu(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
+
+
+_COMMANDS = {
+    "train": ("train a cohort, one folder per run", _add_training),
+    "compare": ("compare methods over seeds, with intervals", _add_comparison),
+    "plan": ("predict what a placement costs, without training", _add_plan),
+    "report": ("write a page about finished runs", _add_report),
+    "evaluate": ("evaluate trained networks", _add_evaluation),
+    "predict": ("predict the classes of images", _add_prediction),
+    "export": ("write a network to a folder of its own", _add_export),
+}

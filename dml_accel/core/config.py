@@ -33,29 +33,21 @@ Differences = dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may have; None leaves an end open."""
+    """The finite values that a number may have."""
 
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return (
-            math.isfinite(value)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        )
+        within = self.at_least <= value <= self.at_most and self.above < value < self.below
+        return within and math.isfinite(value)
 
     def __str__(self) -> str:
-        ends = [
-            f"{name.replace('_', ' ')} {end:,g}" if end < 2**53 else f"{name} 2**63"
-            for name, end in dataclasses.asdict(self).items()
-            if end is not None
-        ]
-        return " and ".join(ends) or "a finite number"
+        ends = {name: end for name, end in vars(self).items() if math.isfinite(end)}
+        parts = [f"{name.replace('_', ' ')} {end:,}" for name, end in ends.items()]
+        return " and ".join(parts) or "a finite number"
 
 
 def flag(default: Any, text: str, allowed: Range | None = None, **argparse: Any) -> Any:

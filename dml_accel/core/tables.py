@@ -1,6 +1,7 @@
-"""Tables of results, for terminals, Markdown and HTML."""
+"""Tables and texts of results, for terminals, Markdown and HTML."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -35,3 +36,17 @@ def percent(share: float | None) -> str:
 def printable(text: str) -> str:
     """Return untrusted text safe for a terminal: one line, no control sequences."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def render(template: Path, *, html: bool = False, **values: Any) -> str:
+    """Return a file of text made from a Jinja template; in HTML, values are escaped."""
+    import jinja2  # imported late: only the ends of runs need it
+
+    environment = jinja2.Environment(
+        autoescape=html,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=html,
+        lstrip_blocks=html,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(template.read_text()).render(**values)

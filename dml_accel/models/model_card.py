@@ -1,7 +1,7 @@
 """Model cards: README.md of a trained network, with the metadata that the hub reads."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from dml_accel.models.build import parameter_count
 from dml_accel.models.spec import PeerSpec
+
+_TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 
 
 def public_name(dataset: str) -> str:
@@ -40,68 +42,54 @@ def peer_card(
         spec.name,
         f"A `{spec.arch}` with {parameter_count(module):,} parameters, trained on "
         f"`{dataset}`\n{how}.",
-        TIMM_USAGE,
         metrics=metrics,
         dataset=dataset,
         steps=steps,
-        library="timm",
-        tags=["timm", *["deep-mutual-learning"] * bool(teachers)],
+        tags=["deep-mutual-learning"] if teachers else [],
     )
-
-
-TIMM_USAGE = """```python
-import timm
-import dml_accel  # registers the *_cifar networks with timm
-
-net = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
-```"""
 
 
 def model_card(
     name: str,
     text: str,
-    usage: str,
     *,
     metrics: Mapping[str, Any] | None,
     dataset: str | None,
     steps: int | None,
-    library: str,
-    tags: list[str],
+    usage: str = "timm",
+    peers: Sequence[str] = (),
+    tags: Sequence[str] = (),
 ) -> ModelCard:
     """Return a model card with the metadata that the hub reads.
 
     Args:
         name: of the model.
         text: what the model is.
-        usage: code that uses it.
         metrics: on the test split; None if unknown.
         dataset: it was trained on; None if unknown.
         steps: optimizer steps taken; None if unknown.
-        library: that loads it.
-        tags: in addition to its task.
+        usage: which code uses it: ``timm``, ``ensemble`` or ``onnx``.
+        peers: folders of the networks of an ensemble.
+        tags: besides the task and the library.
     """
-    results, reached = None, ""
+    library, task = "onnx" if usage == "onnx" else "timm", "image-classification"
+    results = None
     if metrics and dataset:
-        results = [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                metric_type="accuracy",
-                metric_value=metrics["top1"],
-            )
-        ]
-        last = f"after the last of {steps:,} steps" if steps else "at the end"
-        reached = (
-            f"\nTop-1 accuracy on the test split {last}: {100 * metrics['top1']:.2f}%\n"
-            f"({metrics['n']:,} images).\n"
-        )
-    about = ModelCardData(
+        results = [EvalResult(task, dataset, dataset, "accuracy", metrics["top1"])]
+    card_data = ModelCardData(
         library_name=library,
-        pipeline_tag="image-classification",
-        tags=["image-classification", *tags],
+        pipeline_tag=task,
+        tags=[task, library, *tags],
         model_name=name,
         eval_results=results,
     )
-    return ModelCard(f"---\n{about.to_yaml()}\n---\n\n# {name}\n\n{text}\n{reached}\n{usage}\n")
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(_TEMPLATE),
+        name=name,
+        text=text,
+        metrics=metrics if dataset else None,
+        steps=steps,
+        usage=usage,
+        peers=list(peers),
+    )

@@ -1,11 +1,12 @@
 """What a run writes to its folder: description, records, results and peers."""
 
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from dml_accel.core.files import write_text
-from dml_accel.core.tables import percent, results_table
+from dml_accel.core.tables import percent, render, results_table
 from dml_accel.core.versions import commit, versions
 from dml_accel.distributed.plan import StepLoad, predict, this_machine
 from dml_accel.models.peer_folder import write_peer
@@ -188,30 +189,12 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
 
 def results_markdown(results: dict[str, Any], dataset: str, command: str) -> str:
     """Return results.md: the table, and what is needed to repeat it."""
-    agreement = ""
-    if results["agreement"] is not None:
-        agreement = (
-            f"\nTwo peers predict the same class on {percent(results['agreement'])}% of the "
-            "images (mean over pairs)."
-        )
-    seed = f"seed {results['seed']}. The ensemble is the mean posterior.{agreement}"
-    rate = results["throughput"]["images_per_second"]
-    sent = ", ".join(f"{size / 1e3:.1f}" for size in results["sent_bytes_per_step"])
-    placed = "; ".join(
-        f"{name} on {', '.join(map(str, ranks))}"
-        for name, ranks in results["placement"]["ranks"].items()
+    return render(
+        Path(__file__).parent / "templates" / "results.md.j2",
+        results=results,
+        table=results_table(results, "github"),
+        percent=percent,
+        rate=results["throughput"]["images_per_second"],
+        dataset=dataset,
+        command=command,
     )
-    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
-    return f"""# {" + ".join(peer["name"] for peer in results["peers"])} on {dataset}
-
-{results_table(results, "github")}
-
-Test split, {results["ensemble"]["n"]:,} images, after the last of {results["steps"]:,} steps
-({results["epochs"]} epochs configured), {seed}
-
-- Command: `{command}`
-- {results["world_size"]} process(es) on {results["device"]}, precision
-  {results["mixed_precision"]}, {"-" if rate is None else f"{rate:.0f}"} images per second
-- Placement {results["placement"]["kind"]}: {placed}; kB that each process sends per step: {sent}
-- {versions}
-"""

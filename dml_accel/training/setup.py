@@ -44,7 +44,7 @@ from dml_accel.distributed.wrap import Wrapper
 from dml_accel.models.build import build, memory_format, refuse_twins
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import PeerFolder, load_network
-from dml_accel.models.pretrained import read_weights
+from dml_accel.models.pretrained import PretrainedWeights, read_weights
 from dml_accel.models.spec import PeerSpec, parse_cohort
 from dml_accel.mutual.links import LinkWeights, read_links
 from dml_accel.mutual.peer import Peer
@@ -164,26 +164,40 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
         for spec in specs
         if starts and spec.start is not None
     }
-    modules = {
-        spec.name: build(
-            spec,
-            classes=len(classes),
-            image_size=config.data.image_size,
-            seed=config.seed,
-            dtype=dtype_of(config),
-            smallest_micro_batch=config.optim.smallest_micro_batch,
-            weights=weights.get(spec.name),
-        )
-        for spec in specs
-    }
+    modules = build_networks(config, specs, len(classes), weights)
     refuse_twins(modules)
     world_size, costs = launched_processes(), {}
     if world_size > 1:
-        costs = {name: count(net, config.data.image_size) for name, net in modules.items()}
+        costs = _count_all(config, modules)
         ranks, _ = _choose(config, costs, world_size, len(classes), this_machine())
         _check_batch_norm(config, modules, ranks)
     recorded = {name: one.record() for name, one in weights.items()}
     return Checked(specs, source, costs, frozen, links, recorded), modules
+
+
+def build_networks(
+    config: Config,
+    specs: Sequence[PeerSpec],
+    classes: int,
+    weights: Mapping[str, PretrainedWeights] | None = None,
+) -> Modules:
+    """Build the network of each peer, with the trained weights that some of them start from."""
+    return {
+        spec.name: build(
+            spec,
+            classes=classes,
+            image_size=config.data.image_size,
+            seed=config.seed,
+            dtype=dtype_of(config),
+            smallest_micro_batch=config.optim.smallest_micro_batch,
+            weights=(weights or {}).get(spec.name),
+        )
+        for spec in specs
+    }
+
+
+def _count_all(config: Config, modules: Modules) -> dict[str, Cost]:
+    return {name: count(module, config.data.image_size) for name, module in modules.items()}
 
 
 def refuse_other_files(checked: Checked, processes: Processes) -> None:
@@ -301,18 +315,8 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
         machine: the assumed rates.
     """
     specs, size = parse_cohort(config.cohort), config.data.image_size
-    modules = {
-        spec.name: build(
-            spec,
-            classes=classes,
-            image_size=size,
-            seed=config.seed,
-            dtype=dtype_of(config),
-            smallest_micro_batch=config.optim.smallest_micro_batch,
-        )
-        for spec in specs
-    }
-    costs = {name: count(module, size) for name, module in modules.items()}
+    modules = build_networks(config, specs, classes)
+    costs = _count_all(config, modules)
     if config.compute.measure:
         device = torch.device("cpu")
         if not config.compute.cpu and torch.accelerator.is_available():
