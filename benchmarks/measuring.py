@@ -19,7 +19,7 @@ from dml_accel.data.decode import Split
 from dml_accel.distributed.placement import Placement
 from dml_accel.models.spec import parse_cohort
 from dml_accel.mutual.step import Cohort
-from dml_accel.training.setup import Modules, make_cohort
+from dml_accel.training.setup import Modules, build_networks, make_cohort
 
 HERE = Path(__file__).parent
 IMAGES = 50_000  # CIFAR-100's training split

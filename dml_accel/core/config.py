@@ -33,7 +33,7 @@ Differences = dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Range:
-    """The finite values that a number may have."""
+    """The values that a finite number may have."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -41,13 +41,11 @@ class Range:
     below: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        within = self.at_least <= value <= self.at_most and self.above < value < self.below
-        return within and math.isfinite(value)
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
 
     def __str__(self) -> str:
         ends = {name: end for name, end in vars(self).items() if math.isfinite(end)}
-        parts = [f"{name.replace('_', ' ')} {end:,}" for name, end in ends.items()]
-        return " and ".join(parts) or "a finite number"
+        return " and ".join(f"{name.replace('_', ' ')} {end:,}" for name, end in ends.items())
 
 
 def flag(default: Any, text: str, allowed: Range | None = None, **argparse: Any) -> Any:
@@ -103,6 +101,7 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if choices and value is not None:
         _require(value in choices, field.name, value, "one of " + ", ".join(choices))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _require(math.isfinite(value), field.name, value, "a finite number")
         _require(value in field.metadata["range"], field.name, value, field.metadata["range"])
 
 

@@ -24,34 +24,13 @@ from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes, is_out_of_memory
 from dml_accel.models.build import parameter_count
 from dml_accel.models.spec import cohort_label, parse_cohort
-from dml_accel.training import checkpoint, trackers
-from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, fit, steps_to_take
-from dml_accel.training.progress import Display, forget_peak_memory, peak_memory, workload
+from dml_accel.training import checkpoint, loop, progress, resume, setup, trackers
+from dml_accel.training.loop import CheckpointRecord, EvaluationRecord
+from dml_accel.training.progress import Display
 from dml_accel.training.record import Recorder, write_peers
-from dml_accel.training.resume import (
-    CHECKPOINTS,
-    Origin,
-    checkpoint_state,
-    find_origin,
-    has_checkpoint,
-    load_peers,
-    nothing_to_do,
-    resumes_in_place,
-    with_starts,
-)
+from dml_accel.training.resume import Origin
 from dml_accel.training.run_folder import RunFolder, explaining_stop
-from dml_accel.training.setup import (
-    Checked,
-    Modules,
-    Prepared,
-    check,
-    choose_ranks,
-    compiles,
-    make_cohort,
-    prepare_images,
-    print_starts,
-    refuse_other_files,
-)
+from dml_accel.training.setup import Checked, Modules, Prepared
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
@@ -75,16 +54,16 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     share_cores(config.compute)
     first = launched_rank() == 0
     names = [spec.name for spec in parse_cohort(config.cohort)]
-    in_place = resumes_in_place(config)
+    in_place = resume.resumes_in_place(config)
     folder = None
     if first:
         folder = RunFolder(config.run.output_dir, cohort_label(names), resumes=in_place)
     source = sources.read(config.data, quiet=not first)
-    checked, modules = check(config, source, starts=not has_checkpoint(config))
-    work = workload(config, source)
-    nothing = nothing_to_do(config, folder.path, work.steps) if folder else ""
+    checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
+    work = progress.workload(config, source)
+    nothing = resume.nothing_to_do(config, folder.path, work.steps) if folder else ""
     # Elsewhere than in its own folder, a checkpoint is found before anything is written.
-    origin = find_origin(config, checked) if folder and not (in_place or nothing) else None
+    origin = resume.find_origin(config, checked) if folder and not (in_place or nothing) else None
     display = Display(work.total, quiet=not first)
     # From here on files are written, and processes wait for each other.
     with (
@@ -94,7 +73,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         folder if folder and not nothing else contextlib.nullcontext(),
     ):
         if folder and not nothing:
-            origin = origin or find_origin(config, checked)
+            origin = origin or resume.find_origin(config, checked)
             _refuse_to_shorten(origin, work.steps)
             folder.set_running(origin.state.get("step", 0))
             if origin.path:
@@ -174,22 +153,22 @@ def run_one(
         CheckpointNotWrittenError: a checkpoint could not be written.
     """
     processes = session.processes
-    forget_peak_memory(processes.device)
+    progress.forget_peak_memory(processes.device)
     path = Path(processes.broadcast_text(str(folder.path.resolve()) if folder else ""))
     ready = prepare(config, checked, modules, processes, path, origin.agreed(processes), compiled)
     recorder = None
     if folder is not None:
-        work = workload(config, checked.source, image_cost, ready.start.step)
+        work = progress.workload(config, checked.source, image_cost, ready.start.step)
         session.display.begin(label, work, config.optim.epochs)
         if not ready.resumes:
-            print_starts(checked)
+            setup.print_starts(checked)
         recorder = Recorder(folder, ready, session.command, session.display)
     last = _take_all_steps(ready, recorder, session.stop)
     if recorder:
         recorder.end(last)
     error = write_peers(ready, last)
     failed = processes.failed_rank(error is not None)  # waits for the files of all peers
-    memory = processes.all_reduce_max(peak_memory(processes.device))
+    memory = processes.all_reduce_max(progress.peak_memory(processes.device))
     if failed is not None:
         raise error or OSError(f"rank {failed} could not write its peers to {path}")
     return recorder.conclude(last, memory) if recorder else None
@@ -198,10 +177,10 @@ def run_one(
 def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> EvaluationRecord:
     """Train to the end and write checkpoints; return the last evaluation."""
     config, cohort = ready.config, ready.cohort
-    state = checkpoint_state(config, ready.checked, ready.placement, ready.compiled)
+    state = resume.checkpoint_state(config, ready.checked, ready.placement, ready.compiled)
     try:
         with _explaining_out_of_memory(config, cohort.one_at_a_time):
-            for record in fit(cohort, ready.images, config.run, ready.start, stop):
+            for record in loop.fit(cohort, ready.images, config.run, ready.start, stop):
                 if isinstance(record, CheckpointRecord):
                     _save(ready, record, state)
                 if recorder:
@@ -220,7 +199,7 @@ def _save(ready: Prepared, record: CheckpointRecord, state: dict[str, Any]) -> N
     # A checkpoint that a stop asks for while a peer loses steps replaces no sound one.
     keep = ready.config.run.keep_checkpoints if not any(record.lost.values()) else None
     checkpoint.write_together(
-        ready.path / CHECKPOINTS,
+        ready.path / resume.CHECKPOINTS,
         record.step,
         ready.cohort.peers,
         state | {"lost": record.lost},
@@ -282,25 +261,25 @@ def prepare(
         UsageError: see ``refuse_other_files``, ``with_starts``, ``choose_ranks``, ``load_peers``.
         OutOfMemoryError: a tensor could not be allocated.
     """
-    checked = with_starts(checked, origin)
-    refuse_other_files(checked, processes)
+    checked = resume.with_starts(checked, origin)
+    setup.refuse_other_files(checked, processes)
     ranks = origin.ranks(config.compute.placement, processes.world_size)
-    ranks = ranks or choose_ranks(config, checked, modules, processes, path)
+    ranks = ranks or setup.choose_ranks(config, checked, modules, processes, path)
     placement = Placement(processes, ranks, config.numerics.batch_norm)
-    images = prepare_images(config, checked.source, placement.device)
+    images = setup.prepare_images(config, checked.source, placement.device)
     parameters = {name: parameter_count(module) for name, module in modules.items()}
-    start = origin.start(path / CHECKPOINTS)
+    start = origin.start(path / resume.CHECKPOINTS)
     one_at_a_time = config.compute.low_memory or config.method.kl_weight == 0
     with _explaining_out_of_memory(config, one_at_a_time):
         to_compile = origin.compiled(config, processes.world_size)
         if to_compile is None:
             if compiled is None:
-                steps = steps_to_take(config.optim, len(images.train)) - start.step
-                compiled = compiles(config, checked, modules, placement, steps)
+                steps = loop.steps_to_take(config.optim, len(images.train)) - start.step
+                compiled = setup.compiles(config, checked, modules, placement, steps)
             to_compile = checked.names if compiled else []
         if to_compile and processes.rank == 0:
             _print_compilation(placement, to_compile)
-        cohort = make_cohort(
+        cohort = setup.make_cohort(
             config,
             checked.specs,
             modules,
@@ -311,7 +290,7 @@ def prepare(
             to_compile=to_compile,
         )
     modules.clear()
-    load_peers(origin, cohort.peers, processes)
+    resume.load_peers(origin, cohort.peers, processes)
     return Prepared(
         config,
         path,
