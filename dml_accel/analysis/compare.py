@@ -1,6 +1,10 @@
-"""Several methods over several seeds: one ordinary run for each, one table for all.
+"""Comparison of methods over seeds: one ordinary run for each, one table for all.
 
-A comparison that was interrupted goes on where it stopped: finished runs are kept, the others go on
+plan_runs          every cohort by every method with every seed
+ComparisonFolder   the folder of these runs and their tables; refuses what must not be mixed in
+compare            trains what is not finished, and rewrites the tables after each run
+
+An interrupted comparison is resumed by the same command: finished runs are kept, the others resume
 from their newest good checkpoint.
 """
 
@@ -9,42 +13,273 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis import plots, subruns
-from dml_accel.analysis import statistics as comparison
-from dml_accel.analysis.comparison_folder import (
-    PLOT,
-    ComparisonFolder,
-    begins,
-    in_place,
-    refuse_another_configuration,
-    refuse_other_starts,
-    was_stopped,
-)
-from dml_accel.analysis.published import is_cifar100
-from dml_accel.analysis.subruns import SubRun
+from dml_accel.analysis import plots, statistics
+from dml_accel.analysis.methods import changes_of, is_cifar100, refuse
+from dml_accel.analysis.runs import read_run
 from dml_accel.analysis.tables import comparison_markdown, comparison_title
-from dml_accel.core.config import Config, UsageError
-from dml_accel.core.files import write_text
+from dml_accel.core.config import Config, differences_text
+from dml_accel.core.errors import DivergedError, UsageError
+from dml_accel.core.files import read_json, write_text
 from dml_accel.data import sources
-from dml_accel.data.batches import check_sizes
+from dml_accel.data.batches import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.distributed.costs import count
-from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
+from dml_accel.distributed.launch import (
+    Stop,
+    check_launch,
+    launched_precision,
+    launched_processes,
+    launched_rank,
+    restarts,
+    share_cores,
+)
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes
-from dml_accel.training.agenda import DivergedError, steps_to_take
-from dml_accel.training.origin import Origin
-from dml_accel.training.progress import Display
-from dml_accel.training.resume import find
-from dml_accel.training.run_folder import RunFolder, remedy_of_a_stop
-from dml_accel.training.saved import is_done, saved_description
-from dml_accel.training.setup import Checked, agreed_ranks, check, saved_here
-from dml_accel.training.train import run
-from dml_accel.training.workload import workload
+from dml_accel.models.spec import cohort_label, parse_cohort
+from dml_accel.training import trackers
+from dml_accel.training.loop import steps_to_take
+from dml_accel.training.progress import Display, workload
+from dml_accel.training.resume import Origin, find_origin, has_checkpoint
+from dml_accel.training.run_folder import LockedFolder, RunFolder, SavedRun, explaining_stop
+from dml_accel.training.setup import Checked, check, choose_ranks, seconds_saved
+from dml_accel.training.train import Session, run_one
+
+_PLOT = "differences.png"
+_TABLES = ("results.json", "results.csv", "results.md", _PLOT)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a comparison.
+
+    Attributes:
+        cohort: a short name of its cohort.
+        method: its name in ``METHODS``.
+        seed: of the run.
+        folder: its path below the comparison's folder.
+        config: its configuration, without a folder.
+    """
+
+    cohort: str
+    method: str
+    seed: int
+    folder: str
+    config: Config
+
+
+def plan_runs(
+    config: Config, cohorts: Sequence[tuple[str, ...]], methods: Sequence[str], seeds: int
+) -> list[PlannedRun]:
+    """Return the runs, seed by seed, so that the finished ones can be compared at any time.
+
+    Args:
+        config: what the runs share; its seed is the first one.
+        cohorts: each as ``Config.cohort``.
+        methods: names in ``METHODS``.
+        seeds: how many.
+
+    Raises:
+        UsageError: a cohort cannot be parsed, or a method contradicts the configuration.
+    """
+    refuse(config, methods)
+    labels = [cohort_label([spec.name for spec in parse_cohort(cohort)]) for cohort in cohorts]
+    return [
+        PlannedRun(
+            label,
+            method,
+            seed,
+            f"{label + '/' if len(cohorts) > 1 else ''}{method}/seed-{seed}",
+            config.changed(cohort=cohort, seed=seed, output_dir=None, **changes_of(config, method)),
+        )
+        for cohort, label in zip(cohorts, labels, strict=True)
+        for seed in range(config.seed, config.seed + seeds)
+        for method in dict.fromkeys(methods)
+    ]
+
+
+def _resuming(planned: PlannedRun, path: Path) -> Config:
+    """Return the configuration that starts a run in a folder, or resumes it there."""
+    return planned.config.changed(output_dir=str(path), resume="auto")
+
+
+def _needs_start(planned: PlannedRun, root: str | None) -> bool:
+    """Whether a run still starts from its initial weights: it is not done and has no checkpoint."""
+    if root is None:
+        return True
+    path = Path(root) / planned.folder
+    return not (SavedRun(path).is_done or has_checkpoint(_resuming(planned, path)))
+
+
+# ---------------------------------------------------------------- the folder
+
+
+class ComparisonFolder(LockedFolder):
+    """The folder of a comparison: its runs and their tables.
+
+    Args:
+        path: the folder; None for a new one.
+        plan: the runs.
+
+    Raises:
+        UsageError: it holds a single run, foreign tables, a comparison with more runs, or runs that
+            were started with other flags.
+    """
+
+    def __init__(self, path: str | None, plan: Sequence[PlannedRun]) -> None:
+        self._plan = plan
+        label = "-".join(["compare", *dict.fromkeys(planned.cohort for planned in plan)])[:80]
+        super().__init__(path, label)
+
+    def saved(self, planned: PlannedRun) -> SavedRun:
+        """Return a run as it was left."""
+        return SavedRun(self.path / planned.folder)
+
+    def unfinished(self) -> list[PlannedRun]:
+        """Return the runs without results."""
+        return [planned for planned in self._plan if not self.saved(planned).is_done]
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a launcher has restarted a comparison that was stopped on request."""
+        return restarts() > 0 and any(self.saved(one).status == "stopped" for one in self._plan)
+
+    def _refuse_content(self) -> None:
+        for trace in ("config.json", "metrics.jsonl"):
+            if (self.path / trace).exists():
+                raise UsageError(
+                    f"--output-dir {self.path} holds a single run ({trace}); name another folder"
+                )
+        self._refuse_other_tables()
+        for planned in self._plan:
+            RunFolder(self.path / planned.folder, "", resumes=True)  # refuses foreign files
+            _refuse_other_flags(self.saved(planned), planned.config)
+
+    def _refuse_other_tables(self) -> None:
+        tables = [name for name in _TABLES if (self.path / name).exists()]
+        if not tables:
+            return
+        try:
+            finished = {run["folder"] for run in read_json(self.path / "results.json")["runs"]}
+        except (UsageError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"--output-dir {self.path} holds {', '.join(tables)} of something else; name "
+                "another folder"
+            ) from error
+        more = sorted(finished - {planned.folder for planned in self._plan})
+        if more:
+            raise UsageError(
+                f"--output-dir {self.path} holds a comparison with {', '.join(more[:3])}"
+                f"{' and more' if len(more) > 3 else ''}, which these flags leave out: use its "
+                "--cohort, --methods and --seeds, or name another folder"
+            )
+
+
+def _refuse_other_flags(saved: SavedRun, config: Config) -> None:
+    """Refuse to resume or keep a run that was started with other flags."""
+    if not saved.has_description:
+        return
+    wrong = config.differences(saved.config)
+    wrong.pop("mixed_precision", None)  # if it is not given, the launcher decides
+    if saved.is_done:
+        results, precision = saved.results, launched_precision(config.numerics)
+        if results.get("mixed_precision") != precision:
+            wrong["mixed_precision"] = precision, results.get("mixed_precision")
+        # Local batch statistics depend on how many processes share a batch.
+        world, now = results.get("world_size"), launched_processes()
+        if config.numerics.batch_norm == "local" and world != now:
+            raise UsageError(
+                f"{saved.path} was trained by {world} process(es), and --batch-norm local makes "
+                f"the result depend on that; there are {now} now: start {world}, or use a new "
+                "--output-dir"
+            )
+    if wrong:
+        raise UsageError(
+            f"{saved.path} {differences_text(wrong)}: use the same flags or a new --output-dir"
+        )
+
+
+def _refuse_other_starts(saved: SavedRun, checked: Checked) -> None:
+    """Refuse weights to start from that have changed since a run started from them."""
+    if not saved.has_description:
+        return
+    for peer in saved.description.get("peers", []):
+        name, start, now = peer["name"], peer.get("start"), checked.starts.get(peer["name"])
+        if start and now and start.get("sha256") != now["sha256"]:
+            raise UsageError(
+                f"{name} of {saved.path} started from other weights than {now['source']} holds "
+                "now: restore them or use a new --output-dir"
+            )
+
+
+# ---------------------------------------------------------------- the tables
+
+
+class _Tables:
+    """The tables of a comparison.
+
+    Args:
+        folder: of the comparison, entered.
+        config: what the runs share.
+        plan: all runs.
+        cifar100: whether the images are CIFAR-100's.
+        command: the command line.
+
+    Attributes:
+        failed: runs that ended without results, and why.
+    """
+
+    def __init__(
+        self,
+        folder: ComparisonFolder,
+        config: Config,
+        plan: Sequence[PlannedRun],
+        cifar100: bool,
+        command: str,
+    ) -> None:
+        self._folder, self._config, self._plan = folder, config, plan
+        self._cifar100, self._command = cifar100, command
+        self.failed: dict[str, str] = {}
+
+    def write(self) -> dict[str, Any]:
+        """Write the tables of all finished runs; return the content of results.json."""
+        root, unfinished = self._folder.path, [one.folder for one in self._folder.unfinished()]
+        runs = [
+            read_run(root / planned.folder, planned.folder, planned.method)
+            for planned in self._plan
+            if planned.folder not in unfinished
+        ]
+        record = statistics.comparison_record(
+            self._config,
+            runs,
+            methods=list(dict.fromkeys(planned.method for planned in self._plan)),
+            seeds=list({planned.seed for planned in self._plan}),
+            cifar100=self._cifar100,
+            missing=[folder for folder in unfinished if folder not in self.failed],
+            failed=self.failed,
+            command=self._command,
+        )
+        self._folder.write("results.json", record)
+        several = len({planned.cohort for planned in self._plan}) > 1
+        columns = ("cohort", *statistics.COLUMNS) if several else statistics.COLUMNS
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(statistics.csv_rows(runs))
+        write_text(root / "results.csv", table.getvalue())
+        write_text(root / "results.md", comparison_markdown(record, _PLOT))
+        plots.save(plots.differences(record, comparison_title(record)), root / _PLOT)
+        return record
+
+
+# ---------------------------------------------------------------- training
 
 
 def compare(
@@ -67,195 +302,188 @@ def compare(
         The folder and the content of its results.json; None in all processes but the first.
 
     Raises:
-        UsageError: the input does not allow one of the runs, or a finished run in the folder was
-            made by another configuration; nothing has been written then.
+        UsageError: the input does not allow one of the runs, or the folder holds runs that were
+            started with other flags; nothing has been written.
     """
-    check_launch(config)
-    share_cores(config)
-    plan = subruns.plan(config, cohorts, methods, seeds)
-    label = "-".join(["compare", *dict.fromkeys(sub.cohort for sub in plan)])[:80]
-    speaks = launched_rank() == 0
-    root = ComparisonFolder(config.output_dir, label, plan) if speaks else None
-    if root:
-        for sub in plan:
-            refuse_another_configuration(root.path, sub)
-            RunFolder(root.path / sub.folder, "", goes_on=True)  # refuses what is no run
-    source = sources.read(config, quiet=not speaks)
-    made = _Comparison(config, plan, source, _costs(plan, source, config.output_dir), root, command)
-    with remedy_of_a_stop(root), Stop() as stop, root or contextlib.nullcontext():
-        unfinished = made.unfinished()
-        display = Display(made.work(unfinished), quiet=not speaks, many=True)
-        processes = Processes(config)
+    check_launch(config.numerics, config.compute, config.optim)
+    trackers.resolve(config.run.log_with)
+    share_cores(config.compute)
+    plan, first = plan_runs(config, cohorts, methods, seeds), launched_rank() == 0
+    folder = ComparisonFolder(config.run.output_dir, plan) if first else None
+    source = sources.read(config.data, quiet=not first)
+    image_costs = _check_cohorts(plan, source, config.run.output_dir)
+    with explaining_stop(folder), Stop() as stop, folder or contextlib.nullcontext():
+        unfinished, tables = plan, None
+        if folder:
+            unfinished = folder.unfinished()
+            tables = _Tables(folder, config, plan, is_cifar100(source.classes), command)
+            _print_progress(folder, len(plan) - len(unfinished), len(plan))
+        loads = [workload(one.config, source, image_costs[one.cohort]) for one in unfinished]
+        work = max(sum(load.total for load in loads), 1.0)
+        display = Display(work, quiet=not first, many=True)
+        processes = Processes(config.numerics, config.compute)
         with contextlib.closing(display), processes.watching():
-            stopped = processes.agreed(bool(root and was_stopped(root.path, plan)))
+            stopped = processes.broadcast_flag(bool(folder and folder.was_stopped))
             if not stopped:
-                made.run_all(unfinished, processes, display, stop)
+                session = Session(processes, display, stop, command)
+                root = config.run.output_dir
+                trainer = _Trainer(session, plan, source, image_costs, root, folder)
+                trainer.train_all(unfinished, tables)
             processes.close()
-        return (root.path, made.write()) if root and not stopped else None
-
-
-class _Comparison:
-    """The runs of a plan, one after the other, and the tables of those that are finished."""
-
-    def __init__(
-        self,
-        config: Config,
-        plan: Sequence[SubRun],
-        source: Source,
-        costs: dict[str, float],
-        root: ComparisonFolder | None,
-        command: str,
-    ) -> None:
-        self._config, self._plan, self._source, self._costs = config, plan, source, costs
-        self._root, self._command = root, command
-        self._failed: dict[str, str] = {}
-        self._starts: dict[tuple[str, str], str] = {}  # sha256 by cohort and peer
-
-    def unfinished(self) -> list[SubRun]:
-        """Return the runs to make, which the first process alone knows; say how many there are."""
-        root, plan = self._root, list(self._plan)
-        if root is None:
-            return plan
-        found = [sub for sub in plan if not is_done(root.path / sub.folder)]
-        print(
-            f"comparison: {root.path}, {len(plan) - len(found)} of {len(plan)} runs are finished; "
-            "if this is interrupted, the same command with this --output-dir goes on",
-            file=sys.stderr,
-        )
-        return found
-
-    def work(self, subs: Sequence[SubRun]) -> float:
-        """Return what some runs cost."""
-        loads = (workload(sub.config, self._source, self._costs[sub.cohort]) for sub in subs)
-        return max(sum(load.total for load in loads), 1.0)
-
-    def run_all(
-        self, unfinished: Sequence[SubRun], processes: Processes, display: Display, stop: Stop
-    ) -> None:
-        """Make the runs; one that diverges does not hold up the others."""
-        compiles = self._config.compile == "on"
-        if self._config.compile == "auto":
-            compiles = _compiles(self._plan, unfinished, self._source, processes, self._root)
-        for place, sub in enumerate(self._plan):
-            if processes.agreed(sub not in unfinished):
-                continue
-            title = f"run {place + 1}/{len(self._plan)}, {sub.folder}"
-            try:
-                self._run(sub, title, compiles, processes, display, stop)
-            except DivergedError as error:  # in all processes alike
-                self._failed[sub.folder] = str(error)
-                if self._root:
-                    display.end()
-            processes.release_networks()
-            if self._root:
-                self.write()
-
-    def _run(
-        self,
-        sub: SubRun,
-        title: str,
-        compiles: bool,
-        processes: Processes,
-        display: Display,
-        stop: Stop,
-    ) -> None:
-        folder = None
-        if self._root:
-            folder = RunFolder(self._root.path / sub.folder, "", goes_on=True)
-        with folder or contextlib.nullcontext():
-            checked = check(sub.config, self._source, begins(sub, self._config.output_dir))
-            self._refuse_changed_starts(sub, checked)
-            origin = find(in_place(sub, folder.path), checked) if folder else Origin()
-            run(
-                sub.config,
-                checked,
-                processes,
-                folder,
-                self._command,
-                display,
-                stop,
-                origin,
-                title,
-                self._costs[sub.cohort],
-                compiles,
+        if folder and stopped:
+            print(
+                f"{folder.path} was stopped on request; the same command resumes it",
+                file=sys.stderr,
             )
-
-    def _refuse_changed_starts(self, sub: SubRun, checked: Checked) -> None:
-        for name, start in checked.starts.items():
-            if self._starts.setdefault((sub.cohort, name), start["sha256"]) != start["sha256"]:
-                raise UsageError(
-                    f"{start['source']} has changed since the comparison began: {sub.folder} would "
-                    "start from other weights; bring the old ones back"
-                )
-
-    def write(self) -> dict[str, Any]:
-        """Write the tables of what is finished; return the content of results.json."""
-        root, plan = self._root, self._plan
-        assert root, "the first process writes"
-        runs = [comparison.read(root.path, sub) for sub in plan if is_done(root.path / sub.folder)]
-        theirs = is_cifar100(self._source.classes)
-        record = comparison.record(self._config, plan, runs, theirs, self._command, self._failed)
-        root.write("results.json", record)
-        several = len({sub.cohort for sub in plan}) > 1
-        columns = ("cohort", *comparison.COLUMNS) if several else comparison.COLUMNS
-        table = io.StringIO()
-        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(comparison.csv_rows(runs))
-        write_text(root.path / "results.csv", table.getvalue())
-        write_text(root.path / "results.md", comparison_markdown(record, PLOT))
-        plots.save(plots.differences(record, comparison_title(record)), root.path / PLOT)
-        return record
+        return (folder.path, tables.write()) if folder and tables and not stopped else None
 
 
-def _compiles(
-    plan: Sequence[SubRun],
-    unfinished: Sequence[SubRun],
-    source: Source,
-    processes: Processes,
-    root: ComparisonFolder | None,
-) -> bool:
-    """Decide once for all runs, so that methods differ in nothing else; what was decided stays."""
-    text = ""
-    if root:
-        known = [_known_to_compile(root.path / sub.folder) for sub in plan]
-        said = [one for one in known if one is not None]
-        text = json.dumps([str(root.path.resolve()), said, [plan.index(s) for s in unfinished]])
-    path, said, places = json.loads(processes.text_of_first(text))
-    if said:
-        return any(said)
-    saved = 0.0
-    for cohort_ in dict.fromkeys(plan[place].cohort for place in places):
-        subs = [plan[place] for place in places if plan[place].cohort == cohort_]
-        steps = sum(steps_to_take(s.config, check_sizes(source, s.config)[0]) for s in subs)
-        config = subs[0].config
-        checked = check(config, source)
-        ranks = agreed_ranks(config, checked, processes, Path(path))
-        saved += saved_here(config, checked, Placement(config, processes, ranks), steps)
-    return bool(processes.largest(saved > 0))
+def _print_progress(folder: ComparisonFolder, finished: int, planned: int) -> None:
+    print(
+        f"comparison: {folder.path}, {finished} of {planned} runs are finished; after an "
+        "interruption, the same command with this --output-dir resumes it",
+        file=sys.stderr,
+    )
 
 
-def _known_to_compile(folder: Path) -> bool | None:
-    with contextlib.suppress(UsageError):
-        return bool(saved_description(folder).get("compiled"))
-    return None
-
-
-def _costs(plan: Sequence[SubRun], source: Source, root: str | None) -> dict[str, float]:
+def _check_cohorts(
+    plan: Sequence[PlannedRun], source: Source, root: str | None
+) -> dict[str, float]:
     """Check one run of each cohort; return the cost of its forward pass of one image.
 
     Raises:
-        UsageError: see ``check``; runs that are there started from other weights.
+        UsageError: see ``training.setup.check``; or saved runs started from other weights.
     """
     costs: dict[str, float] = {}
-    for cohort_ in dict.fromkeys(sub.cohort for sub in plan):
-        subs = [sub for sub in plan if sub.cohort == cohort_]
-        begin = [sub for sub in subs if begins(sub, root)]
-        config = subs[0].config
-        checked = check(config, source, bool(begin))  # networks of one cohort at a time
-        for sub in subs:
-            if root and sub not in begin:
-                refuse_other_starts(Path(root) / sub.folder, checked)
-        nets = checked.modules.values()
-        costs[cohort_] = float(sum(count(net, config.image_size).macs for net in nets))
+    for cohort in dict.fromkeys(planned.cohort for planned in plan):
+        runs = [planned for planned in plan if planned.cohort == cohort]
+        to_start = [planned for planned in runs if _needs_start(planned, root)]
+        config = runs[0].config
+        # The networks of one cohort at a time.
+        checked, modules = check(config, source, starts=bool(to_start))
+        for planned in runs:
+            if root and planned not in to_start:
+                _refuse_other_starts(SavedRun(Path(root) / planned.folder), checked)
+        size = config.data.image_size
+        costs[cohort] = float(sum(count(net, size).macs for net in modules.values()))
     return costs
+
+
+class _Trainer:
+    """Trains the runs of a plan, one after the other, in all processes together.
+
+    Args:
+        session: what the runs share.
+        plan: all runs.
+        source: their images.
+        image_costs: of a forward pass of one image, by cohort.
+        root: ``--output-dir``, by which all processes find saved runs; None for a new folder.
+        folder: in the first process, entered; None in the others.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        plan: Sequence[PlannedRun],
+        source: Source,
+        image_costs: Mapping[str, float],
+        root: str | None,
+        folder: ComparisonFolder | None,
+    ) -> None:
+        self._session, self._plan, self._source = session, plan, source
+        self._image_costs, self._root, self._folder = image_costs, root, folder
+        self._starts: dict[tuple[str, str], str] = {}  # sha256 of weights, by cohort and peer
+
+    def train_all(self, unfinished: Sequence[PlannedRun], tables: _Tables | None) -> None:
+        """Train all unfinished runs; one that diverges does not prevent the others.
+
+        Args:
+            unfinished: known to the first process only.
+            tables: in the first process; None in the others.
+        """
+        processes = self._session.processes
+        compiled = self._decide_compilation(unfinished)
+        for place, planned in enumerate(self._plan):
+            if processes.broadcast_flag(planned not in unfinished):
+                continue
+            label = f"run {place + 1}/{len(self._plan)}, {planned.folder}"
+            try:
+                self._train(planned, label, compiled)
+            except DivergedError as error:  # raised in all processes
+                if tables:
+                    tables.failed[planned.folder] = str(error)
+                    self._session.display.end()
+            processes.free_networks()
+            if tables:
+                tables.write()
+
+    def _train(self, planned: PlannedRun, label: str, compiled: bool) -> None:
+        folder = None
+        if self._folder:
+            folder = RunFolder(self._folder.path / planned.folder, "", resumes=True)
+        with folder or contextlib.nullcontext():
+            starts = _needs_start(planned, self._root)
+            checked, modules = check(planned.config, self._source, starts)
+            self._refuse_changed_starts(planned, checked)
+            origin = Origin()
+            if folder:
+                origin = find_origin(_resuming(planned, folder.path), checked)
+            run_one(
+                self._session,
+                planned.config,
+                checked,
+                modules,
+                folder,
+                origin,
+                label=label,
+                image_cost=self._image_costs[planned.cohort],
+                compiled=compiled,
+            )
+
+    def _refuse_changed_starts(self, planned: PlannedRun, checked: Checked) -> None:
+        for name, start in checked.starts.items():
+            first = self._starts.setdefault((planned.cohort, name), start["sha256"])
+            if first != start["sha256"]:
+                raise UsageError(
+                    f"{start['source']} has changed since the comparison began: {planned.folder} "
+                    "would start from other weights; restore the old ones"
+                )
+
+    # ------------------------------------------------------------ compilation
+
+    def _decide_compilation(self, unfinished: Sequence[PlannedRun]) -> bool:
+        """Decide once for all runs, so that methods differ in nothing else, and only once ever."""
+        compute, processes = self._plan[0].config.compute, self._session.processes
+        if compute.compile != "auto":
+            return compute.compile == "on"
+        text = ""
+        if self._folder:
+            before = [_was_compiled(self._folder.saved(planned)) for planned in self._plan]
+            decided = [one for one in before if one is not None]
+            places = [self._plan.index(planned) for planned in unfinished]
+            text = json.dumps([str(self._folder.path.resolve()), decided, places])
+        path, decided, places = json.loads(processes.broadcast_text(text))
+        if decided:
+            return any(decided)
+        saved = self._seconds_saved([self._plan[place] for place in places], Path(path))
+        return bool(processes.all_reduce_max(saved > 0))
+
+    def _seconds_saved(self, runs: Sequence[PlannedRun], path: Path) -> float:
+        """Return the seconds that compilation saves in this process, over all runs."""
+        processes, seconds = self._session.processes, 0.0
+        for cohort in dict.fromkeys(planned.cohort for planned in runs):
+            configs = [planned.config for planned in runs if planned.cohort == cohort]
+            trained = [training_sizes(self._source, config.data)[0] for config in configs]
+            steps = sum(map(steps_to_take, [config.optim for config in configs], trained))
+            checked, modules = check(configs[0], self._source)
+            ranks = choose_ranks(configs[0], checked, modules, processes, path)
+            placement = Placement(processes, ranks, configs[0].numerics.batch_norm)
+            seconds += seconds_saved(configs[0], checked, modules, placement, steps)
+        return seconds
+
+
+def _was_compiled(saved: SavedRun) -> bool | None:
+    """Return whether the networks of a saved run were compiled; None if it was not started."""
+    with contextlib.suppress(UsageError):
+        return bool(saved.description.get("compiled"))
+    return None

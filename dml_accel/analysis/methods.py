@@ -1,21 +1,26 @@
-"""The ways to learn together that have a name: what each changes, what tables call it."""
+"""Named methods, presets of comparisons, and published results. No torch here.
+
+A method is a set of flags: what it changes in the configuration that all methods share.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dml_accel.core.config import Config, UsageError
+from dml_accel.core.config import Config, MethodConfig, fields_of
+from dml_accel.core.errors import UsageError
+from dml_accel.core.updates import UPDATE_SCHEDULES
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a method is called in tables, and what it changes in the shared configuration."""
+    """A method's title in tables, and what it changes in the shared configuration."""
 
     title: str
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-# Where labels are few, all but ``semi`` learn from the labelled images alone.
+# With few labels, all methods but ``semi`` learn from the labelled images only.
 METHODS = {
     "independent": Method("Ind.", {"kl_weight": 0.0}),
     "mutual": Method("DML"),
@@ -28,85 +33,72 @@ METHODS = {
 }
 BASELINE = "independent"
 DEFAULT_METHODS = (BASELINE, "mutual")
-# Flags that methods alone set, so that a comparison does not take them.
+# Flags that only methods set, so that a comparison does not take them.
 SET_BY_METHODS = ("update", "target", "kl_images")
-
-
-# What tells runs of one comparison apart: who is trained how, and where.
-MAY_DIFFER = frozenset(
-    {
-        "cohort",
-        "seed",
-        "kl_weight",
-        "kl_reduction",
-        "kl_warmup",
-        "temperature",
-        "update",
-        "target",
-        "links",
-        "frozen_peers",
-        "kl_images",
-    }
-)
-
-
-# Of these, what no method's name has to say: who learns, and what is said by other words.
-_BESIDE = frozenset({"cohort", "seed", "frozen_peers"})
+# How runs of one comparison may differ.
+MAY_DIFFER = frozenset({"cohort", "seed", *(field.name for field in fields_of(MethodConfig))})
+# Of these, what is not part of a method's name: it is named elsewhere.
+_NAMED_ELSEWHERE = frozenset({"cohort", "seed", "frozen_peers"})
 
 
 def method_of(config: Config, peers: int, teachers: Mapping[str, Mapping[str, str]]) -> str:
-    """Name the way in which peers are trained, and all that is unusual about it.
+    """Return the method of a run, followed by all other unusual settings of its method.
 
     Args:
-        config: the run's.
-        peers: how many learn.
-        teachers: ``arch`` and ``sha256`` of those that only teach, by name.
+        config: of the run.
+        peers: how many are trained.
+        teachers: ``arch`` and ``sha256`` of the frozen peers, by name.
     """
-    if config.kl_weight == 0 or (peers == 1 and not teachers):
-        by_turns = config.update == "official" and peers > 1  # K batches a step all the same
-        return "independent, official" if by_turns else "independent"
-    name, implied = "mutual", set(_BESIDE)
-    for other, flag, is_it in (
-        (config.update, "update", config.update != "simultaneous"),
-        (config.target, "target", config.target != "peers"),
-        ("distill", "links", config.links == "frozen" or (peers == 1 and bool(teachers))),
-        ("semi", "kl_images", config.labelled_fraction < 1 and config.kl_images == "all"),
+    method, few_labels = config.method, config.data.labelled_fraction < 1
+    if method.kl_weight == 0 or (peers == 1 and not teachers):
+        # Even without KL, a step of several batches trains on more images.
+        several = method.schedule.batches_per_step(peers) > 1
+        return f"{BASELINE}, {method.update}" if several else BASELINE
+    name, implied = "mutual", set(_NAMED_ELSEWHERE)
+    for candidate, flag, applies in (
+        (method.update, "update", method.update != "simultaneous"),
+        (method.target, "target", method.target != "peers"),
+        ("distill", "links", method.links == "frozen" or (peers == 1 and bool(teachers))),
+        ("semi", "kl_images", few_labels and method.kl_images == "all"),
     ):
-        if is_it:
-            name, implied = other, {*_BESIDE, flag}
+        if applies:
+            name = candidate
+            implied.add(flag)
             break
-    if config.labelled_fraction == 1 or config.kl_images == "labelled":
+    if not few_labels or method.kl_images == "labelled":
         implied.add("kl_images")
-    mine, usual = config.as_dict(), Config()
+    mine, usual = config.as_dict(), Config().as_dict()
     unusual = [
-        f"{name.replace('_', ' ')} {mine[name]}"
-        for name in sorted(MAY_DIFFER - implied)
-        if mine[name] != getattr(usual, name) or name == "kl_images"
+        f"{flag.replace('_', ' ')} {mine[flag]}"
+        for flag in sorted(MAY_DIFFER - implied)
+        if mine[flag] != usual[flag] or flag == "kl_images"
     ]
     if teachers:
-        known = [f"{one['arch']} ({one['sha256'][:8]})" for one in teachers.values()]
-        unusual.append("of " + " and ".join(known))
+        names = (f"{one['arch']} ({one['sha256'][:8]})" for one in teachers.values())
+        unusual.append("of " + " and ".join(names))
     return ", ".join([name, *unusual])
 
 
 def refuse(config: Config, methods: Sequence[str]) -> None:
-    """Refuse methods that the configuration does not go with.
+    """Refuse methods that contradict the configuration.
 
     Raises:
-        UsageError: the flag is named.
+        UsageError: the text names the flag.
     """
-    if config.kl_weight == 0 and set(methods) - {"independent"}:
-        raise UsageError("--kl-weight 0 makes every method independent; leave it out")
-    if ("distill" in methods) != bool(config.frozen_peers):
+    method, asked = config.method, set(methods)
+    if method.kl_weight == 0 and asked - {BASELINE}:
+        raise UsageError("--kl-weight 0 makes every method independent; drop it")
+    if ("distill" in asked) != bool(method.frozen_peers):
         raise UsageError(
             "--frozen-peers are the teachers of the method distill: give both or neither"
         )
-    if "semi" in methods and config.labelled_fraction == 1:
+    if "semi" in asked and config.data.labelled_fraction == 1:
         raise UsageError("the method semi needs --labelled-fraction below 1")
-    if config.placement == "split" and {"sequential", "official"} & set(methods):
+    by_turns = [one for one, schedule in UPDATE_SCHEDULES.items() if schedule.takes_turns]
+    if config.compute.placement == "split" and asked & set(by_turns):
         raise UsageError(
-            "the methods sequential and official take turns, which leaves processes of "
-            "--placement split idle; use auto, which replicates those"
+            f"the methods {' and '.join(by_turns)} update peers in turn, which leaves processes of "
+            "--placement split idle: use auto, which replicates those"
         )
 
 
@@ -115,6 +107,102 @@ def changes_of(config: Config, method: str) -> dict[str, Any]:
     changes = dict(METHODS[method].changes)
     if method != "distill":
         changes["frozen_peers"] = ()
-    if config.labelled_fraction < 1 and method not in ("independent", "semi"):
+    if config.data.labelled_fraction < 1 and method not in (BASELINE, "semi"):
         changes["kl_images"] = "labelled"
     return changes
+
+
+# ---------------------------------------------------------------- published results
+
+CIFAR100_TRAINING_IMAGES = 50_000
+_CIFAR100_CLASSES = 100
+_FIRST_CLASSES = ("apple", "aquarium_fish", "baby", "bear", "beaver")
+
+
+def is_cifar100(classes: Sequence[str]) -> bool:
+    """Whether these are the names of CIFAR-100's fine classes."""
+    return len(classes) == _CIFAR100_CLASSES and tuple(classes[:5]) == _FIRST_CLASSES
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published top-1 accuracies on CIFAR-100 of two networks, in percent.
+
+    Attributes:
+        source: who published them.
+        nets: the two networks.
+        independent: trained independently.
+        mutual: trained together by Deep Mutual Learning.
+        unchecked: values that could not be compared with the text of the source.
+    """
+
+    source: str
+    nets: tuple[str, str]
+    independent: tuple[float, float]
+    mutual: tuple[float, float]
+    unchecked: frozenset[float] = frozenset()
+
+    def in_order(self, nets: Sequence[str]) -> "Published":
+        """Return the same results with the networks in the order of ``nets``."""
+        if tuple(nets) == self.nets:
+            return self
+        turned = (self.nets[::-1], self.independent[::-1], self.mutual[::-1])
+        return Published(self.source, *turned, self.unchecked)
+
+
+_INDEPENDENT = {"resnet32": 68.99, "mobilenet": 73.65, "wrn_28_10": 78.69}
+_CHECKED = frozenset({68.99, 78.69})
+
+
+def _paper(first: str, second: str, *mutual: float) -> Published:
+    """Return one row of Table 2 of Zhang et al., CVPR 2018."""
+    independent = (_INDEPENDENT[first], _INDEPENDENT[second])
+    unchecked = frozenset({*independent, *mutual}) - _CHECKED
+    return Published("paper", (first, second), independent, (mutual[0], mutual[1]), unchecked)
+
+
+TABLE_2 = (
+    _paper("resnet32", "resnet32", 71.19, 70.75),
+    _paper("wrn_28_10", "resnet32", 78.96, 70.73),
+    _paper("mobilenet", "resnet32", 76.13, 71.10),
+    _paper("mobilenet", "mobilenet", 76.21, 76.10),
+    _paper("wrn_28_10", "mobilenet", 80.28, 77.39),
+    _paper("wrn_28_10", "wrn_28_10", 80.28, 80.08),
+)
+_REIMPLEMENTATION = "pilsHan/DML_for-personal-study"
+_OTHERS = (
+    Published(_REIMPLEMENTATION, ("resnet32", "resnet32"), (70.97, 70.97), (72.97, 72.85)),
+    Published(_REIMPLEMENTATION, ("resnet32", "wrn_28_10"), (70.97, 79.93), (72.55, 80.09)),
+)
+
+
+def published_results(nets: Sequence[str]) -> list[Published]:
+    """Return all published results of these networks, in their order."""
+    rows = (*TABLE_2, *_OTHERS)
+    return [row.in_order(nets) for row in rows if sorted(row.nets) == sorted(nets)]
+
+
+# ---------------------------------------------------------------- presets
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named comparison: its cohorts, and what it changes in the default configuration."""
+
+    text: str
+    cohorts: tuple[tuple[str, ...], ...]
+    changes: dict[str, Any]
+
+
+PRESETS = {
+    "paper-table2": Preset(
+        "the six pairs of the paper's Table 2, by its recipe",
+        tuple(row.nets for row in TABLE_2),
+        {},
+    ),
+    "laptop": Preset(
+        "a pair of resnet8 on 10,000 images for 20 epochs: under an hour on two cores",
+        (("resnet8*2",),),
+        {"train_limit": 10_000, "epochs": 20, "lr_step": 6, "eval_every": "5ep"},
+    ),
+}

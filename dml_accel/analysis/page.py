@@ -1,36 +1,50 @@
-"""One page about any finished runs: tables, pictures, where each number comes from.
+"""The report: one HTML page with the tables and figures of finished runs.
 
-The page stands alone: nothing in it is loaded from elsewhere.
+The page is self-contained: it loads nothing and runs nothing.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
-from dml_accel.analysis import statistics as comparison
-from dml_accel.analysis import tables as comparison_report
-from dml_accel.analysis.pictures import Picture, growth, pictures
-from dml_accel.analysis.runs import Run, by_method, comparable
-from dml_accel.analysis.subruns import SubRun
+from dml_accel.analysis import tables
+from dml_accel.analysis.figures import ReportFigure, cohort_size_figures, comparison_figures
+from dml_accel.analysis.methods import is_cifar100
+from dml_accel.analysis.runs import Run, group_by_method, group_comparable
+from dml_accel.analysis.statistics import comparison_record
+from dml_accel.core.errors import UsageError
 from dml_accel.core.files import write_text
+from dml_accel.models.peer_folder import read_peer
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 
 
 @dataclass(frozen=True)
 class Section:
-    """What there is to say about runs that differ in method and seed alone."""
+    """The part of the page about runs that differ only in method and seed.
+
+    Attributes:
+        title: networks, data set, and what was scaled down.
+        notes: what to know about the runs.
+        table: the comparison in the paper's layout, HTML as all tables here.
+        published: a table of published results and a note; empty if there are none.
+        accuracy: top-1 of every network and method.
+        cost: time and speed of every method.
+        figures: of these runs.
+        runs: where the numbers come from.
+    """
 
     title: str
-    note: str
+    notes: list[str]
     table: str
     published: list[str]
     accuracy: str
     cost: str
-    pictures: list[Picture]
-    runs: list[dict[str, str]]
+    figures: list[ReportFigure]
+    runs: list[Run]
 
 
 def write_page(runs: Sequence[Run], path: Path, images: int) -> None:
@@ -40,64 +54,60 @@ def write_page(runs: Sequence[Run], path: Path, images: int) -> None:
         runs: finished runs.
         path: the file.
         images: how many images of each split to analyse networks on; 0 for no analyses.
-
-    Raises:
-        UsageError: a run's weights or images cannot be read.
     """
-    groups = comparable(runs)
-    sections = [_section(group, images) for group in groups]
+    groups = group_comparable(runs)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(_TEMPLATE.read_text())
-    text = template.render(
-        sections=sections,
-        growth=growth(groups),
+    text = environment.from_string(_TEMPLATE.read_text()).render(
+        sections=[_section(group, images) for group in groups],
+        cohort_sizes=cohort_size_figures(groups),
         runs=len(runs),
-        differences_are=comparison_report.DIFFERENCES_ARE,
+        about_differences=tables.ABOUT_DIFFERENCES,
     )
     write_text(path, text)
 
 
 def _section(runs: Sequence[Run], images: int) -> Section:
-    first = runs[0]
-    kept = list({(run.method, run.config.seed): run for run in reversed(runs)}.values())[::-1]
-    methods = list(by_method(kept))
-    finished = [
-        comparison.finished(
-            SubRun(run.cohort, run.method, run.config.seed, str(run.folder.resolve()), run.config),
-            run.results,
-            run.description,
-            run.events,
+    first_of_each = {(run.method, run.config.seed): run for run in reversed(runs)}
+    kept = list(first_of_each.values())[::-1]
+    methods = list(group_by_method(kept))
+    cifar100, notes = _recognise_cifar100(runs[0])
+    if len(kept) < len(runs):
+        notes.append(
+            f"{len(runs) - len(kept)} more with the method and seed of one of these: left out."
         )
-        for run in sorted(kept, key=lambda run: (methods.index(run.method), run.config.seed))
-    ]
-    plan = [one.sub for one in finished]
-    theirs = first.description["classes"] == 100 and "cifar100" in first.config.dataset
-    record = comparison.record(first.config, plan, finished, theirs, "", {})
-    more = len(runs) - len(kept)
-    notes = [f"{more} more with the method and seed of one here: left out."] if more else []
-    elsewhere = [str(run.folder) for run in kept if run.events[0]["event"] == "resume"]
+    elsewhere = [run.name for run in kept if run.began_elsewhere]
     if elsewhere:
         notes.append(
-            f"Begun from the checkpoint of another run, so that curves and cost lack their "
+            "Started from the checkpoint of another run, so their curves and costs lack the "
             f"beginning: {', '.join(elsewhere)}."
         )
-    return Section(
-        title=comparison_report.subject(record),
-        note=" ".join(notes),
-        table=comparison_report.comparison_table(record, "html"),
-        published=comparison_report.published_table(record, "html"),
-        accuracy=comparison_report.statistics_table(record, "top1", 100, "html"),
-        cost=comparison_report.cost_table(record, "html"),
-        pictures=pictures(kept, record, images),
-        runs=[
-            {
-                "folder": str(run.folder),
-                "method": run.method,
-                "seed": str(run.config.seed),
-                "command": run.description["command"],
-            }
-            for run in kept
-        ],
+    record = comparison_record(
+        runs[0].config,
+        sorted(kept, key=lambda run: (methods.index(run.method), run.config.seed)),
+        methods=methods,
+        seeds=list({run.config.seed for run in kept}),
+        cifar100=cifar100,
     )
+    return Section(
+        title=tables.subject(record),
+        notes=notes,
+        table=tables.comparison_table(record, "html"),
+        published=tables.published_table(record, "html"),
+        accuracy=tables.metric_table(record, "top1", 100, "html"),
+        cost=tables.cost_table(record, "html"),
+        figures=comparison_figures(kept, record, images),
+        runs=kept,
+    )
+
+
+def _recognise_cifar100(run: Run) -> tuple[bool, list[str]]:
+    """Return whether a run's images are CIFAR-100's, and a note if its class names are missing."""
+    for folder in run.peer_folders.values():
+        with contextlib.suppress(UsageError):  # damaged: the next peer has the same classes
+            return is_cifar100(read_peer(folder).classes), []
+    if run.description["classes"] != 100 or "cifar100" not in run.config.data.dataset:
+        return False, []
+    text = "There are no weights with class names: taken for CIFAR-100 by the data set's name."
+    return True, [text]

@@ -1,16 +1,13 @@
-"""What the paper asks of trained networks: flat minima, entropy, calibration, diversity.
+"""What the paper examines in trained networks: flat minima, entropy, calibration, diversity.
 
-Numbers of one finished run, kept beside it in analysis.json. Every draw is keyed, so that the same
-run gives the same numbers.
+The numbers of a run are kept in its folder, in analysis.json. Every draw is keyed, so the same run
+gives the same numbers again.
 
-Shape letters: K peers, N images, C classes.
+Shape letters: N images, S pixels per side, C classes.
 """
 
 import copy
 import functools
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,29 +15,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dml_accel.analysis.runs import Run
-from dml_accel.core.config import Config, UsageError
-from dml_accel.core.files import write_json
+from dml_accel.core.config import DataConfig
+from dml_accel.core.errors import UsageError
+from dml_accel.core.files import read_json, write_json
 from dml_accel.core.rng import generator
-from dml_accel.data import batches as data
 from dml_accel.data import sources
-from dml_accel.data.batches import ImageSet
-from dml_accel.models import peer_folder as frozen
-from dml_accel.mutual.metrics import ECE_BINS, finite
+from dml_accel.data.batches import ImageSet, prepare
+from dml_accel.models.peer_folder import load_network, read_peer
+from dml_accel.mutual.metrics import ECE_BINS, calibration_bin, finite
 
 FILE = "analysis.json"
-_FORMAT = 1
-_ROWS = 256
 NOISE = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05)  # standard deviations
-_DRAWS = 3
+_FORMAT = 1
+_BATCH_SIZE = 256
+_DRAWS = 3  # of the noise at each standard deviation
+_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+LabelledImages = tuple[Tensor, Tensor]  # images [N, 3, S, S], normalised, and labels [N]
 
 
-def analysis(run: Run, images: int) -> dict[str, Any]:
-    """Return the analysis of a run, from its folder where it holds the same.
+def analyse(run: Run, images: int) -> dict[str, Any]:
+    """Return the analysis of a run, from its folder if that holds one of as many images.
 
     Args:
-        run: a finished run, with the weights of its peers.
-        images: how many training and test images to use, at least where there are so many: what
-            the folder holds of more images is as good.
+        run: a finished run that has the weights of all peers.
+        images: how many training and test images to use at most.
 
     Returns:
         ``images``: how many of each split; ``peers``: {name: {``noise``: [{``sigma``,
@@ -53,46 +52,43 @@ def analysis(run: Run, images: int) -> dict[str, Any]:
         UsageError: a peer or the images cannot be read.
     """
     path = run.folder / FILE
-    for peer in run.description["peers"]:
-        if Path(peer["name"]).name != peer["name"]:
-            raise UsageError(f"{run.folder / 'config.json'}: {peer['name']!r} is no peer's name")
-    folders = {
-        peer["name"]: frozen.read(run.folder / "peers" / peer["name"])
-        for peer in run.description["peers"]
-    }
-    made_of = {name: folder.sha256 for name, folder in folders.items()}
+    folders = {name: read_peer(folder) for name, folder in run.peer_folders.items()}
+    weights = {name: folder.sha256 for name, folder in folders.items()}
     try:
-        known = json.loads(path.read_text())
-        same = (known["format"], known["sha256"]) == (_FORMAT, made_of)
-        if same and known["at_most"] >= images:
-            return dict(known)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there yet, or of something else: it is computed
-    found = {
-        "format": _FORMAT,
-        "at_most": images,
-        "sha256": made_of,
-        **_analyse({name: frozen.build(folder) for name, folder in folders.items()}, run, images),
-    }
+        saved = read_json(path)
+        is_same = (saved["format"], saved["sha256"]) == (_FORMAT, weights)
+        if is_same and saved["at_most"] >= images:
+            return saved
+    except (UsageError, KeyError, TypeError):
+        pass  # there is none, or it is of something else: it is computed again
+    nets = {name: load_network(folder) for name, folder in folders.items()}
+    found = {"format": _FORMAT, "at_most": images, "sha256": weights, **_analyse(nets, run, images)}
     write_json(path, found)
     return found
 
 
 def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any]:
-    config = run.config
-    prepared = data.prepare(_source(_named_images(config)), config, torch.device("cpu"))
-    if len(prepared.train) != run.description["images"]["train"]:
+    data, seed = run.config.data, run.config.seed
+    prepared = prepare(
+        _read_images(_without_subset(data)),
+        data,
+        seed=seed,
+        device=torch.device("cpu"),
+        dtype=torch.float64 if run.config.numerics.float64 else torch.float32,
+    )
+    recorded = run.description["images"]["train"]
+    if len(prepared.train) != recorded:
         raise UsageError(
-            f"{run.folder} was trained on {run.description['images']['train']} images; "
-            f"--dataset {config.dataset} has {len(prepared.train)} now"
+            f"{run.folder} was trained on {recorded} images, but --dataset {data.dataset} now has "
+            f"{len(prepared.train)}"
         )
-    train, test = (_some(split, images) for split in (prepared.train, prepared.test))
+    train, test = (_take(split, images) for split in (prepared.train, prepared.test))
     logits = {name: _logits(net, test[0]) for name, net in nets.items()}
     return {
         "images": {"train": len(train[1]), "test": len(test[1])},
         "peers": {
             name: {
-                "noise": [_noisy(net, name, sigma, train, test, config) for sigma in NOISE],
+                "noise": [_with_noise(net, (seed, name), sigma, train, test) for sigma in NOISE],
                 "entropy": _entropy(logits[name]),
                 "calibration": _calibration(logits[name], test[1]),
             }
@@ -104,19 +100,22 @@ def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any
     }
 
 
-def _named_images(config: Config) -> Config:
-    """Return the configuration with nothing but what names its images."""
+# ---------------------------------------------------------------- images
+
+
+def _without_subset(data: DataConfig) -> DataConfig:
+    """Return only what names the images of a data set, which the runs of a comparison share."""
     names = ("dataset", "image_column", "label_column", "train_split", "test_split", "image_size")
-    return Config(**{name: getattr(config, name) for name in names})
+    return DataConfig(**{name: getattr(data, name) for name in names})
 
 
-@functools.lru_cache(maxsize=1)  # runs of one comparison share their images
-def _source(config: Config) -> sources.Source:
-    return sources.read(config, quiet=True)
+@functools.lru_cache(maxsize=1)  # for the next run of the comparison
+def _read_images(data: DataConfig) -> sources.Source:
+    return sources.read(data, quiet=True)
 
 
-def _some(images: ImageSet, most: int) -> tuple[Tensor, Tensor]:
-    """Return images, not augmented, and labels, spread evenly over a split's stored order."""
+def _take(images: ImageSet, most: int) -> LabelledImages:
+    """Return images that are spread evenly over a split, not augmented, and have labels."""
     count = min(most, len(images))
     x, y = images.at(torch.arange(count) * len(images) // count)
     return x[y >= 0], y[y >= 0]
@@ -124,33 +123,39 @@ def _some(images: ImageSet, most: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _logits(net: nn.Module, x: Tensor) -> Tensor:
+    """Return logits [N, C] in double precision."""
     dtype = next(net.parameters()).dtype
-    return torch.cat([net(part.to(dtype)) for part in x.split(_ROWS)]).double()
+    return torch.cat([net(part.to(dtype)) for part in x.split(_BATCH_SIZE)]).double()
 
 
-def _noisy(
+# ---------------------------------------------------------------- numbers
+
+
+def _with_noise(
     net: nn.Module,
-    name: str,
+    key: tuple[int, str],
     sigma: float,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    config: Config,
+    train: LabelledImages,
+    test: LabelledImages,
 ) -> dict[str, Any]:
-    """Measure a network whose weights have Gaussian noise; running statistics stay."""
+    """Return mean losses and accuracy of a network whose weights have Gaussian noise.
+
+    The running statistics stay as they are.
+    """
     rows = []
     for draw in range(_DRAWS if sigma else 1):
         noisy = copy.deepcopy(net)
-        generate = generator("weight noise", config.seed, name, sigma, draw)
+        generate = generator("weight noise", *key, sigma, draw)
         with torch.no_grad():
             for weight in noisy.parameters():
-                drawn = torch.randn(weight.shape, generator=generate, dtype=weight.dtype)
-                weight.add_(drawn, alpha=sigma)
-        seen, unseen = _logits(noisy, train[0]), _logits(noisy, test[0])
+                noise = torch.randn(weight.shape, generator=generate, dtype=weight.dtype)
+                weight.add_(noise, alpha=sigma)
+        train_logits, test_logits = _logits(noisy, train[0]), _logits(noisy, test[0])
         rows.append(
             [
-                F.cross_entropy(seen, train[1]),
-                F.cross_entropy(unseen, test[1]),
-                (unseen.argmax(-1) == test[1]).double().mean(),
+                F.cross_entropy(train_logits, train[1]),
+                F.cross_entropy(test_logits, test[1]),
+                (test_logits.argmax(-1) == test[1]).double().mean(),
             ]
         )
     means = [finite(value) for value in torch.tensor(rows, dtype=torch.float64).mean(0).tolist()]
@@ -160,26 +165,25 @@ def _noisy(
 
 def _entropy(logits_NC: Tensor) -> dict[str, float | None]:
     log_p = F.log_softmax(logits_NC, -1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    marks = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
-    values = torch.quantile(entropy, marks).tolist()
-    named = {
-        f"q{round(100 * mark)}": finite(value)
-        for mark, value in zip(marks.tolist(), values, strict=True)
+    entropy_N = -(log_p.exp() * log_p).sum(-1)
+    values = torch.quantile(entropy_N, torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()
+    quantiles = {
+        f"q{round(100 * quantile)}": finite(value)
+        for quantile, value in zip(_QUANTILES, values, strict=True)
     }
-    return {"mean": finite(entropy.mean().item()), **named}
+    return {"mean": finite(entropy_N.mean().item()), **quantiles}
 
 
 def _calibration(logits_NC: Tensor, labels_N: Tensor) -> list[dict[str, float]]:
-    """Return confidence, accuracy and share of the images of each bin that has any."""
+    """Return mean confidence, accuracy and share of the images of each bin that is not empty."""
     confidence, predicted = F.softmax(logits_NC, -1).max(-1)
     hit = (predicted == labels_N).double()
-    bins = (confidence * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
-    found = []
+    bins = calibration_bin(confidence)
+    rows = []
     for place in range(ECE_BINS):
         inside = bins == place
         if inside.any():
-            found.append(
+            rows.append(
                 {
                     "bin": place,
                     "confidence": confidence[inside].mean().item(),
@@ -187,14 +191,9 @@ def _calibration(logits_NC: Tensor, labels_N: Tensor) -> list[dict[str, float]]:
                     "share": inside.double().mean().item(),
                 }
             )
-    return found
+    return rows
 
 
 def _disagreement(a: Tensor, b: Tensor) -> float:
+    """Return the share of images that two networks classify differently."""
     return (a.argmax(-1) != b.argmax(-1)).double().mean().item()
-
-
-def holds_weights(run: Run) -> bool:
-    """Whether the folder of a run has the weights of all of its peers."""
-    names: Sequence[str] = [peer["name"] for peer in run.description["peers"]]
-    return all((run.folder / "peers" / name / "model.safetensors").is_file() for name in names)

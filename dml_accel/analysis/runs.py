@@ -1,17 +1,20 @@
-"""Finished runs: found, grouped by what may be compared, followed over epochs."""
+"""Finished runs: found below folders, read, and grouped by what can be compared."""
 
+import contextlib
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis.intervals import Summary, summarise
-from dml_accel.analysis.methods import MAY_DIFFER, method_of
-from dml_accel.core.config import Config, UsageError
-from dml_accel.models import spec as cohort
-from dml_accel.training.saved import state_of
+from dml_accel.analysis.methods import BASELINE, MAY_DIFFER, method_of
+from dml_accel.core.config import Config
+from dml_accel.core.errors import UsageError
+from dml_accel.models.peer_folder import find_peers
+from dml_accel.models.spec import cohort_label, parse_cohort
+from dml_accel.training.run_folder import SavedRun
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,9 @@ class Run:
     """One finished run.
 
     Attributes:
-        folder: where it lies.
+        folder: its path.
+        name: of the folder, in tables.
+        method: how it was trained, as ``method_of`` or a comparison calls it.
         config: its configuration.
         description: the content of config.json.
         results: the content of results.json.
@@ -27,140 +32,144 @@ class Run:
     """
 
     folder: Path
+    name: str
+    method: str
     config: Config
     description: dict[str, Any]
     results: dict[str, Any]
     events: list[dict[str, Any]]
 
     @property
-    def method(self) -> str:
-        """What the comparison command calls the way it was trained."""
-        teachers = self.description.get("teachers", {}).get("frozen", {})
-        return method_of(self.config, len(self.nets), teachers)
-
-    @property
-    def cohort(self) -> str:
-        """Short name of its cohort."""
-        return cohort.label([peer["name"] for peer in self.description["peers"]])
+    def peers(self) -> list[str]:
+        """The names of its peers."""
+        return [peer["name"] for peer in self.description["peers"]]
 
     @property
     def nets(self) -> list[str]:
         """The network of each peer."""
-        return [peer["name"].rpartition("-")[0] for peer in self.description["peers"]]
+        return [name.rpartition("-")[0] for name in self.peers]
 
     @property
-    def ends_with(self) -> dict[str, Any]:
+    def cohort(self) -> str:
+        """A short name of its cohort."""
+        return cohort_label(self.peers)
+
+    @property
+    def peer_folders(self) -> dict[str, Path]:
+        """The folders of its peers, by name; without those whose weights are missing."""
+        with contextlib.suppress(UsageError):
+            folders = {path.name: path for path in find_peers(self.folder)}
+            return {name: folders[name] for name in self.peers if name in folders}
+        return {}
+
+    @property
+    def seconds(self) -> float:
+        """The time that it took, without pauses between an interruption and the resume."""
+        pairs = itertools.pairwise(self.events)
+        return sum(b["time"] - a["time"] for a, b in pairs if b["event"] != "resume")
+
+    @property
+    def training_seconds(self) -> float:
+        """The time of its optimizer steps."""
+        return sum(event["seconds"] for event in self.events if event["event"] == "step")
+
+    @property
+    def began_elsewhere(self) -> bool:
+        """Whether it began with the checkpoint of another run, whose records it does not have."""
+        return bool(self.events[0]["event"] == "resume")
+
+    @property
+    def last_metrics(self) -> dict[str, Any]:
         """The test metrics of its last evaluation."""
         return list(self.evaluations())[-1][1]
 
     def evaluations(self) -> Iterator[tuple[float, dict[str, Any]]]:
-        """Yield the epoch, counted from the start, and the test metrics of each evaluation."""
-        per_epoch = self.description["images"]["train"] // self.config.batch_size
+        """Yield the epoch, counted from 0 at the start, and the test metrics of each evaluation."""
+        per_epoch = self.description["images"]["train"] // self.config.optim.batch_size
         for event in self.events:
             if event["event"] == "eval":
                 yield event["step"] / per_epoch, event["test"]
 
 
-def find(paths: Sequence[Path]) -> list[Run]:
-    """Return the finished runs in or below some folders, in the order of their paths.
+def read_run(folder: Path, name: str | None = None, method: str | None = None) -> Run:
+    """Read a finished run.
+
+    Args:
+        folder: its path.
+        name: of the folder, in tables (default: its path).
+        method: what to call its method (default: as its configuration implies).
 
     Raises:
-        UsageError: a folder does not exist, there is no finished run, or one cannot be read.
+        UsageError: a file of the run cannot be read.
     """
-    found: dict[Path, Run] = {}
-    for path in paths:
-        if not path.is_dir():
-            raise UsageError(f"{path} is no folder; name one of runs")
-        for folder in sorted(file.parent for file in path.rglob("metrics.jsonl")):
-            if not (folder / "results.json").is_file():
-                print(f"left out: the run in {folder} is {state_of(folder)}", file=sys.stderr)
-            elif folder.resolve() not in found:
-                found[folder.resolve()] = _read(folder)
-    if not found:
-        raise UsageError(
-            f"there is no finished run in or below {', '.join(map(str, paths))}: one has "
-            "results.json beside metrics.jsonl"
-        )
-    return list(found.values())
-
-
-def _read(folder: Path) -> Run:
+    saved = SavedRun(folder)
     try:
-        description = json.loads((folder / "config.json").read_text())
-        return Run(
-            folder,
-            Config.from_dict(description["config"]),
-            description,
-            json.loads((folder / "results.json").read_text()),
-            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        description, config = saved.description, saved.config
+        teachers = description.get("teachers", {}).get("frozen", {})
+        implied = method_of(config, len(description["peers"]), teachers)
+        name = str(folder) if name is None else name
+        method = method or implied
+        return Run(folder, name, method, config, description, saved.results, saved.events)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"the run in {folder} cannot be read: {error}") from error
 
 
-def comparable(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs that differ in method and seed alone."""
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """Return the finished runs in or below some folders, in the order of their paths.
+
+    Raises:
+        UsageError: there is no finished run, or a run cannot be read.
+    """
+    runs: dict[Path, Run] = {}
+    for path in paths:
+        for folder in sorted(file.parent for file in path.rglob("metrics.jsonl")):
+            saved = SavedRun(folder)
+            if not saved.is_done:
+                print(f"skipped: the run in {folder} is {saved.state}", file=sys.stderr)
+            elif folder.resolve() not in runs:
+                runs[folder.resolve()] = read_run(folder)
+    if not runs:
+        raise UsageError(
+            f"there is no finished run in or below {', '.join(map(str, paths))}: it would have "
+            "results.json beside metrics.jsonl"
+        )
+    return list(runs.values())
+
+
+# ---------------------------------------------------------------- groups
+
+
+def group_comparable(runs: Sequence[Run]) -> list[list[Run]]:
+    """Group runs that differ only in method and seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps([sorted(nets_of(run)), recipe_of(run)]), []).append(run)
+        # The order of a cohort does not change its results.
+        groups.setdefault(json.dumps([sorted(networks_of(run)), recipe_of(run)]), []).append(run)
     return list(groups.values())
 
 
-def nets_of(run: Run) -> list[str]:
-    """Return the networks of a cohort with their arguments."""
-    specs = cohort.parse(run.config.cohort)
+def group_by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each method, independent training first."""
+    methods = sorted({run.method for run in runs}, key=lambda method: (method != BASELINE, method))
+    return {method: [run for run in runs if run.method == method] for method in methods}
+
+
+def networks_of(run: Run) -> list[str]:
+    """Return the network of each peer with its arguments and the weights that it started from."""
     return [
         f"{spec.arch}{sorted(spec.arguments.items())}"
         + ("" if spec.start is None else f" from {spec.start or 'the hub'}")
-        for spec in specs
+        for spec in parse_cohort(run.config.cohort)
     ]
 
 
 def recipe_of(run: Run) -> list[Any]:
-    """Return what runs of one comparison share beside their networks."""
+    """Return what comparable runs have in common beside their networks."""
     changed = run.config.differences(Config())
     recipe = {name: mine for name, (mine, _) in changed.items() if name not in MAY_DIFFER}
-    recipe["dataset"] = Path(run.config.dataset).name
+    recipe["dataset"] = Path(run.config.data.dataset).name  # the same set may lie elsewhere
     images = run.description["images"]
     return [sorted(recipe.items()), images["train"], images["test"]]
 
 
-def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each method, independent training first."""
-    methods = sorted({run.method for run in runs}, key=lambda m: (m != "independent", m))
-    return {method: [run for run in runs if run.method == method] for method in methods}
-
-
-Point = tuple[float, Summary]
-
-
-def over_epochs(
-    runs: Sequence[Run], value: Callable[[dict[str, Any]], float | None]
-) -> list[Point]:
-    """Return the mean and interval over seeds of a value of the test metrics, by epoch.
-
-    Epochs that not all runs were evaluated at are left out.
-    """
-    curves = [dict(run.evaluations()) for run in runs]
-    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    return [(epoch, summarise([value(curve[epoch]) for curve in curves])) for epoch in shared]
-
-
-def loss_over_epochs(runs: Sequence[Run], part: str) -> list[Point]:
-    """Return the mean and interval over seeds of a part of the training loss, by epoch."""
-    curves = []
-    for run in runs:
-        sums: dict[int, list[float]] = {}
-        for event in run.events:
-            if event["event"] == "step":
-                values = [peer[part] for peer in event["peers"].values() if peer[part] is not None]
-                if values:
-                    mean = sum(values) / len(values)
-                    weight, total = sums.get(event["epoch"], [0.0, 0.0])
-                    sums[event["epoch"]] = [
-                        weight + event["steps"],
-                        total + event["steps"] * mean,
-                    ]
-        curves.append({epoch + 1: total / weight for epoch, (weight, total) in sums.items()})
-    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    return [(epoch, summarise([curve[epoch] for curve in curves])) for epoch in shared]
+find = find_runs  # TEMPORARY: the name in cli.commands

@@ -1,96 +1,134 @@
-"""From finished runs to one record: every method over the same seeds, paired with independent.
+"""Statistics over seeds, from single numbers to the record of a comparison.
 
-The seed is the unit. Equal networks of one run are averaged first: they share their data, and
-under mutual learning each other, so they are no replicates.
+The seed is the unit of every mean, interval and test. Equal networks of one run are averaged first:
+they share their data and, with mutual learning, each other's predictions, so they are not
+independent replicates. Differences to independent training are paired by seed.
 """
 
-import itertools
-import json
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis.intervals import paired_difference, summarise
-from dml_accel.analysis.methods import BASELINE
-from dml_accel.analysis.published import CIFAR100_TRAINING_IMAGES, published
-from dml_accel.analysis.subruns import SubRun
+import scipy  # scipy.stats is imported when it is first used, because that takes a second
+
+from dml_accel.analysis.methods import BASELINE, CIFAR100_TRAINING_IMAGES, published_results
+from dml_accel.analysis.runs import Run
 from dml_accel.core.config import Config
 
 METRICS = ("top1", "top5", "nll", "ece")
-_NO_RECIPE = frozenset({"cohort", "dataset", "seed", "image_column", "label_column"})
 COLUMNS = ("method", "seed", "peer", "arch", *METRICS)
+_CONFIDENCE = 0.95
+_ROUNDING = 1e-12  # relative: by this much, differences that should be equal may differ
+_NOT_IN_RECIPE = frozenset({"cohort", "dataset", "seed", "image_column", "label_column"})
+
+Values = Mapping[int, float | None]  # by seed
+Curve = list[tuple[float, "Summary"]]
+
+
+# ---------------------------------------------------------------- one number per seed
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A sub-run that is done, with what its folder holds."""
+class Summary:
+    """A sample of one number per seed.
 
-    sub: SubRun
-    results: dict[str, Any]
-    description: dict[str, Any]
-    seconds: float
-    training_seconds: float
-    begun_elsewhere: bool
+    Attributes:
+        n: seeds.
+        mean: None without seeds, or if a seed's number is not finite.
+        sd: sample standard deviation (n - 1); None below two seeds.
+        low: lower end of the 95% t-interval of the mean; None below two seeds.
+        high: its upper end.
+    """
 
-    @property
-    def costs(self) -> dict[str, float | None]:
-        """Seconds, those of optimizer steps alone, images per second, mean top-1 a second.
-
-        None where a run begun from another's checkpoint does not know all of it.
-        """
-        peers = self.results["peers"]
-        top1 = sum(peer["test"]["top1"] for peer in peers) / len(peers)
-        taken = None if self.begun_elsewhere else self.training_seconds
-        return {
-            "seconds": None if self.begun_elsewhere else self.seconds,
-            "training_seconds": taken,
-            "images_per_second": self.results["throughput"]["images_per_second"],
-            "top1_per_training_second": top1 / taken if taken else None,
-        }
+    n: int
+    mean: float | None
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
-def read(root: Path, sub: SubRun) -> Finished:
-    """Read a finished sub-run below ``root``."""
-    folder = root / sub.folder
-    return finished(
-        sub,
-        json.loads((folder / "results.json").read_text()),
-        json.loads((folder / "config.json").read_text()),
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+@dataclass(frozen=True)
+class Difference(Summary):
+    """A paired difference.
+
+    Attributes:
+        p: of the two-sided paired t-test; None if the differences do not vary.
+    """
+
+    p: float | None = None
+
+
+def summarise(values: Sequence[float | None]) -> Summary:
+    """Summarise one value per seed; None stands for one that is not finite."""
+    finite = [value for value in values if value is not None]
+    if not finite or len(finite) < len(values):
+        return Summary(len(values), None)
+    mean = statistics.fmean(finite)
+    if len(finite) < 2:
+        return Summary(len(finite), mean)
+    sd = statistics.stdev(finite)
+    if sd <= _ROUNDING * max(map(abs, finite)):
+        return Summary(len(finite), mean, 0.0, mean, mean)
+    error = scipy.stats.sem(finite)
+    low, high = scipy.stats.t.interval(_CONFIDENCE, len(finite) - 1, loc=mean, scale=error)
+    return Summary(len(finite), mean, sd, float(low), float(high))
+
+
+def paired_difference(values: Values, baseline: Values) -> Difference:
+    """Summarise ``values`` minus ``baseline`` over the seeds that both have."""
+    seeds = sorted(values.keys() & baseline.keys())
+    pairs = [(values[seed], baseline[seed]) for seed in seeds]
+    summary = summarise([None if a is None or b is None else a - b for a, b in pairs])
+    p = float(scipy.stats.ttest_rel(*zip(*pairs, strict=True)).pvalue) if summary.sd else None
+    return Difference(**vars(summary), p=p)
+
+
+# ---------------------------------------------------------------- curves over epochs
+
+
+def metric_over_epochs(
+    runs: Sequence[Run], value: Callable[[dict[str, Any]], float | None]
+) -> Curve:
+    """Summarise a value of the test metrics over seeds, at each epoch that all runs evaluated."""
+    return _summarise_curves(
+        [{epoch: value(test) for epoch, test in run.evaluations()} for run in runs]
     )
 
 
-def finished(
-    sub: SubRun,
-    results: dict[str, Any],
-    description: dict[str, Any],
-    events: Sequence[dict[str, Any]],
-) -> Finished:
-    """Return a sub-run with the content of its results.json, config.json and metrics.jsonl."""
-    return Finished(
-        sub,
-        results,
-        description,
-        _seconds(events),
-        sum(event["seconds"] for event in events if event["event"] == "step"),
-        events[0]["event"] == "resume",
-    )
+def loss_over_epochs(runs: Sequence[Run], part: str) -> Curve:
+    """Summarise a part of the training loss, mean over peers, over seeds and by epoch."""
+    return _summarise_curves([_loss_by_epoch(run, part) for run in runs])
 
 
-def _seconds(events: Sequence[dict[str, Any]]) -> float:
-    """Return how long a run took, without the time between an interruption and its end."""
-    pairs = itertools.pairwise(events)
-    return sum(b["time"] - a["time"] for a, b in pairs if b["event"] != "resume")
+def _loss_by_epoch(run: Run, part: str) -> dict[float, float | None]:
+    totals: dict[int, tuple[float, float]] = {}  # optimizer steps, and the sum of their losses
+    for event in run.events:
+        if event["event"] != "step":
+            continue
+        losses = [peer[part] for peer in event["peers"].values() if peer[part] is not None]
+        if losses:
+            steps, total = totals.get(event["epoch"], (0.0, 0.0))
+            loss = event["steps"] * statistics.fmean(losses)
+            totals[event["epoch"]] = steps + event["steps"], total + loss
+    return {epoch + 1.0: total / steps for epoch, (steps, total) in totals.items()}
 
 
-def csv_rows(runs: Iterable[Finished]) -> list[dict[str, Any]]:
+def _summarise_curves(curves: Sequence[Mapping[float, float | None]]) -> Curve:
+    shared = sorted(set.intersection(*map(set, curves))) if curves else []
+    return [(epoch, summarise([curve[epoch] for curve in curves])) for epoch in shared]
+
+
+# ---------------------------------------------------------------- the record of a comparison
+
+
+def csv_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """Return one row per cohort, method, seed and peer; accuracy as a fraction, NLL in nats."""
     return [
         {
-            "cohort": run.sub.cohort,
-            "method": run.sub.method,
-            "seed": run.sub.seed,
+            "cohort": run.cohort,
+            "method": run.method,
+            "seed": run.config.seed,
             "peer": peer["name"],
             "arch": peer["arch"],
             **{metric: peer["test"][metric] for metric in METRICS},
@@ -100,70 +138,74 @@ def csv_rows(runs: Iterable[Finished]) -> list[dict[str, Any]]:
     ]
 
 
-def record(
+def comparison_record(
     config: Config,
-    plan: Sequence[SubRun],
-    runs: Sequence[Finished],
-    theirs: bool,
-    command: str,
-    failed: dict[str, str],
+    runs: Sequence[Run],
+    *,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    cifar100: bool,
+    missing: Sequence[str] = (),
+    failed: Mapping[str, str] | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Return the content of a comparison's results.json.
 
     Args:
-        config: what the sub-runs share; cohort, seed, folder and method differ.
-        plan: all sub-runs asked for.
+        config: what the runs share; cohort, seed, folder and method differ.
         runs: those that are finished.
-        theirs: whether the images are CIFAR-100's, for which others report values.
+        methods: all that are compared, in the order of the tables.
+        seeds: all that were asked for.
+        cifar100: whether the images are CIFAR-100's, for which there are published results.
+        missing: names of runs that are not finished.
+        failed: runs that ended without results, and why.
         command: the command line.
-        failed: why, for the sub-runs that ended without results.
     """
-    done = {run.sub.folder for run in runs}
-    methods = list(dict.fromkeys(sub.method for sub in plan))
+    changed = config.differences(Config())
     return {
         "format": 1,
-        "dataset": config.dataset,
-        "methods": methods,
-        "seeds": sorted({sub.seed for sub in plan}),
-        "scaled_down": _scaled_down(config, runs, theirs),
-        "recipe": {
-            name: value
-            for name, (value, _) in config.differences(Config()).items()
-            if name not in _NO_RECIPE
-        },
-        "missing": [sub.folder for sub in plan if sub.folder not in done | failed.keys()],
-        "failed": failed,
+        "dataset": config.data.dataset,
+        "methods": list(methods),
+        "seeds": sorted(seeds),
+        "scaled_down": _scaled_down(config, runs, cifar100),
+        "recipe": {n: value for n, (value, _) in changed.items() if n not in _NOT_IN_RECIPE},
+        "missing": list(missing),
+        "failed": dict(failed or {}),
         "cohorts": [
-            _cohort(cohort, methods, [run for run in runs if run.sub.cohort == cohort], theirs)
-            for cohort in dict.fromkeys(run.sub.cohort for run in runs)
+            _cohort_record([run for run in runs if run.cohort == cohort], methods, cifar100)
+            for cohort in dict.fromkeys(run.cohort for run in runs)
         ],
-        "runs": [_run(run) for run in runs],
+        "runs": [_run_record(run) for run in runs],
         "config": config.as_dict(),
         "command": command,
     }
 
 
-def _scaled_down(config: Config, runs: Sequence[Finished], theirs: bool) -> list[str]:
-    """Say in which ways less was done than in the paper."""
-    parts, paper = [], Config()
-    images = {run.description["images"]["train"] for run in runs}
-    if theirs and images and max(images) < CIFAR100_TRAINING_IMAGES:
-        parts.append(f"{max(images):,} of {CIFAR100_TRAINING_IMAGES:,} training images")
-    elif config.train_limit is not None:
-        parts.append(f"{config.train_limit:,} training images")
-    if config.max_steps is not None:
-        parts.append(f"{config.max_steps:,} optimizer steps")
-    if config.labelled_fraction < 1:
-        parts.append(f"labels of {100 * config.labelled_fraction:g}% of them")
-    if config.epochs < paper.epochs:
-        parts.append(f"{config.epochs} of {paper.epochs} epochs")
+def _scaled_down(config: Config, runs: Sequence[Run], cifar100: bool) -> list[str]:
+    """Return in words what is smaller than in the paper."""
+    data, optim, paper = config.data, config.optim, Config().optim
+    parts = []
+    images = max((run.description["images"]["train"] for run in runs), default=0)
+    if cifar100 and 0 < images < CIFAR100_TRAINING_IMAGES:
+        parts.append(f"{images:,} of {CIFAR100_TRAINING_IMAGES:,} training images")
+    elif data.train_limit is not None:
+        parts.append(f"{data.train_limit:,} training images")
+    if optim.max_steps is not None:
+        parts.append(f"{optim.max_steps:,} optimizer steps")
+    if data.labelled_fraction < 1:
+        parts.append(f"labels of {100 * data.labelled_fraction:g}% of them")
+    if optim.epochs < paper.epochs:
+        parts.append(f"{optim.epochs} of {paper.epochs} epochs")
     return parts
 
 
-def _run(run: Finished) -> dict[str, Any]:
+def _run_record(run: Run) -> dict[str, Any]:
     keys = ("ensemble", "agreement", "device", "mixed_precision", "world_size", "versions")
     return {
-        **{key: getattr(run.sub, key) for key in ("cohort", "method", "seed", "folder")},
+        "cohort": run.cohort,
+        "method": run.method,
+        "seed": run.config.seed,
+        "folder": run.name,
         **{key: run.results[key] for key in keys},
         "seconds": run.seconds,
         "images_per_second": run.results["throughput"]["images_per_second"],
@@ -172,40 +214,26 @@ def _run(run: Finished) -> dict[str, Any]:
     }
 
 
-def _cohort(
-    cohort: str, methods: Sequence[str], runs: Sequence[Finished], theirs: bool
-) -> dict[str, Any]:
-    by_method = {
-        method: {run.sub.seed: run for run in runs if run.sub.method == method}
-        for method in methods
-    }
+def _cohort_record(runs: Sequence[Run], methods: Sequence[str], cifar100: bool) -> dict[str, Any]:
+    """Summarise the runs of one cohort: each network, architecture, the cohort, the ensemble."""
+    by_method: dict[str, dict[int, Run]] = {method: {} for method in methods}
+    for run in runs:
+        by_method[run.method][run.config.seed] = run
     peers = [(peer["name"], peer["arch"]) for peer in runs[0].results["peers"]]
     nets = [name.rpartition("-")[0] for name, _ in peers]
-    groups: list[tuple[str, str, list[str]]] = [
-        *(
-            ("architecture", arch, [name for name, other in peers if other == arch])
-            for arch in dict.fromkeys(arch for _, arch in peers)
-        ),
-        *(("peer", name, [name]) for name, _ in peers),
-        ("cohort", "cohort mean", [name for name, _ in peers]),
-        ("ensemble", "ensemble", []),
-    ]
     return {
-        "cohort": cohort,
+        "cohort": runs[0].cohort,
         "peers": [{"name": name, "arch": arch} for name, arch in peers],
         "summaries": [
-            _summary(method, of, name, members, by_method)
-            for of, name, members in groups
+            _summary_record(method, of, name, members, by_method)
+            for of, name, members in _groups(peers)
             for method in methods
             if by_method[method]
         ],
         "cost": {
-            method: {
-                name: vars(summarise([run.costs[name] for run in found.values()]))
-                for name in next(iter(found.values())).costs
-            }
-            for method, found in by_method.items()
-            if found
+            method: _cost_record([*by_seed.values()])
+            for method, by_seed in by_method.items()
+            if by_seed
         },
         "published": [
             {
@@ -214,42 +242,78 @@ def _cohort(
                 "mutual": row.mutual,
                 "unchecked": sorted(row.unchecked),
             }
-            for row in (published(nets) if theirs else [])
+            for row in (published_results(nets) if cifar100 else [])
         ],
     }
 
 
-def _summary(
+def _groups(peers: Sequence[tuple[str, str]]) -> list[tuple[str, str, list[str]]]:
+    """Return what is summarised: its kind, its name and its peers; the ensemble has none."""
+    architectures = dict.fromkeys(arch for _, arch in peers)
+    return [
+        *(
+            ("architecture", arch, [n for n, other in peers if other == arch])
+            for arch in architectures
+        ),
+        *(("peer", name, [name]) for name, _ in peers),
+        ("cohort", "cohort mean", [name for name, _ in peers]),
+        ("ensemble", "ensemble", []),
+    ]
+
+
+def _summary_record(
     method: str,
     of: str,
     name: str,
     members: Sequence[str],
-    by_method: dict[str, dict[int, Finished]],
+    by_method: Mapping[str, Mapping[int, Run]],
 ) -> dict[str, Any]:
-    """Summarise one method for one network, group of networks or the ensemble."""
+    """Summarise one method for one of the groups."""
 
     def values(method: str, metric: str) -> dict[int, float | None]:
         runs = by_method.get(method, {})
-        return {seed: _value(run, members, metric) for seed, run in runs.items()}
+        return {seed: _mean_of_members(run, members, metric) for seed, run in runs.items()}
 
-    paired = method != BASELINE and by_method.get(BASELINE)
+    difference = None
+    if method != BASELINE and by_method.get(BASELINE):
+        difference = {
+            metric: vars(paired_difference(values(method, metric), values(BASELINE, metric)))
+            for metric in METRICS
+        }
     return {
         "method": method,
         "of": of,
         "name": name,
         **{metric: vars(summarise([*values(method, metric).values()])) for metric in METRICS},
-        "difference": {
-            metric: vars(paired_difference(values(method, metric), values(BASELINE, metric)))
-            for metric in METRICS
-        }
-        if paired
-        else None,
+        "difference": difference,
     }
 
 
-def _value(run: Finished, members: Sequence[str], metric: str) -> float | None:
-    """Return the mean of ``members`` in one run; the ensemble's value where there are none."""
+def _mean_of_members(run: Run, members: Sequence[str], metric: str) -> float | None:
+    """Return the mean over some peers of one run; the ensemble's value if there are none."""
     if not members:
-        return run.results["ensemble"][metric]
-    found = [peer["test"][metric] for peer in run.results["peers"] if peer["name"] in members]
-    return None if None in found else sum(found) / len(found)
+        value: float | None = run.results["ensemble"][metric]
+        return value
+    values = [peer["test"][metric] for peer in run.results["peers"] if peer["name"] in members]
+    return None if None in values else sum(values) / len(values)
+
+
+def _cost_record(runs: Sequence[Run]) -> dict[str, Any]:
+    costs = [_costs(run) for run in runs]
+    return {name: vars(summarise([cost[name] for cost in costs])) for name in costs[0]}
+
+
+def _costs(run: Run) -> dict[str, float | None]:
+    """Return seconds, seconds of optimizer steps, images per second and top-1 per second.
+
+    Times are None if the run began elsewhere, because its first part was not recorded here.
+    """
+    peers = run.results["peers"]
+    top1 = sum(peer["test"]["top1"] for peer in peers) / len(peers)
+    training = None if run.began_elsewhere else run.training_seconds
+    return {
+        "seconds": None if run.began_elsewhere else run.seconds,
+        "training_seconds": training,
+        "images_per_second": run.results["throughput"]["images_per_second"],
+        "top1_per_training_second": top1 / training if training else None,
+    }

@@ -1,138 +1,106 @@
-"""What a comparison has to say: results.md and the table on the screen."""
+"""A comparison in tables and words: results.md, the screen and the report.
+
+Every function takes the record that ``statistics.comparison_record`` returns, which is the content
+of the comparison's results.json.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-from dml_accel.analysis.methods import METHODS
+from dml_accel.analysis.methods import BASELINE, METHODS
 from dml_accel.core.tables import percent, table
-from dml_accel.models.model_card import without_place
+from dml_accel.models.model_card import public_name
+
+ABOUT_DIFFERENCES = """\
+Top-1 accuracy in %, mean over seeds, after the last epoch. Differences are paired: same seed,
+initial weights, data order and augmentation; in brackets the 95% t-interval and the p-value of the
+paired t-test over seeds. Equal networks of a run are averaged first. The p-values are not corrected
+for multiple comparisons."""
 
 
 def comparison_markdown(record: dict[str, Any], plot: str) -> str:
-    """Return results.md of a comparison: the paper's layout, every number's interval, the runs.
+    """Return results.md: the paper's layout, every number with its interval, all runs.
 
     Args:
-        record: the content of its results.json.
-        plot: file name of the picture of differences.
+        record: of the comparison.
+        plot: file name of the figure of differences.
     """
+    published = published_table(record)
     parts = [
         f"# {comparison_title(record)}",
         comparison_table(record, "github"),
-        DIFFERENCES_ARE,
-        *_published(record),
-        f"![Differences to independent training with their 95% intervals]({plot})",
+        ABOUT_DIFFERENCES,
+        *(["## Published results", *published] if published else []),
+        f"![Differences to independent training with 95% intervals]({plot})",
         "## Top-1 accuracy, %",
-        statistics_table(record, "top1", 100),
+        metric_table(record, "top1", 100),
         "## Negative log-likelihood, nats",
-        statistics_table(record, "nll", 1),
+        metric_table(record, "nll", 1),
         "## Cost",
         cost_table(record),
-        "## How it was made",
-        _origin(record),
+        "## How to reproduce it",
+        _reproduction(record),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def comparison_title(record: dict[str, Any]) -> str:
-    """Return one line: methods, networks, images, and what was scaled down."""
+    """Return one line: methods, networks, data set, and what was scaled down."""
     title = f"{' against '.join(record['methods'])}: {subject(record)}"
     return title[:1].upper() + title[1:]
 
 
 def subject(record: dict[str, Any]) -> str:
-    """Return one line: networks, images, and what was scaled down."""
+    """Return one line: networks, data set, and what was scaled down."""
     cohorts = ", ".join(" + ".join(_nets(cohort)) for cohort in record["cohorts"])
-    where = without_place(record["dataset"])
     smaller = ", ".join(record["scaled_down"])
-    title = f"{cohorts or 'nothing finished'} on {where}"
+    title = f"{cohorts or 'no finished run'} on {public_name(record['dataset'])}"
     return title + (f" (scaled down: {smaller})" if smaller else "")
 
 
-DIFFERENCES_ARE = (
-    "Top-1 in %, mean over seeds, last epoch. Differences are paired: same seed, initial weights, "
-    "data order and\naugmentation; in brackets the 95% t-interval and the p-value of the paired "
-    "t-test, with the seed as the\nunit. Equal networks of a run are averaged first. p-values are "
-    "not corrected for the number of rows."
-)
+# ---------------------------------------------------------------- tables
 
 
 def comparison_table(record: dict[str, Any], style: str = "simple") -> str:
     """Return one row per cohort in the layout of the paper's Table 2."""
-    cohorts = record["cohorts"]
-    widest = max((len(cohort["peers"]) for cohort in cohorts), default=0)
-    others = [method for method in record["methods"] if method != "independent"]
+    others = [method for method in record["methods"] if method != BASELINE]
+    widest = max((len(cohort["peers"]) for cohort in record["cohorts"]), default=0)
     headers = [f"Net {index + 1}" for index in range(widest)] + ["n"]
     headers += [_title(method) for method in record["methods"]]
-    headers += [f"{_title(method)} - Ind." for method in others]
+    headers += [f"{_title(method)} - {METHODS[BASELINE].title}" for method in others]
     rows = []
-    for cohort in cohorts:
-        found = {(s["method"], s["of"], s["name"]): s for s in cohort["summaries"]}
-        nets = _nets(cohort)
-        row = nets + [""] * (widest - len(nets))
+    for cohort in record["cohorts"]:
+        nets, peers = _nets(cohort), cohort["peers"]
+        summaries = {(s["method"], s["of"], s["name"]): s for s in cohort["summaries"]}
         counts = {s["method"]: str(s["top1"]["n"]) for s in cohort["summaries"]}
-        row.append(" / ".join(dict.fromkeys(counts.values())))
+        row = [*nets, *[""] * (widest - len(nets)), " / ".join(dict.fromkeys(counts.values()))]
         for method in record["methods"]:
-            keys = [(method, "peer", peer["name"]) for peer in cohort["peers"]]
-            row.append(" / ".join(_mean(found.get(key), "top1", 100) for key in keys))
+            one_each = [summaries.get((method, "peer", peer["name"])) for peer in peers]
+            row.append(" / ".join(_mean(summary, "top1", 100) for summary in one_each))
         for method in others:
-            architectures = dict.fromkeys(peer["arch"] for peer in cohort["peers"])
-            summaries = [found.get((method, "architecture", arch)) for arch in architectures]
-            row.append(" / ".join(_difference(s, "top1", 100) for s in summaries))
+            archs = dict.fromkeys(peer["arch"] for peer in peers)
+            one_each = [summaries.get((method, "architecture", arch)) for arch in archs]
+            row.append(" / ".join(_difference(summary, "top1", 100) for summary in one_each))
         rows.append(row)
     return table(rows, headers, style, left=widest)
 
 
-def _title(method: str) -> str:
-    name, comma, unusual = method.partition(",")
-    return (METHODS[name].title if name in METHODS else name) + comma + unusual
+def metric_table(record: dict[str, Any], metric: str, scale: float, style: str = "github") -> str:
+    """Return one row per network and method: mean, deviation, interval and difference.
 
-
-def _nets(cohort: dict[str, Any]) -> list[str]:
-    return [peer["name"].rpartition("-")[0] for peer in cohort["peers"]]
-
-
-def _mean(summary: dict[str, Any] | None, metric: str, scale: float) -> str:
-    mean = summary[metric]["mean"] if summary else None
-    return "-" if mean is None else f"{scale * mean:.{_digits(scale)}f}"
-
-
-def _digits(scale: float) -> int:
-    return 2 if scale == 100 else 3
-
-
-def _interval(numbers: dict[str, Any], scale: float, sign: str = "") -> str:
-    if numbers["low"] is None:
-        return "no interval"
-    digits = _digits(scale)
-    return (
-        f"{scale * numbers['low']:{sign}.{digits}f} to {scale * numbers['high']:{sign}.{digits}f}"
-    )
-
-
-def _difference(summary: dict[str, Any] | None, metric: str, scale: float) -> str:
-    numbers = summary["difference"][metric] if summary and summary["difference"] else None
-    if numbers is None or numbers["mean"] is None:
-        return "-"
-    p = "" if numbers["p"] is None else f"; p = {_p(numbers['p'])}"
-    mean = f"{scale * numbers['mean']:+.{_digits(scale)}f}"
-    return f"{mean} ({_interval(numbers, scale, '+')}{p})"
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
-
-
-def statistics_table(
-    record: dict[str, Any], metric: str, scale: float, style: str = "github"
-) -> str:
-    """Return mean, deviation, interval and difference of a metric, a row per network and method."""
-    headers = ("cohort", "what", "method", "n", "mean", "sd", "95% interval", "minus independent")
+    Args:
+        record: of the comparison.
+        metric: its key in the record.
+        scale: factor from the record's unit to the table's.
+        style: of tabulate.
+    """
+    headers = ("cohort", "what", "method", "n", "mean", "sd", "95% interval", f"minus {BASELINE}")
     rows = []
     for cohort in record["cohorts"]:
         nets = _nets(cohort)
         for summary in cohort["summaries"]:
             if summary["of"] == "peer" and nets.count(summary["name"].rpartition("-")[0]) == 1:
-                continue  # its architecture has the same numbers
+                continue  # the row of its architecture has the same numbers
             numbers = summary[metric]
             sd = numbers["sd"]
             rows.append(
@@ -150,99 +118,128 @@ def statistics_table(
     return table(rows, headers, style, left=3)
 
 
-def _what(summary: dict[str, Any]) -> str:
-    """Return what a row is about; an ensemble of networks that learned alone has a name."""
-    deep = summary["of"] == "ensemble" and summary["method"] == "independent"
-    return "deep ensemble" if deep else str(summary["name"])
-
-
 def cost_table(record: dict[str, Any], style: str = "github") -> str:
-    """Return what each method costs: seconds, speed, accuracy for the time of its steps."""
-    headers = ("cohort", "method", "s a run", "s of steps", "images/s", "top-1 % a 1,000 s")
+    """Return what each method costs: time, speed, and accuracy per time of optimizer steps."""
+    headers = ("cohort", "method", "s per run", "s in steps", "images per s", "top-1 % per 1,000 s")
 
-    def cell(cost: dict[str, Any], name: str, scale: float = 1.0) -> str:
+    def cell(cost: dict[str, Any], name: str) -> str:
         mean = cost[name]["mean"]
-        return "-" if mean is None else f"{scale * mean:.3g}" if scale != 1 else f"{mean:.0f}"
+        return "-" if mean is None else f"{mean:.0f}"
 
+    def accuracy(cost: dict[str, Any]) -> str:
+        mean = cost["top1_per_training_second"]["mean"]
+        return "-" if mean is None else f"{1e5 * mean:.3g}"
+
+    times = ("seconds", "training_seconds", "images_per_second")
     rows = [
-        [
-            cohort["cohort"],
-            method,
-            cell(cost, "seconds"),
-            cell(cost, "training_seconds"),
-            cell(cost, "images_per_second"),
-            cell(cost, "top1_per_training_second", 1e5),
-        ]
+        [cohort["cohort"], method, *(cell(cost, name) for name in times), accuracy(cost)]
         for cohort in record["cohorts"]
         for method, cost in cohort["cost"].items()
     ]
     return table(rows, headers, style, left=2)
 
 
-def _published(record: dict[str, Any]) -> list[str]:
-    found = published_table(record)
-    return ["## Beside what others report", *found] if found else []
-
-
 def published_table(record: dict[str, Any], style: str = "github") -> list[str]:
-    """Return what others report for the same networks, ours beside it, and what to know of it.
-
-    Empty where nobody reports any.
-    """
+    """Return a table of published results beside ours, and a note; empty if there are none."""
     rows = []
     for cohort in record["cohorts"]:
-        found = {(s["method"], s["name"]): s for s in cohort["summaries"]}
+        summaries = {(s["method"], s["name"]): s for s in cohort["summaries"]}
         names = [peer["name"] for peer in cohort["peers"]]
         for row in cohort["published"]:
             cells = []
-            for method in ("independent", "mutual"):
-                ours = [_mean(found.get((method, name)), "top1", 100) for name in names]
-                theirs = [_quoted(value, row["unchecked"]) for value in row[method]]
-                cells += [" / ".join(theirs), " / ".join(ours)]
+            for method in (BASELINE, "mutual"):
+                ours = [_mean(summaries.get((method, name)), "top1", 100) for name in names]
+                cells += [" / ".join(_published(row, method)), " / ".join(ours)]
             rows.append([" + ".join(_nets(cohort)), row["source"], *cells])
     if not rows:
         return []
-    headers = ("networks", "source", "their Ind.", "our Ind.", "their DML", "our DML")
-    smaller = (
-        f" Ours are scaled down ({', '.join(record['scaled_down'])}) and not comparable."
-        if record["scaled_down"]
-        else ""
-    )
-    return [
-        table(rows, headers, style, left=2),
-        f"Theirs: 200 epochs on the 50,000 images of CIFAR-100.{smaller} A value marked ? "
-        "could not be\ncompared with the text of its source.",
-    ]
+    headers = ("networks", "source", "Ind., published", "Ind., ours", "DML, published", "DML, ours")
+    scaled_down = ", ".join(record["scaled_down"])
+    note = "Published: 200 epochs on the 50,000 training images of CIFAR-100."
+    if scaled_down:
+        note += f" Ours are scaled down ({scaled_down}) and not comparable."
+    note += " Values marked ? could not be\ncompared with the text of their source."
+    return [table(rows, headers, style, left=2), note]
 
 
-def _quoted(value: float, unchecked: Sequence[float]) -> str:
-    return f"{value:.2f}" + ("?" if value in unchecked else "")
+# ---------------------------------------------------------------- cells
 
 
-def _origin(record: dict[str, Any]) -> str:
+def _title(method: str) -> str:
+    name, comma, unusual = method.partition(",")
+    return (METHODS[name].title if name in METHODS else name) + comma + unusual
+
+
+def _nets(cohort: dict[str, Any]) -> list[str]:
+    return [peer["name"].rpartition("-")[0] for peer in cohort["peers"]]
+
+
+def _what(summary: dict[str, Any]) -> str:
+    """Return what a row summarises; an ensemble of independent networks has a name."""
+    deep = summary["of"] == "ensemble" and summary["method"] == BASELINE
+    return "deep ensemble" if deep else str(summary["name"])
+
+
+def _digits(scale: float) -> int:
+    return 2 if scale == 100 else 3
+
+
+def _mean(summary: dict[str, Any] | None, metric: str, scale: float) -> str:
+    mean = summary[metric]["mean"] if summary else None
+    return "-" if mean is None else f"{scale * mean:.{_digits(scale)}f}"
+
+
+def _interval(numbers: dict[str, Any], scale: float, sign: str = "") -> str:
+    if numbers["low"] is None:
+        return "no interval"
+    low, high = (f"{scale * numbers[end]:{sign}.{_digits(scale)}f}" for end in ("low", "high"))
+    return f"{low} to {high}"
+
+
+def _difference(summary: dict[str, Any] | None, metric: str, scale: float) -> str:
+    numbers = summary["difference"][metric] if summary and summary["difference"] else None
+    if numbers is None or numbers["mean"] is None:
+        return "-"
+    p = "" if numbers["p"] is None else f"; p = {_p_value(numbers['p'])}"
+    mean = f"{scale * numbers['mean']:+.{_digits(scale)}f}"
+    return f"{mean} ({_interval(numbers, scale, '+')}{p})"
+
+
+def _p_value(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _published(row: dict[str, Any], method: str) -> list[str]:
+    return [f"{value:.2f}" + "?" * (value in row["unchecked"]) for value in row[method]]
+
+
+# ---------------------------------------------------------------- reproduction
+
+
+def _reproduction(record: dict[str, Any]) -> str:
+    runs: Sequence[dict[str, Any]] = record["runs"]
     recipe = ", ".join(f"{name} {value}" for name, value in record["recipe"].items())
-    commits = {run["commit"] for run in record["runs"]}
-    where = {
+    machines = {
         (run["device"], run["world_size"], run["mixed_precision"], *run["versions"].items())
-        for run in record["runs"]
+        for run in runs
     }
     lines = [
         f"- Command: `{record['command']}`",
-        f"- Seeds {', '.join(map(str, record['seeds']))}; recipe of the paper"
-        + (f", but {recipe}" if recipe else ""),
+        f"- Seeds {', '.join(map(str, record['seeds']))}; the paper's recipe"
+        + (f", except for {recipe}" if recipe else ""),
         *(
             f"- {world} process(es) on {device}, precision {precision}; "
-            + ", ".join(f"{k} {v}" for k, v in versions)
-            for device, world, precision, *versions in sorted(where)
+            + ", ".join(f"{package} {version}" for package, version in versions)
+            for device, world, precision, *versions in sorted(machines)
         ),
-        f"- Commits: {', '.join(sorted(str(commit) for commit in commits))}",
+        f"- Commits: {', '.join(sorted({str(run['commit']) for run in runs}))}",
     ]
     if record["missing"]:
         lines.append(f"- Not finished yet: {', '.join(record['missing'])}")
     lines += [f"- Failed: {folder}: {reason}" for folder, reason in record["failed"].items()]
     rows = [
         [f"`{run['folder']}`", percent(run["ensemble"]["top1"]), f"{run['seconds']:.0f}"]
-        for run in record["runs"]
+        for run in runs
     ]
-    runs = table(rows, ("run folder", "ensemble top-1 %", "seconds"), "github", left=1)
-    return "\n".join(lines) + "\n\n" + runs
+    headers = ("run folder", "ensemble top-1 %", "s")
+    return "\n".join(lines) + "\n\n" + table(rows, headers, "github", left=1)

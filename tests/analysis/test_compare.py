@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import random
 import shutil
 import signal
@@ -18,16 +17,23 @@ from scipy import stats
 
 from dml_accel import cli
 from dml_accel.analysis import compare, plots
-from dml_accel.analysis import statistics as comparison
-from dml_accel.analysis import tables as comparison_report
-from dml_accel.analysis.published import published
-from dml_accel.analysis.subruns import PRESETS, Preset
+from dml_accel.analysis.methods import PRESETS, Preset
+from dml_accel.analysis.tables import comparison_title
 from dml_accel.core.config import Config
 from dml_accel.data import sources
-from tests.conftest import assert_same_state
-from tests.test_launchers import BIN, ROOT, environment, run
+from tests.helpers import (
+    BIN,
+    DIGITS,
+    ROOT,
+    assert_same_state,
+    environment,
+    events,
+    load,
+    run_program,
+    train,
+)
 
-TINY = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --max-steps 6 --cpu".split()
+TINY = [*DIGITS, "--max-steps", "6"]
 COHORT = ("--cohort", "resnet8*2", "wrn_16_2")
 SEEDS = (3, 4, 5)
 
@@ -45,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
+    return load(folder / "results.json")
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -79,8 +85,8 @@ def per_seed(folder: Path, method: str, peers: set[str], metric: str) -> list[fl
 
 def test_every_sub_run_is_an_ordinary_run(finished: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
-    words = [*TINY, *COHORT, "--seed", "4", "--kl-weight", "0", "--output-dir", str(alone)]
-    assert cli.main(["train", *words]) == 0
+    words = [*TINY, *COHORT, "--seed", "4", "--kl-weight", "0"]
+    assert train(alone, *words) == 0
     inside = finished / "independent" / "seed-4"
     assert {p.name for p in inside.iterdir()} == {p.name for p in alone.iterdir()}
     for peer in ("resnet8-0", "resnet8-1", "wrn_16_2-0"):
@@ -88,15 +94,14 @@ def test_every_sub_run_is_an_ordinary_run(finished: Path, tmp_path: Path) -> Non
             load_file(path / "peers" / peer / "model.safetensors") for path in (inside, alone)
         ]
         assert_same_state(*states)
-    saved = json.loads((inside / "config.json").read_text())
-    assert Config.from_dict(saved["config"]).kl_weight == 0
+    saved = load(inside / "config.json")
+    assert Config(**saved["config"]).method.kl_weight == 0
     assert saved["command"].startswith("python ")
 
 
 def test_methods_start_from_the_same_weights_and_images(finished: Path) -> None:
     def first_step(method: str, seed: int) -> dict:
-        lines = (finished / method / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
-        return json.loads(lines[1])["peers"]
+        return events(finished / method / f"seed-{seed}")[1]["peers"]
 
     for seed in SEEDS:
         independent, mutual = first_step("independent", seed), first_step("mutual", seed)
@@ -111,7 +116,7 @@ def test_a_second_time_nothing_is_trained(
 ) -> None:
     folder = tmp_path / "again"
     shutil.copytree(finished, folder)
-    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(compare, "run_one", lambda *_, **__: pytest.fail("trained again"))
     assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3") == 0
     assert (folder / "results.csv").read_text() == (finished / "results.csv").read_text()
 
@@ -156,16 +161,15 @@ def test_killed_three_times_at_random_it_ends_with_the_same_table(
 def test_two_processes_share_every_run(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
     words = [*TINY, *COHORT, "--seeds", "1", "--seed", "3", "--output-dir", folder]
-    done = run(BIN / "torchrun", "--nproc_per_node", "2", "-m", "dml_accel", "compare", *words)
+    done = run_program(
+        BIN / "torchrun", "--nproc_per_node", "2", "-m", "dml_accel", "compare", *words
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("tables and plot:") == 1  # rank 0 speaks
+    assert done.stdout.count("tables and plot:") == 1  # rank 0 prints
     found = record(folder)
     assert [one["world_size"] for one in found["runs"]] == [2, 2]
     for method in ("independent", "mutual"):
-        lines = [
-            json.loads((root / method / "seed-3" / "metrics.jsonl").read_text().splitlines()[1])
-            for root in (finished, folder)
-        ]
+        lines = [events(root / method / "seed-3")[1] for root in (finished, folder)]
         one, two = (line["peers"]["wrn_16_2-0"]["loss"] for line in lines)
         assert one == pytest.approx(two, rel=1e-4)  # law 2 on the first step, single precision
 
@@ -188,7 +192,7 @@ def test_summaries_equal_scipys_on_the_raw_numbers(
 ) -> None:
     alone, mutual = (per_seed(finished, m, peers, metric) for m in ("independent", "mutual"))
     found = summary(record(finished), "mutual", name)
-    assert found[metric]["n"] == 3  # seeds; equal peers of a run are no replicates
+    assert found[metric]["n"] == 3  # seeds; equal peers of a run are not replicates
     assert found[metric]["mean"] == pytest.approx(sum(mutual) / 3, rel=1e-9)
     theirs = stats.ttest_rel(mutual, alone)
     interval = theirs.confidence_interval(0.95)
@@ -215,7 +219,7 @@ def test_the_table_of_raw_numbers(finished: Path) -> None:
     assert len(table) == 2 * 3 * 3
     for row in table:
         folder = finished / row["method"] / f"seed-{row['seed']}"
-        peers = json.loads((folder / "results.json").read_text())["peers"]
+        peers = record(folder)["peers"]
         (peer,) = (peer for peer in peers if peer["name"] == row["peer"])
         assert row["arch"] == peer["arch"]
         for metric in ("top1", "top5", "nll", "ece"):
@@ -228,7 +232,7 @@ def test_every_number_can_be_traced_to_its_run(finished: Path) -> None:
         f"{method}/seed-{seed}" for seed in SEEDS for method in ("independent", "mutual")
     ]
     for one in found["runs"]:
-        config = json.loads((finished / one["folder"] / "config.json").read_text())
+        config = load(finished / one["folder"] / "config.json")
         assert one["commit"] == config["commit"] and one["versions"] == config["versions"]
         assert one["seconds"] > 0 and one["images_per_second"] > 0
 
@@ -242,7 +246,7 @@ def test_the_document_names_what_was_scaled_down(finished: Path) -> None:
     )
     assert "| Net 1   | Net 2   | Net 3    |   n |" in text and "DML - Ind." in text
     assert "| resnet8x2-wrn_16_2 | ensemble       | mutual      |   3 |" in text
-    assert "Beside what others report" not in text  # theirs is another data set
+    assert "Published results" not in text  # those are of another data set
     assert "`mutual/seed-5`" in text
 
 
@@ -287,31 +291,17 @@ def test_a_preset_of_several_cohorts_has_a_folder_for_each(
     table = rows(folder)
     assert [*table[0]][:3] == ["cohort", "method", "seed"]
     assert {row["cohort"] for row in table} == {"resnet8x2", "wrn_16_2-resnet8"}
-    config = json.loads((folder / "resnet8x2/mutual/seed-0/config.json").read_text())["config"]
-    assert (config["max_steps"], config["batch_size"]) == (2, 8)  # flags that are given win
-
-
-def test_the_papers_preset_is_the_papers_recipe() -> None:
-    preset = PRESETS["paper-table2"]
-    assert preset.changes == {} and len(preset.cohorts) == 6
-    paper = Config()
-    assert (paper.epochs, paper.batch_size, paper.lr, paper.lr_step) == (200, 64, 0.1, 60)
-    assert ("wrn_28_10", "resnet32") in preset.cohorts
-
-
-def test_published_values_stand_in_our_order() -> None:
-    paper, reference = published(["resnet32", "wrn_28_10"])
-    assert (paper.independent, paper.mutual) == ((68.99, 78.69), (70.73, 78.96))
-    assert paper.unchecked == {70.73, 78.96}
-    assert (reference.independent, reference.mutual) == ((70.97, 79.93), (72.55, 80.09))
-    assert published(["resnet32", "resnet20"]) == []
-    assert [row.source for row in published(["mobilenet", "mobilenet"])] == ["paper"]
+    config = load(folder / "resnet8x2/mutual/seed-0/config.json")["config"]
+    assert (config["max_steps"], config["batch_size"]) == (
+        2,
+        8,
+    )  # flags that are given override the preset
 
 
 def test_published_values_are_beside_ours_on_cifar100(
     real_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = sources.read(Config(dataset=str(real_images)))
+    whole = sources.read(Config(dataset=str(real_images)).data)
     few = dataclasses.replace(whole, test=whole.test.select(torch.arange(50)))
     monkeypatch.setattr(compare.sources, "read", lambda *_, **__: few)
     words = ["--dataset", str(real_images), "--cohort", "resnet32*2", "--max-steps", "1"]
@@ -335,7 +325,7 @@ def test_published_values_are_beside_ours_on_cifar100(
         (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
         (["--preset", "paper"], "invalid choice: 'paper'"),
-        (["--cohort", "resnet33"], "there is no net 'resnet33'"),
+        (["--cohort", "resnet33"], "unknown net 'resnet33'"),
         (["--train-limit", "5000"], "--train-limit 5000 is more than the 1437 training images"),
     ],
 )
@@ -353,8 +343,11 @@ def test_runs_of_another_configuration_are_not_mixed_in(
     before = (finished / "results.json").read_text()
     assert compared(finished, *COHORT, "--seeds", "3", "--seed", "3", "--momentum", "0.5") == 2
     error = capsys.readouterr().err
-    assert "independent/seed-3 was made with momentum 0.9 and not 0.5" in error
-    assert "name another --output-dir" in error and error.count("\n") == 1
+    assert "independent/seed-3 was started with --momentum 0.9, but this command says" in error
+    assert (
+        "--momentum 0.5: use the same flags or a new --output-dir" in error
+        and error.count("\n") == 1
+    )
     assert (finished / "results.json").read_text() == before
 
 
@@ -362,7 +355,7 @@ def test_the_folder_of_a_single_run_is_not_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "single"
-    assert cli.main(["train", *TINY, "--cohort", "resnet8", "--output-dir", str(folder)]) == 0
+    assert train(folder, *TINY, "--cohort", "resnet8") == 0
     assert compared(folder, "--cohort", "resnet8") == 2
     assert "holds a single run (config.json); name another folder" in capsys.readouterr().err
 
@@ -389,7 +382,7 @@ def test_a_run_with_results_is_kept_whatever_its_status_says(
     folder = tmp_path / "copied"
     shutil.copytree(finished, folder)
     (folder / "mutual" / "seed-3" / "status.json").unlink()
-    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(compare, "run_one", lambda *_, **__: pytest.fail("trained again"))
     assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3") == 0
 
 
@@ -400,7 +393,10 @@ def test_an_unfinished_run_of_another_configuration_is_not_cleared_away(
     shutil.copytree(finished, folder)
     (folder / "mutual" / "seed-3" / "results.json").unlink()
     assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3", "--batch-size", "9") == 2
-    assert "batch_size 8 and not 9" in capsys.readouterr().err
+    assert (
+        "started with --batch-size 8, but this command says --batch-size 9"
+        in capsys.readouterr().err
+    )
     assert (folder / "mutual" / "seed-3" / "peers" / "resnet8-0").exists()
 
 
@@ -409,11 +405,14 @@ def test_runs_of_another_precision_are_not_mixed_in(
 ) -> None:
     words = [*COHORT, "--seeds", "3", "--seed", "3", "--mixed-precision", "bf16"]
     assert compared(finished, *words) == 2
-    assert "was made with mixed_precision no and not bf16" in capsys.readouterr().err
+    assert (
+        "--mixed-precision no, but this command says --mixed-precision bf16"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("patience", ["2", "99"])  # noticed on the way, or at the end
-def test_a_run_that_diverges_does_not_hold_up_the_others(
+def test_a_run_that_diverges_does_not_prevent_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], patience: str
 ) -> None:
     words = ["--cohort", "resnet8*2", "--seeds", "1", "--lr", "1e30", "--max-nonfinite", patience]
@@ -429,7 +428,7 @@ def test_a_run_that_diverges_does_not_hold_up_the_others(
 
 def test_a_missing_run_is_named() -> None:
     record = {"methods": ["mutual"], "cohorts": [], "dataset": "digits", "scaled_down": []}
-    assert comparison_report.comparison_title(record) == "Mutual: nothing finished on digits"
+    assert comparison_title(record) == "Mutual: no finished run on digits"
 
 
 # ---------------------------------------------------------------- the whole family
@@ -437,8 +436,7 @@ def test_a_missing_run_is_named() -> None:
 
 def test_every_method_is_a_folder_of_runs(tmp_path: Path) -> None:
     words = ["--cohort", "resnet8*2", "--seeds", "1", "--max-steps", "2"]
-    teacher = ["--cohort", "resnet20", "--max-steps", "1", "--output-dir", str(tmp_path / "t")]
-    assert cli.main(["train", *TINY, *teacher]) == 0
+    assert train(tmp_path / "t", *TINY, "--cohort", "resnet20", "--max-steps", "1") == 0
     methods = "independent mutual sequential official mean-prob mean-logit distill semi".split()
     words += ["--methods", *methods, "--labelled-fraction", "0.5"]
     words += ["--frozen-peers", str(tmp_path / "t")]
@@ -446,10 +444,7 @@ def test_every_method_is_a_folder_of_runs(tmp_path: Path) -> None:
     assert compared(folder, *words) == 0
     found = record(folder)
     assert found["methods"] == methods
-    configs = {
-        method: json.loads((folder / method / "seed-0/config.json").read_text())
-        for method in methods
-    }
+    configs = {method: load(folder / method / "seed-0/config.json") for method in methods}
 
     def values(name: str) -> dict[str, object]:
         return {method: one["config"][name] for method, one in configs.items()}
@@ -481,27 +476,24 @@ def test_every_method_is_a_folder_of_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--methods", "independent", "distill"], "--frozen-peers are the teachers of the method"),
         (["--frozen-peers", "x"], "--frozen-peers are the teachers of the method"),
         (["--methods", "semi"], "the method semi needs --labelled-fraction below 1"),
-        (["--methods", "sequential", "--placement", "split"], "take turns"),
+        (
+            ["--methods", "sequential", "--placement", "split"],
+            "the methods sequential and official update peers in turn",
+        ),
         (["--update", "official"], "compare has no --update: use --methods"),
-        (["--resume", "auto"], "the same command with the same --output-dir goes on by itself"),
+        (["--resume", "auto"], "the same command with the same --output-dir resumes by itself"),
         (["--kl-weight", "0", "--methods", "semi"], "makes every method independent"),
     ],
     ids=str,
 )
-def test_methods_that_cannot_be_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+def test_methods_that_contradict_the_configuration_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     assert compared(tmp_path / "x", *words) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-
-
-def test_an_interruption_is_no_part_of_the_time() -> None:
-    times = [("start", 10.0), ("step", 12.0), ("resume", 500.0), ("step", 501.5), ("end", 502.0)]
-    events = [{"event": event, "time": time} for event, time in times]
-    assert comparison._seconds(events) == pytest.approx(2.0 + 1.5 + 0.5)

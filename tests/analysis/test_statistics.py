@@ -1,12 +1,20 @@
 """Statistics over seeds: by hand, against scipy, and by simulation."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from dml_accel.analysis.intervals import paired_difference, summarise
+from dml_accel.analysis.runs import Run
+from dml_accel.analysis.statistics import (
+    loss_over_epochs,
+    metric_over_epochs,
+    paired_difference,
+    summarise,
+)
+from dml_accel.core.config import Config
 
 
 def test_a_summary_by_hand() -> None:
@@ -84,3 +92,28 @@ def test_a_seed_that_is_not_finite_is_not_left_out_silently() -> None:
     difference = paired_difference({0: 1.0, 1: None}, {0: 0.5, 1: 0.5})
     assert (difference.mean, difference.p) == (None, None)
     assert summarise([]).mean is None
+
+
+def test_curves_are_means_over_seeds_by_hand(tmp_path: Path) -> None:
+    def run(seed: int, top1: float, losses: list[float]) -> Run:
+        events = [
+            {"event": "step", "epoch": 0, "steps": n + 1, "peers": {"a": {"kl": loss}}}
+            for n, loss in enumerate(losses)
+        ]
+        events.append({"event": "eval", "step": 10, "test": {"ensemble": {"top1": top1}}})
+        description = {"images": {"train": 80}, "peers": [{"name": "a-0"}]}
+        config = Config(seed=seed, batch_size=16)
+        return Run(tmp_path, "", "mutual", config, description, {}, events)
+
+    both = [run(0, 0.2, [1.0, 4.0]), run(1, 0.4, [2.0, 2.0])]
+    ((epoch, top1),) = metric_over_epochs(both, lambda test: test["ensemble"]["top1"])
+    assert (epoch, top1.n, top1.mean) == (2.0, 2, pytest.approx(0.3))  # 5 steps per epoch
+    ((epoch, kl),) = loss_over_epochs(both, "kl")
+    assert (epoch, kl.mean) == (1, pytest.approx((3.0 + 2.0) / 2))  # (1 x 1 + 2 x 4) / 3
+
+
+def test_an_interruption_is_not_part_of_the_time(tmp_path: Path) -> None:
+    times = [("start", 10.0), ("step", 12.0), ("resume", 500.0), ("step", 501.5), ("end", 502.0)]
+    events = [{"event": event, "time": time} for event, time in times]
+    run = Run(tmp_path, "", "mutual", Config(), {}, {}, events)
+    assert run.seconds == pytest.approx(2.0 + 1.5 + 0.5)
