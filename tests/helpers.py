@@ -69,12 +69,19 @@ def train(folder: Path, *words: str) -> int:
 
 def load(path: Path) -> Any:
     """The content of a JSON file."""
-    return json.loads(path.read_text())
+    return _strict(path.read_text())
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [_strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _strict(text: str) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def saved_steps(folder: Path) -> list[int]:

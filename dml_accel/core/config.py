@@ -101,7 +101,7 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if choices and value is not None:
         _require(value in choices, field.name, value, "one of " + ", ".join(choices))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        _require(math.isfinite(value), field.name, value, "a finite number")
+        _require(abs(value) < math.inf, field.name, value, "a finite number")
         _require(value in field.metadata["range"], field.name, value, field.metadata["range"])
 
 

@@ -1,9 +1,7 @@
-"""One run from the command line to its folder: what is written, what is refused, what is said."""
+"""One run from the command line to its folder: its files, what is refused, what is printed."""
 
 import fcntl
-import json
 import math
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -11,37 +9,34 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from dml_accel import cli
-from dml_accel.core.config import Config, Interval, UsageError
+from dml_accel.core.config import Config, Interval
+from dml_accel.core.errors import UsageError
 from dml_accel.data import sources
-from dml_accel.data.batches import prepare
+from dml_accel.training import loop
 from dml_accel.training.loop import StepRecord
 from dml_accel.training.progress import Windows
 from dml_accel.training.run_folder import RunFolder
+from dml_accel.training.setup import prepare_images
+from tests import helpers
+from tests.helpers import DIGITS, events, load, run_program
 
-ROOT = Path(__file__).parents[2]
-TINY = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --max-steps 20 --cpu".split()
+TINY = [*DIGITS, "--max-steps", "20"]
 
 
-def train(*words: str) -> int:
-    return cli.main(["train", *TINY, *words])
+def train(folder: Path, *words: str) -> int:
+    return helpers.train(folder, *TINY, *words)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two unequal peers."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    words = ("--cohort", "wrn_16_2", "resnet8", "--output-dir", str(folder))
-    assert train(*words, "--val-fraction", "0.1", "--eval-every", "8") == 0
+    words = ("--cohort", "wrn_16_2", "resnet8", "--val-fraction", "0.1", "--eval-every", "8")
+    assert train(folder, *words) == 0
     return folder
-
-
-def load(path: Path) -> dict:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{path} holds {constant}, which is no JSON")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
 
 
 # ---------------------------------------------------------------- the run folder
@@ -93,40 +88,28 @@ def test_results_are_complete(run: Path) -> None:
 
 
 def test_metrics_are_one_record_a_line(run: Path) -> None:
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events if e["event"] != "step"] == [
-        "start",
-        *["eval"] * 3,
-        "end",
-    ]
-    assert [e["step"] for e in events if e["event"] == "eval"] == [8, 16, 20]
-    steps = [e for e in events if e["event"] == "step"]
+    found = events(run)
+    assert [e["event"] for e in found if e["event"] != "step"] == ["start", *["eval"] * 3, "end"]
+    assert [e["step"] for e in found if e["event"] == "eval"] == [8, 16, 20]
+    steps = [e for e in found if e["event"] == "step"]
     assert sum(e["steps"] for e in steps) == 20 and steps[-1]["step"] == 20
-    assert [e["step"] for e in steps] == [
-        1,
-        2,
-        4,
-        8,
-        9,
-        16,
-        18,
-        20,
-    ]  # 9: a twentieth of the epoch's 161
+    # 9: a twentieth of the epoch's 161
+    assert [e["step"] for e in steps] == [1, 2, 4, 8, 9, 16, 18, 20]
     losses = [e["peers"]["resnet8-0"]["cross_entropy"] for e in steps]
-    assert len(set(losses)) == len(losses)  # not one value reported for ever
-    assert all({"event", "step", "epoch", "time"} <= set(e) for e in events)
-    last, results = events[-2], load(run / "results.json")
+    assert len(set(losses)) == len(losses)  # not one value reported again and again
+    assert all({"event", "step", "epoch", "time"} <= set(e) for e in found)
+    last, results = found[-2], load(run / "results.json")
     assert last["test"]["peers"]["resnet8-0"] == results["peers"][1]["test"]
 
 
 def test_the_configuration_repeats_the_run(run: Path, tmp_path: Path) -> None:
     saved = load(run / "config.json")
-    config = Config.from_dict(saved["config"])
+    config = Config(**saved["config"])
     assert config.as_dict() == saved["config"]
     assert saved["peers"][1] == {"name": "resnet8-0", "arch": "resnet8_cifar"}
     assert {"versions", "command", "commit"} <= set(saved)
-    words = ("--cohort", *config.cohort, "--output-dir", str(tmp_path / "again"))
-    assert train(*words, "--val-fraction", "0.1", "--eval-every", "8") == 0
+    words = ("--cohort", *config.cohort, "--val-fraction", "0.1", "--eval-every", "8")
+    assert train(tmp_path / "again", *words) == 0
     first, again = (load(path / "results.json") for path in (run, tmp_path / "again"))
     assert [peer["test"] for peer in first["peers"]] == [peer["test"] for peer in again["peers"]]
 
@@ -148,8 +131,8 @@ def test_results_md_shows_the_table_and_the_command(run: Path) -> None:
 def test_timm_loads_the_trained_peer_and_its_accuracy_is_the_recorded(run: Path, name: str) -> None:
     torch.manual_seed(0)  # an unloaded network would differ from the peer
     net = timm.create_model(f"local-dir:{run / 'peers' / name}", pretrained=True).eval()
-    config = Config.from_dict(load(run / "config.json")["config"])
-    data = prepare(sources.read(config), config, torch.device("cpu"))
+    config = Config(**load(run / "config.json")["config"])
+    data = prepare_images(config, sources.read(config.data), torch.device("cpu"))
     images, labels = data.test.rows(0, 360)
     with torch.no_grad():
         logits = net(images)
@@ -165,38 +148,30 @@ def test_timm_loads_the_trained_peer_and_its_accuracy_is_the_recorded(run: Path,
 
 
 def test_double_precision_reaches_the_files(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    words = ("--cohort", "resnet8", "--float64", "--max-steps", "1", "--output-dir", str(folder))
-    assert train(*words) == 0
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "peers" / "resnet8-0" / "model.safetensors")
+    assert train(tmp_path, "--cohort", "resnet8", "--float64", "--max-steps", "1") == 0
+    tensors = load_file(tmp_path / "peers" / "resnet8-0" / "model.safetensors")
     assert tensors["conv1.weight"].dtype == torch.float64
-    assert load(folder / "results.json")["agreement"] is None
+    assert load(tmp_path / "results.json")["agreement"] is None
 
 
 def test_a_timm_network_with_arguments_comes_back_with_them(tmp_path: Path) -> None:
     net = "timm:vit_tiny_patch16_224[img_size=16,patch_size=4,depth=1,embed_dim=12,num_heads=1]"
-    words = ("--cohort", net, "--max-steps", "1", "--output-dir", str(tmp_path / "run"))
-    assert train(*words) == 0
-    folder = tmp_path / "run" / "peers" / "vit_tiny_patch16_224-0"
+    assert train(tmp_path, "--cohort", net, "--max-steps", "1") == 0
+    folder = tmp_path / "peers" / "vit_tiny_patch16_224-0"
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert loaded(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
     assert len(loaded.blocks) == 1
 
 
 def test_a_cohort_that_diverges_fails_and_still_writes_json(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    words = ("--lr", "1e30", "--max-steps", "4", "--output-dir", str(folder))
-    assert train("--cohort", "resnet8*2", *words) == 1
-    status = load(folder / "status.json")
+    assert train(tmp_path, "--cohort", "resnet8*2", "--lr", "1e30", "--max-steps", "4") == 1
+    status = load(tmp_path / "status.json")
     assert status["status"] == "failed"
     assert "predictions of resnet8-0 are not finite" in status["reason"]
-    assert not (folder / "results.json").exists()
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
-    assert events[-1]["test"]["peers"]["resnet8-0"]["nll"] is None
-    assert events[-2]["skipped"] == {"resnet8-0": 2, "resnet8-1": 2}
+    assert not (tmp_path / "results.json").exists()
+    found = events(tmp_path)
+    assert found[-1]["test"]["peers"]["resnet8-0"]["nll"] is None
+    assert found[-2]["skipped"] == {"resnet8-0": 2, "resnet8-1": 2}
 
 
 # ---------------------------------------------------------------- bad input
@@ -205,39 +180,40 @@ def test_a_cohort_that_diverges_fails_and_still_writes_json(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--cohort", "resnet23"], "no net 'resnet23'; nearest: "),
+        (["--cohort", "resnet23"], "unknown net 'resnet23'; nearest: "),
         (["--cohort", "0"], "asks for 0 peers"),
         (["--dataset", "no-such/set"], "the hub cannot be reached"),
         (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--batch-size", "2000"], "--batch-size 2000 is more than the 1437 training images"),
-        (["--threads", "9999"], "--threads is 9999; this machine has "),
-        (["--lr", "-1"], "--lr is -1.0; it must be 0 or more"),
+        (["--threads", "9999"], "--threads is 9999, but this process can use "),
+        (["--lr", "-1"], "--lr is -1.0; it must be at least 0"),
         (["--lr", "nan"], "--lr is nan; it must be a finite number"),
         (["--momentum", "1"], "--momentum is 1.0; it must be at least 0 and below 1"),
         (["--weight-decay", "-1"], "--weight-decay is -1.0"),
         (["--temperature", "0"], "--temperature is 0.0; it must be above 0"),
-        (["--kl-weight", "inf"], "--kl-weight is inf"),
+        (["--kl-weight", "inf"], "--kl-weight is inf; it must be a finite number"),
         (["--clip-norm", "0"], "--clip-norm is 0.0; it must be above 0"),
         (["--grad-accum", "9"], "--grad-accum is 9; it must be at most --batch-size (8)"),
         (["--val-fraction", "1"], "--val-fraction is 1.0"),
         (["--max-steps", "0"], "--max-steps is 0; it must be at least 1"),
         (["--eval-every", "often"], "--eval-every 'often' is not an interval"),
         (["--image-size", "4"], "--image-size is 4"),
-        (["--seed", "-1"], "--seed is -1"),
-        (["--lr-gamma", "1e200"], "--lr-gamma is 1e+200; it must be 0 to 1"),
-        (["--output-dir", "/tmp/" + "x" * 300], "cannot be made: File name too long"),
+        (["--seed", "-1"], "--seed is -1; it must be at least 0 and below 9,223,"),
+        (["--seed", "1" + 400 * "0"], "it must be at least 0 and below 9,223,"),
+        (["--lr-gamma", "1e200"], "--lr-gamma is 1e+200; it must be at least 0 and at most 1"),
+        (["--output-dir", "/tmp/" + "x" * 300], "cannot be created: File name too long"),
         (["--epochs", "two"], "--epochs: invalid int value: 'two'"),
         (["--kl-reduction", "max"], "invalid choice: 'max'"),
         (["--batchsize", "8"], "unknown argument --batchsize: did you mean --batch-size?"),
         (["--epoch", "8"], "unknown argument --epoch: did you mean --epochs?"),
         (["--cohort", "timm:vit_tiny_patch16_224"], "try 'timm:vit_tiny_patch16_224[img_size=16"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert train("--output-dir", str(tmp_path / "run"), *words) == 2
+    assert cli.main(["train", *TINY, "--output-dir", str(tmp_path / "run"), *words]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
@@ -249,27 +225,27 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert train("--output-dir", str(run)) == 2
+    assert train(run) == 2
     assert "already holds a run (config.json); name a new folder" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_going_on_leaves_alone_what_is_no_run(
+def test_resuming_leaves_other_folders_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "peers").mkdir()
     (tmp_path / "peers/mine.txt").write_text("mine")
-    assert train("--output-dir", str(tmp_path), "--resume", "auto") == 2
-    assert "holds peers but no run to go on with; name another" in capsys.readouterr().err
+    assert train(tmp_path, "--resume", "auto") == 2
+    assert "holds peers but no run that could be resumed; name another" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["peers", "mine.txt"]
 
 
-def test_a_folder_that_cannot_be_made_is_refused(
+def test_a_folder_that_cannot_be_created_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    assert train("--output-dir", str(tmp_path / "file" / "run")) == 2
-    assert "cannot be made: " in capsys.readouterr().err
+    assert train(tmp_path / "file" / "run") == 2
+    assert "cannot be created: " in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -280,7 +256,7 @@ def test_a_folder_in_use_is_refused_and_its_holder_named(
         lock.write("process 42 on elsewhere\n")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert train("--output-dir", str(tmp_path), "--cohort", "resnet8") == 2
+        assert train(tmp_path, "--cohort", "resnet8") == 2
         assert "is in use by process 42 on elsewhere" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
@@ -294,7 +270,9 @@ def test_folders_without_a_name_are_new_even_in_the_same_second(
         assert (str(first.path), str(second.path)) == ("runs/now-ax1", "runs/now-ax1-2")
 
 
-def test_evaluation_takes_no_steps_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_an_evaluation_is_not_counted_as_a_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     windows = Windows(["a"], steps_per_epoch=781)
@@ -315,23 +293,20 @@ def test_a_model_card_says_how_it_was_taught(run: Path, tmp_path: Path) -> None:
     card = (run / "peers" / "resnet8-0" / "README.md").read_text()
     assert "together with wrn_16_2-0 by Deep Mutual Learning" in card
     assert "after the last of 20 steps" in card
-    folder = tmp_path / "run"
     words = ("--cohort", "resnet8*2", "--kl-weight", "0", "--max-steps", "1")
-    assert train(*words, "--output-dir", str(folder)) == 0
-    card = (folder / "peers" / "resnet8-0" / "README.md").read_text()
+    assert train(tmp_path, *words) == 0
+    card = (tmp_path / "peers" / "resnet8-0" / "README.md").read_text()
     assert "from the labels alone" in card and "mutual" not in card.lower()
 
 
 def test_a_failure_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dml_accel.training import train as training
-
     def broken(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(training, "fit", broken)
+    monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(RuntimeError):
-        train("--cohort", "resnet8", "--output-dir", str(tmp_path / "run"))
-    status = load(tmp_path / "run" / "status.json")
+        train(tmp_path, "--cohort", "resnet8")
+    status = load(tmp_path / "status.json")
     assert status == {"status": "failed", "reason": "RuntimeError: out of luck", "step": 0}
 
 
@@ -342,18 +317,14 @@ def test_a_failure_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     "program", [["train.py"], ["-m", "dml_accel", "train"]], ids=["train.py", "-m dml_accel"]
 )
 def test_both_programs_are_the_same(tmp_path: Path, program: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *program, *TINY, "--cohort", "resnet8"]
-        + ["--max-steps", "2", "--output-dir", str(tmp_path / "run")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = [*program, *TINY, "--cohort", "resnet8", "--max-steps", "2"]
+    done = run_program(sys.executable, "-W", "error", *words, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "resnet8-0" in done.stdout and "ensemble" in done.stdout
     assert f"run folder: {tmp_path / 'run'}" in done.stdout
-    assert "\r" not in done.stderr and "\x1b" not in done.stderr  # plain lines, as no terminal
+    assert (
+        "\r" not in done.stderr and "\x1b" not in done.stderr
+    )  # plain lines, because it is not a terminal
     assert "step 2/2 epoch 1/200 test top-1: resnet8-0 " in done.stderr
 
 
@@ -383,20 +354,21 @@ def test_interval_ends() -> None:
 
 def test_unknown_configuration_lists_the_known() -> None:
     with pytest.raises(UsageError, match="unknown configuration batchsize; known are: cohort"):
-        Config.from_dict({"batchsize": 3})
+        Config(**{"batchsize": 3})
 
 
 def test_a_value_of_the_wrong_type_is_refused() -> None:
-    with pytest.raises(UsageError, match="configuration epochs is '8'; it must be <class 'int'>"):
-        Config.from_dict({"epochs": "8"})
-    assert Config.from_dict({"lr": 1}).lr == 1
+    with pytest.raises(UsageError, match="configuration epochs is '8'; its type must be int"):
+        Config(**{"epochs": "8"})
+    assert Config(**{"lr": 1}).lr == 1
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_are_those_of_the_paper() -> None:
     config = Config()
-    recipe = (config.epochs, config.batch_size, config.lr, config.momentum, config.lr_step)
+    optim, method = config.optim, config.method
+    recipe = (optim.epochs, optim.batch_size, optim.lr, optim.momentum, optim.lr_step)
     assert recipe == (200, 64, 0.1, 0.9, 60)
-    assert (config.lr_gamma, config.kl_weight, config.temperature) == (0.1, 1.0, 1.0)
-    assert config.augmentation == "crop-flip"
-    assert Config(dataset="digits").augmentation == "crop"
-    assert math.isclose(config.weight_decay, 5e-4)
+    assert (optim.lr_gamma, method.kl_weight, method.temperature) == (0.1, 1.0, 1.0)
+    assert config.data.augmentation == "crop-flip"
+    assert Config(dataset="digits").data.augmentation == "crop"
+    assert math.isclose(optim.weight_decay, 5e-4)
