@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import Normalisation
 from dml_accel.distributed.processes import Processes
-from dml_accel.models.build import set_memory_format
+from dml_accel.models.build import ImageFormat, set_memory_format
 from dml_accel.models.peer_folder import PeerFolder, find_peers, load_network, read_peer
 
 
@@ -21,12 +21,15 @@ class Teacher:
         folder: where it was read from.
         net: on the device, in the run's precision, in evaluation mode.
         normalisation: of the run's images.
+
+    Attributes:
+        name, folder, net: see above.
     """
 
     def __init__(
         self, name: str, folder: PeerFolder, net: nn.Module, normalisation: Normalisation
     ) -> None:
-        self.name, self.folder, self._net = name, folder, net
+        self.name, self.folder, self.net = name, folder, net
         # From images normalised for the run to images normalised as the teacher was trained:
         # x ours.std + ours.mean is the image, which (. - theirs.mean) / theirs.std normalises.
         like = next(net.parameters())
@@ -39,7 +42,7 @@ class Teacher:
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Return logits [B, C] of images [B, 3, S, S] that are normalised for the run."""
-        return self._net(x if self._scale is None else x * self._scale + self._shift)
+        return self.net(x if self._scale is None else x * self._scale + self._shift)
 
 
 def read_teachers(
@@ -79,8 +82,7 @@ def read_teachers(
 def load_teachers(
     folders: Mapping[str, PeerFolder],
     normalisation: Normalisation,
-    dtype: torch.dtype,
-    layout: torch.memory_format,
+    images: ImageFormat,
     processes: Processes,
 ) -> list[Teacher]:
     """Build the frozen peers; every process holds all of them.
@@ -88,14 +90,13 @@ def load_teachers(
     Args:
         folders: by name, in order.
         normalisation: of the run's images.
-        dtype: of the run's networks.
-        layout: memory layout of images and weights.
+        images: what the run's networks are given.
         processes: give the device and the mixed precision.
     """
     teachers = []
     for name, folder in folders.items():
-        net = load_network(folder).requires_grad_(False).to(dtype)
-        set_memory_format(net, layout)
+        net = load_network(folder).requires_grad_(False).to(images.dtype)
+        set_memory_format(net, images.layout)
         net = processes.accelerator.prepare_model(net, evaluation_mode=True).eval()
         teachers.append(Teacher(name, folder, net, normalisation))
     return teachers

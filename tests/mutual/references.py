@@ -1,0 +1,54 @@
+"""What tests against the slow reference share: networks to train with it, and the comparison."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dml_accel.core.config import Config
+from dml_accel.mutual.links import read_links
+from tests.helpers import Training
+
+Build = Callable[..., Training]
+PAIR = ("resnet8", "wrn_16_2")
+TRIO = ("resnet8*2", "wrn_16_2")
+
+
+def nets_in_turn(training: Training) -> list[torch.nn.Module]:
+    """Copies of the networks, in the order of the command line."""
+    modules = {peer.name: peer.module for peer in training.peers}
+    return [copy.deepcopy(modules[name]) for name in training.cohort.teaching.turns]
+
+
+def assert_as_reference(
+    fast: Training, nets: list[torch.nn.Module], found: torch.Tensor, expected: list[float]
+) -> None:
+    """Every peer's loss and state equal those of the reference, which trained ``nets``."""
+    by_name = dict(zip(fast.cohort.teaching.turns, zip(nets, expected, strict=True), strict=True))
+    assert found[:, 0].tolist() == pytest.approx(
+        [by_name[name][1] for name in sorted(by_name)], rel=1e-9
+    )
+    for peer in fast.peers:
+        state, right = peer.module.state_dict(), by_name[peer.name][0].state_dict()
+        for name, value in right.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-9)
+
+
+def loss_options(config: Config) -> dict[str, object]:
+    """The loss's arguments that a configuration sets."""
+    return {
+        "kl_weight": config.method.kl_weight,
+        "temperature": config.method.temperature,
+        "target": config.method.target,
+    }
+
+
+def link_rows(training: Training) -> list[list[float]] | None:
+    """The links as the reference wants them: in the order of the command line, frozen last."""
+    turns = training.cohort.teaching.turns
+    frozen = [teacher.name for teacher in training.cohort.teachers]
+    weights = read_links(training.config.method.links, turns, frozen)
+    if weights is None:
+        return None
+    return [[weights[k].get(teacher, 0.0) for teacher in [*turns, *frozen]] for k in turns]
