@@ -22,7 +22,7 @@ from dml_accel.core.config import OptimConfig
 from dml_accel.core.errors import one_line
 from dml_accel.distributed.costs import seconds_of_step
 from dml_accel.distributed.processes import is_out_of_memory
-from dml_accel.models.build import set_memory_format
+from dml_accel.models.build import ImageFormat, set_memory_format
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.spec import PeerSpec
 
@@ -91,21 +91,15 @@ class Trial:
     Args:
         accelerator: device and precision.
         optim: optimizer and batch.
-        image_size: pixels per side.
-        layout: memory layout of images and weights.
+        images: what the networks are given.
         mode: of torch.compile.
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        optim: OptimConfig,
-        image_size: int,
-        layout: torch.memory_format,
-        mode: str,
+        self, accelerator: Accelerator, optim: OptimConfig, images: ImageFormat, mode: str
     ) -> None:
-        self._accelerator, self._optim, self._mode = accelerator, optim, mode
-        self._image_size, self._layout = image_size, layout
+        self._accelerator, self._optim = accelerator, optim
+        self._images, self._mode = images, mode
 
     def seconds_saved(
         self, specs: Sequence[PeerSpec], modules: Mapping[str, nn.Module], steps: int
@@ -142,16 +136,14 @@ class Trial:
         self, module: nn.Module, compiled: bool
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         module = copy.deepcopy(module)
-        set_memory_format(module, self._layout)
+        set_memory_format(module, self._images.layout)
         with compiling(self._accelerator, compiled, self._mode):
             net = self._accelerator.prepare_model(module, evaluation_mode=True)
         return net, make_optimizer(module, self._optim)
 
     def _step(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> float:
         """Return the seconds of an optimizer step, all micro-batches included."""
-        rows, size = self._optim.smallest_micro_batch, self._image_size
-        images = next(net.parameters()).new_empty(rows, 3, size, size).normal_()
-        images = images.contiguous(memory_format=self._layout)
+        images = self._images.noise(self._optim.smallest_micro_batch)
         return seconds_of_step(net, optimizer, images) * self._optim.grad_accum
 
     def _eager_seconds(self, module: nn.Module) -> float:

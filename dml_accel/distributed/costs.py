@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dml_accel.core.config import OptimConfig
 from dml_accel.core.files import write_json
 from dml_accel.data.decode import cache_dir
-from dml_accel.models.build import parameter_count, set_memory_format
+from dml_accel.models.build import ImageFormat, parameter_count, set_memory_format
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.spec import PeerSpec
 
@@ -90,10 +90,8 @@ def timed(
     specs: Sequence[PeerSpec],
     modules: Mapping[str, nn.Module],
     optim: OptimConfig,
-    image_size: int,
     precision: str,
-    layout: torch.memory_format,
-    device: torch.device,
+    images: ImageFormat,
 ) -> dict[str, float]:
     """Return the seconds of one image's share of a step of each peer, measured on this machine.
 
@@ -103,10 +101,8 @@ def timed(
         specs: the peers.
         modules: their networks, left as they are.
         optim: the optimizer.
-        image_size: pixels per side.
         precision: mixed precision: ``no``, ``bf16`` or ``fp16``.
-        layout: memory layout of images and weights.
-        device: where the networks will be trained.
+        images: what the networks are given, and where they are trained.
     """
     path = cache_dir() / "costs.json"
     try:
@@ -115,38 +111,27 @@ def timed(
         known = {}
     found = {}
     for spec in specs:
-        module = modules[spec.name]
+        device = images.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        dtype = str(next(module.parameters()).dtype)
-        where = (name, torch.get_num_threads(), image_size, dtype, precision, str(layout))
-        key = repr((spec.arch, spec.arguments, *where, torch.__version__))
+        where = (name, torch.get_num_threads(), images, precision, torch.__version__)
+        key = repr((spec.arch, spec.arguments, *where))
         if key not in known:
-            known[key] = _measure(module, optim, image_size, precision, layout, device)
+            known[key] = _measure(modules[spec.name], optim, precision, images)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
         found[spec.name] = float(known[key])
     return found
 
 
-def _measure(
-    module: nn.Module,
-    optim: OptimConfig,
-    size: int,
-    precision: str,
-    layout: torch.memory_format,
-    device: torch.device,
-) -> float:
-    module = copy.deepcopy(module).to(device)
-    set_memory_format(module, layout)
-    dtype = next(module.parameters()).dtype
-    images = torch.randn(_TIMED_ROWS, 3, size, size, dtype=dtype, device=device)
-    images = images.contiguous(memory_format=layout)
+def _measure(module: nn.Module, optim: OptimConfig, precision: str, images: ImageFormat) -> float:
+    module = copy.deepcopy(module).to(images.device)
+    set_memory_format(module, images.layout)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
     def net(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype=half, enabled=half is not None):
+        with torch.autocast(images.device.type, dtype=half, enabled=half is not None):
             return module(x)
 
-    optimizer = make_optimizer(module, optim)
-    times = [seconds_of_step(net, optimizer, images) for _ in range(_TIMED_STEPS + 1)]
+    optimizer, x = make_optimizer(module, optim), images.noise(_TIMED_ROWS)
+    times = [seconds_of_step(net, optimizer, x) for _ in range(_TIMED_STEPS + 1)]
     return median(times[1:]) / _TIMED_ROWS  # without the first, which warms up

@@ -1,17 +1,18 @@
 """Prepare a network for training: on the device, compiled, or shared by several processes (DDP)."""
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dml_accel.core.config import OptimConfig
+from dml_accel.data.batches import slices
 from dml_accel.distributed.batchnorm import span_group
 from dml_accel.distributed.compile import compiling, or_eager
 from dml_accel.distributed.placement import Placement
-from dml_accel.models.build import set_memory_format
+from dml_accel.models.build import ImageFormat, set_memory_format
 
 # torch 2.15 renamed the argument.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -23,22 +24,17 @@ class Wrapper:
 
     Args:
         placement: who trains what.
-        micro_batches: sizes of the parts of a batch, in images over all processes.
-        image_size: pixels per side.
-        layout: memory layout of images and weights.
-        compile_mode: of torch.compile.
+        optim: batch and micro-batches.
+        images: what the networks are given.
+        mode: of torch.compile.
     """
 
     def __init__(
-        self,
-        placement: Placement,
-        micro_batches: Sequence[int],
-        image_size: int,
-        layout: torch.memory_format,
-        compile_mode: str = "default",
+        self, placement: Placement, optim: OptimConfig, images: ImageFormat, mode: str = "default"
     ) -> None:
-        self._placement, self._layout, self._mode = placement, layout, compile_mode
-        self._micro_batches, self._image_size = sorted(set(micro_batches)), image_size
+        self._placement, self._images, self._mode = placement, images, mode
+        parts = slices(optim.batch_size, optim.grad_accum)
+        self._micro_batches = sorted({stop - start for start, stop in parts})
 
     def wrap(self, module: nn.Module, name: str = "", compiled: bool = False) -> nn.Module:
         """Move a network to the device, in place, and wrap it for training.
@@ -56,7 +52,7 @@ class Wrapper:
         placement = self._placement
         if placement.spans_batch_norm:
             span_group(module, placement.group)
-        set_memory_format(module, self._layout)
+        set_memory_format(module, self._images.layout)
         accelerator = placement.processes.accelerator
         with compiling(accelerator, compiled and placement.is_alone, self._mode):
             net = accelerator.prepare_model(module, evaluation_mode=True)
@@ -80,13 +76,11 @@ class Wrapper:
         was never interrupted.
         """
         before = [buffer.clone() for buffer in net.buffers()]
-        like = next(net.parameters())
         try:
             # Sizes of whole micro-batches: all processes of a peer take the same number of passes.
             for count in self._micro_batches:
                 lo, hi = self._placement.rows(count)
-                images = like.new_zeros(hi - lo, 3, self._image_size, self._image_size)
-                images = images.to(memory_format=self._layout)
+                images = self._images.zeros(hi - lo)
                 net(images).sum().backward()
                 net.zero_grad()
         finally:  # a network that fails to compile runs eagerly, from where it was

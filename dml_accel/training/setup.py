@@ -22,7 +22,7 @@ from torch import nn
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
-from dml_accel.data.batches import Data, check_batch_size, prepare, slices
+from dml_accel.data.batches import Data, check_batch_size, prepare
 from dml_accel.data.sources import Source
 from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.compile import Trial
@@ -41,7 +41,7 @@ from dml_accel.distributed.plan import (
 )
 from dml_accel.distributed.processes import Processes
 from dml_accel.distributed.wrap import Wrapper
-from dml_accel.models.build import build, memory_format, refuse_twins
+from dml_accel.models.build import ImageFormat, build, memory_format, refuse_twins
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights
@@ -123,15 +123,15 @@ class Prepared:
         return self.cohort.placement
 
 
-def dtype_of(config: Config) -> torch.dtype:
-    """Return the dtype of parameters and images."""
-    return torch.float64 if config.numerics.float64 else torch.float32
-
-
-def layout_of(config: Config, device: torch.device) -> torch.memory_format:
-    """Return the memory layout of images and weights."""
+def image_format(config: Config, device: torch.device) -> ImageFormat:
+    """Return what the networks of a run are given on a device."""
     precision = launched_precision(config.numerics)
-    return memory_format(config.compute.memory_format, precision, device)
+    layout = memory_format(config.compute.memory_format, precision, device)
+    return ImageFormat(config.data.image_size, _dtype(config), layout, device)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.float64 if config.numerics.float64 else torch.float32
 
 
 # ---------------------------------------------------------------- validation
@@ -188,7 +188,7 @@ def build_networks(
             classes=classes,
             image_size=config.data.image_size,
             seed=config.seed,
-            dtype=dtype_of(config),
+            dtype=_dtype(config),
             smallest_micro_batch=config.optim.smallest_micro_batch,
             weights=(weights or {}).get(spec.name),
         )
@@ -293,15 +293,8 @@ def _with_times(
     config: Config,
     device: torch.device,
 ) -> dict[str, Cost]:
-    seconds = timed(
-        specs,
-        modules,
-        config.optim,
-        config.data.image_size,
-        launched_precision(config.numerics),
-        layout_of(config, device),
-        device,
-    )
+    precision, images = launched_precision(config.numerics), image_format(config, device)
+    seconds = timed(specs, modules, config.optim, precision, images)
     return {name: dataclasses.replace(cost, seconds=seconds[name]) for name, cost in costs.items()}
 
 
@@ -333,13 +326,14 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
 
 def prepare_images(config: Config, source: Source, device: torch.device) -> Data:
     """Return the splits of a run on a device, in its dtype and memory layout."""
+    images = image_format(config, device)
     return prepare(
         source,
         config.data,
         seed=config.seed,
         device=device,
-        dtype=dtype_of(config),
-        memory_format=layout_of(config, device),
+        dtype=images.dtype,
+        memory_format=images.layout,
     )
 
 
@@ -367,26 +361,19 @@ def make_cohort(
         to_compile: names of the peers to compile.
     """
     frozen, processes = frozen or {}, placement.processes
-    layout = layout_of(config, placement.device)
-    parts = slices(config.optim.batch_size, config.optim.grad_accum)
-    wrapper = Wrapper(
-        placement,
-        [stop - start for start, stop in parts],
-        config.data.image_size,
-        layout,
-        config.compute.compile_mode,
-    )
+    format_, mode = image_format(config, placement.device), config.compute.compile_mode
+    wrapper = Wrapper(placement, config.optim, format_, mode)
     peers = []
     for spec in sorted(specs, key=lambda spec: spec.name):
         if spec.name in placement.mine:
             module = modules.pop(spec.name)
             net = wrapper.wrap(module, spec.name, spec.name in to_compile)
-            keeps = is_compiled_module(net) and config.compute.compile_mode != "default"
+            keeps = is_compiled_module(net) and mode != "default"
             optimizer = make_optimizer(module, config.optim)
             peers.append(Peer(spec, module, net, optimizer, processes.loss_scaler(), keeps))
     return Cohort(
         peers,
-        load_teachers(frozen, images.normalisation, dtype_of(config), layout, processes),
+        load_teachers(frozen, images.normalisation, format_, processes),
         images.train,
         placement,
         Teaching(
@@ -435,14 +422,8 @@ def seconds_saved(
     if not placement.is_alone:
         return 0.0
     mine = [spec for spec in checked.specs if spec.name in placement.mine]
-    processes = placement.processes
-    trial = Trial(
-        processes.accelerator,
-        config.optim,
-        config.data.image_size,
-        layout_of(config, placement.device),
-        config.compute.compile_mode,
-    )
+    processes, images = placement.processes, image_format(config, placement.device)
+    trial = Trial(processes.accelerator, config.optim, images, config.compute.compile_mode)
     saved = trial.seconds_saved(mine, modules, steps)
     processes.free_networks()
     return saved

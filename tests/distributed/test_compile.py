@@ -18,6 +18,7 @@ from dml_accel.distributed.compile import Trial, or_eager
 from dml_accel.distributed.processes import Processes
 from dml_accel.distributed.wrap import Wrapper
 from dml_accel.models.spec import parse_cohort
+from dml_accel.training.setup import image_format
 from tests.helpers import (
     BIN,
     ROOT,
@@ -171,9 +172,9 @@ class Networks:
         config = tiny_config(**PAIR, float64=False)
         self.specs = parse_cohort(config.cohort)
         self.modules = {spec.name: build_peer(spec, config, classes=10) for spec in self.specs}
-        accelerator = Processes(config.numerics, config.compute).accelerator
-        layout = torch.contiguous_format
-        self.trial = Trial(accelerator, config.optim, config.data.image_size, layout, "default")
+        processes = Processes(config.numerics, config.compute)
+        images = image_format(config, processes.device)
+        self.trial = Trial(processes.accelerator, config.optim, images, "default")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,8 @@ def test_what_fails_after_its_forward_pass_leaves_no_trace(training: Build) -> N
 
     net = nn.Sequential(peer.module, Apply(Broken))
     with pytest.raises(RuntimeError, match="no kernel"):
-        Wrapper(it.placement, [8], 16, torch.contiguous_format)._warm_up(net)
+        images = image_format(it.config, it.placement.device)
+        Wrapper(it.placement, it.config.optim, images)._warm_up(net)
     assert_same_state(before[peer.name], it.states()[peer.name])
     assert all(weight.grad is None for weight in peer.module.parameters())
 

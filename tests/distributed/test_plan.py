@@ -21,6 +21,7 @@ from dml_accel.distributed.plan import (
     predict_both,
 )
 from dml_accel.models.spec import parse_cohort
+from dml_accel.training.setup import image_format
 from tests.helpers import build_peer, tiny_config
 
 SMALL = Cost(macs=1_000_000, parameters=1000, activation_bytes=50, norms=2, channels=10)
@@ -193,8 +194,8 @@ def test_times_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     before = next(modules[spec.name].parameters()).clone()
 
     def measured() -> dict[str, float]:
-        layout, device = torch.contiguous_format, torch.device("cpu")
-        return timed([spec], modules, config.optim, 16, "no", layout, device)
+        images = image_format(config, torch.device("cpu"))
+        return timed([spec], modules, config.optim, "no", images)
 
     first = measured()
     assert first["resnet8-0"] > 0

@@ -12,7 +12,7 @@ from dml_accel.data.decode import Split
 from dml_accel.data.sources import Source
 from dml_accel.models.build import parameter_count
 from dml_accel.models.spec import SHORT_NAMES, parse_cohort
-from dml_accel.training.setup import layout_of
+from dml_accel.training.setup import image_format
 from tests.helpers import ROOT, Training, build_peer, tiny_config
 
 # name: parameters with 100 classes. ResNets: He et al. 2016 (0.27M, 0.46M, 0.85M, 1.7M with 10
@@ -226,4 +226,4 @@ def test_the_documentation_lists_the_parameter_counts() -> None:
 def test_the_memory_format_follows_device_and_precision(
     device: str, changes: dict, expected: torch.memory_format
 ) -> None:
-    assert layout_of(tiny_config(**changes), torch.device(device)) == expected
+    assert image_format(tiny_config(**changes), torch.device(device)).layout == expected
