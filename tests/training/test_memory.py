@@ -1,6 +1,6 @@
-"""Memory: one network's activations at a time, and what is said where it runs short."""
+"""Memory: one network's activations at a time, and what to do if it runs out."""
 
-import subprocess
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dml_accel.core.config import Config, UsageError
-from dml_accel.distributed.processes import MemoryShortError, remedy_of_short_memory
-from tests.conftest import Training, assert_same_state, tiny_config
-from tests.test_engine import run
+from dml_accel.core.config import Config
+from dml_accel.core.errors import UsageError
+from dml_accel.training import loop
+from tests.helpers import DIGITS, Training, assert_same_state, run_program, train
 
-ROOT = Path(__file__).parents[2]
 Build = Callable[..., Training]
 DROPPING = "timm:resnet10t[drop_rate=0.3]"
+PAIR = ["--cohort", "resnet8*2", *DIGITS]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ DROPPING = "timm:resnet10t[drop_rate=0.3]"
 )
 def test_low_memory_is_the_same_bit_for_bit(training: Build, changes: dict) -> None:
     whole, low = training(**changes), training(**changes, low_memory=True)
-    for a, b in zip(run(whole, 3), run(low, 3), strict=True):
+    for a, b in zip(whole.take(3), low.take(3), strict=True):
         assert torch.equal(a, b)
     for name, state in whole.states().items():
         assert_same_state(state, low.states()[name])
@@ -44,7 +44,7 @@ def test_channels_last_steps_are_the_contiguous_steps(training: Build) -> None:
     last = training(lr=0.001, memory_format="channels_last")
     weight = last.peers[0].module.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    for a, b in zip(run(flat, 30), run(last, 30), strict=True):
+    for a, b in zip(flat.take(30), last.take(30), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     for name, state in flat.states().items():
         for key, value in state.items():
@@ -62,7 +62,7 @@ def test_channels_last_steps_are_the_contiguous_steps(training: Build) -> None:
     ],
     ids=str,
 )
-def test_one_network_at_a_time_holds_activations(
+def test_one_network_at_a_time_keeps_activations(
     training: Build, changes: dict, forwards: dict[bool, int]
 ) -> None:
     # Forward passes with and without a graph, and how many graphs there are at once.
@@ -80,22 +80,24 @@ def test_one_network_at_a_time_holds_activations(
         peer.module.register_forward_hook(forward)
         first = next(peer.module.parameters())
         first.register_hook(lambda _, module=peer.module: held.discard(module))
-    run(it, 1)
+    it.take(1)
     assert counted == forwards
     assert most == (1 if changes else 3)
 
 
 def test_running_statistics_move_once(training: Build) -> None:
     it = training(low_memory=True)
-    run(it, 2)
+    it.take(2)
     for peer in it.peers:
         counts = {b.item() for n, b in peer.module.named_buffers() if "num_batches" in n}
         assert counts == {2}
 
 
 @pytest.mark.parametrize("update", ["sequential", "official"])
-def test_schedules_with_turns_refuse_it(update: str) -> None:
-    with pytest.raises(UsageError, match=f"--low-memory cuts .*{update}"):
+def test_schedules_with_turns_refuse_low_memory(update: str) -> None:
+    with pytest.raises(
+        UsageError, match=f"--low-memory works with --update simultaneous only, not with {update}"
+    ):
         Config(update=update, low_memory=True)
 
 
@@ -103,33 +105,44 @@ def test_schedules_with_turns_refuse_it(update: str) -> None:
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")], ids=repr
 )
 @pytest.mark.parametrize(
-    ("changes", "alone", "says"),
+    ("flags", "says"),
     [
-        ({}, False, "short: --low-memory keeps .*; --grad-accum 2 .*; a smaller --batch-size than"),
-        ({}, True, "short: --grad-accum 2 computes .*; a smaller --batch-size than 8"),
-        ({"update": "official"}, False, "short: --grad-accum 2 .*; a smaller --batch-size than 8"),
-        ({"update": "sequential"}, False, "short: a smaller --batch-size than 8"),
-        ({"grad_accum": 5}, True, "short: a smaller --batch-size than 8"),
+        ("", "--low-memory keeps .*; --grad-accum 2 .*; a --batch-size below 8"),
+        ("--low-memory", "--grad-accum 2 uses .*; a --batch-size below 8"),
+        ("--update official", "--grad-accum 2 .*; a --batch-size below 8"),
+        ("--update sequential", "a --batch-size below 8"),
+        ("--grad-accum 5 --low-memory", "a --batch-size below 8"),
     ],
-    ids=str,
 )
-def test_where_memory_runs_short_a_way_out_is_named(
-    error: Exception, changes: dict, alone: bool, says: str
+def test_running_out_of_memory_names_the_flags_that_need_less(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    flags: str,
+    says: str,
 ) -> None:
-    with (
-        pytest.raises(MemoryShortError, match=says),
-        remedy_of_short_memory(tiny_config(**changes), alone),
-    ):
+    monkeypatch.setattr(loop, "train_step", failing(error))
+    assert train(tmp_path, *PAIR, *flags.split()) == 1
+    assert re.search(f"^error: out of memory: {says}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train_step", failing(RuntimeError("other")))
+    with pytest.raises(RuntimeError, match="other"):
+        train(tmp_path, *PAIR)
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
         raise error
 
-
-def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="other"), remedy_of_short_memory(tiny_config(), False):
-        raise RuntimeError("other")
+    return fail
 
 
 LIMITED = """
 import resource, sys
+import dml_accel.training.train  # the limit is for the run, not for the libraries
 from dml_accel.cli import main
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 700_000_000,) * 2)
@@ -140,16 +153,8 @@ sys.exit(main())
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_a_run_without_memory_says_what_to_do(tmp_path: Path) -> None:
     # A ResNet-8's activations for 1,400 images are over 2 GB.
-    words = (
-        "train --cohort resnet8*2 --dataset digits --batch-size 1400 --cpu --epochs 1 --output-dir"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *words.split(), str(tmp_path / "run")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = "train --cohort resnet8*2 --dataset digits --batch-size 1400 --cpu --epochs 1".split()
+    done = run_program(sys.executable, "-c", LIMITED, *words, "--output-dir", tmp_path / "run")
     assert done.returncode == 1
-    assert "error: memory ran short: --low-memory keeps" in done.stderr
+    assert "error: out of memory: --low-memory keeps" in done.stderr
     assert "Traceback" not in done.stderr
