@@ -15,11 +15,9 @@ nor timm, yet timm knows our networks afterwards (see ``_register_networks``). `
 goes with it are imported when they are first used.
 """
 
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -59,31 +57,27 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-class _AfterTimm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Registers our networks as soon as timm has been imported by somebody."""
+class _AfterTimm:
+    """A finder on ``sys.meta_path`` that registers our networks once timm has been imported."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Find timm as the other finders do, but load it with ``exec_module`` below."""
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find timm as the other finders do; its loader then imports our networks as well."""
         if name != "timm":
             return None
-        sys.meta_path.remove(self)  # once: the other finders now find the real one
+        sys.meta_path.remove(_AfterTimm)  # so that the other finders find it
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, _AfterTimm)
         if spec is not None and spec.loader is not None:
-            self._loader, spec.loader = spec.loader, self
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                sys.meta_path.remove(_AfterTimm)
+                execute(module)
+                importlib.import_module("dml_accel.models.networks")
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """Create the module as timm's own loader does."""
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Execute timm, then import the networks, which register themselves."""
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        importlib.import_module("dml_accel.models.networks")
 
 
 def _register_networks() -> None:
@@ -91,7 +85,7 @@ def _register_networks() -> None:
     if "timm" in sys.modules:
         importlib.import_module("dml_accel.models.networks")
     else:
-        sys.meta_path.insert(0, _AfterTimm())
+        sys.meta_path.insert(0, _AfterTimm)
 
 
 _register_networks()

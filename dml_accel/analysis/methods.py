@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dml_accel.core.config import Config, MethodConfig, fields_of
+from dml_accel.core.config import Config, MethodConfig
 from dml_accel.core.errors import UsageError
 from dml_accel.core.updates import UPDATE_SCHEDULES
 
@@ -36,7 +36,7 @@ DEFAULT_METHODS = (BASELINE, "mutual")
 # Flags that only methods set, so that a comparison does not take them.
 SET_BY_METHODS = ("update", "target", "kl_images")
 # How runs of one comparison may differ.
-MAY_DIFFER = frozenset({"cohort", "seed", *(field.name for field in fields_of(MethodConfig))})
+MAY_DIFFER = frozenset({"cohort", "seed", *MethodConfig.names()})
 # Of these, what is not part of a method's name: it is named elsewhere.
 _NAMED_ELSEWHERE = frozenset({"cohort", "seed", "frozen_peers"})
 

@@ -20,7 +20,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -105,6 +105,11 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
         _require(value in field.metadata["range"], field.name, value, field.metadata["range"])
 
 
+def _differences(mine: object, other: object, names: Iterable[str]) -> Differences:
+    pairs = ((name, getattr(mine, name), getattr(other, name)) for name in names)
+    return {name: (one, two) for name, one, two in pairs if one != two}
+
+
 def _require(holds: bool, name: str, value: object, allowed: object) -> None:
     _refuse(not holds, f"--{name.replace('_', '-')} is {value}; it must be {allowed}")
 
@@ -117,11 +122,7 @@ def _refuse(conflict: bool, text: str) -> None:
 # ---------------------------------------------------------------- the sections
 
 
-def fields_of(section: "type[Section] | Section") -> tuple[dataclasses.Field[Any], ...]:
-    """Return the fields of a section."""
-    return dataclasses.fields(section)  # type: ignore[arg-type]
-
-
+@dataclass(frozen=True)
 class Section:
     """Fields that are read together and have the same effect on the result."""
 
@@ -129,17 +130,21 @@ class Section:
     changes_result: ClassVar[bool]
 
     def __post_init__(self) -> None:
-        for field in fields_of(type(self)):
+        for field in dataclasses.fields(self):
             _check(field, getattr(self, field.name))
         self.check()
 
     def check(self) -> None:
         """Refuse values of this section that exclude each other."""
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the section's flags."""
+        return [field.name for field in dataclasses.fields(cls)]
+
     def differences(self, other: "Section") -> Differences:
         """Return the fields that differ, {name: (mine, the other's)}."""
-        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields_of(self))
-        return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}
+        return _differences(self, other, self.names())
 
     def refused_on_resume(self, saved: "Section") -> Differences:
         """Return the differences to a saved run that forbid resuming it."""
@@ -538,8 +543,7 @@ class Config:
         for field in dataclasses.fields(type(self)):
             value = values.get(field.name, field.default)
             if isinstance(value, Section):
-                names = [inner.name for inner in fields_of(value)]
-                value = type(value)(**{name: values[name] for name in names if name in values})
+                value = type(value)(**{n: values[n] for n in value.names() if n in values})
             else:
                 _check(field, value)
             object.__setattr__(self, field.name, value)
@@ -570,12 +574,12 @@ class Config:
         """Return all flags, flat, as plain JSON values."""
         values: dict[str, Any] = {"cohort": self.cohort, "seed": self.seed}
         for section in self.sections.values():
-            values |= {field.name: getattr(section, field.name) for field in fields_of(section)}
+            values |= {name: getattr(section, name) for name in section.names()}
         return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
     def differences(self, other: "Config") -> Differences:
         """Return the flags by which the results differ: {name: (mine, the other's)}."""
-        found = self._own_differences(other)
+        found = _differences(self, other, ("cohort", "seed"))
         for name, section in self.sections.items():
             if section.changes_result:
                 found |= section.differences(other.sections[name])
@@ -583,14 +587,10 @@ class Config:
 
     def refused_on_resume(self, saved: "Config") -> Differences:
         """Return the differences to a saved run that forbid resuming it: {name: (mine, saved)}."""
-        found = self._own_differences(saved)
+        found = _differences(self, saved, ("cohort", "seed"))
         for name, section in self.sections.items():
             found |= section.refused_on_resume(saved.sections[name])
         return found
-
-    def _own_differences(self, other: "Config") -> Differences:
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in ("cohort", "seed"))
-        return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}
 
 
 def _refuse_conflicts(config: Config) -> None:
@@ -646,8 +646,8 @@ def flag_groups() -> tuple[FlagGroup, ...]:
     found = [FlagGroup("cohort", "The networks and their random seed.", own)]
     for field in dataclasses.fields(Config):
         if isinstance(field.default, Section):
-            section = type(field.default)
-            found.append(FlagGroup(section.title, section.__doc__ or "", fields_of(section)))
+            section, text = field.default, field.default.__doc__ or ""
+            found.append(FlagGroup(section.title, text, dataclasses.fields(section)))
     return tuple(found)
 
 
@@ -673,7 +673,7 @@ def _typed(name: str, value: Any) -> Any:
         accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if type(value) in accepted or (float in accepted and type(value) is int):
             return value
-    words = getattr(hint, "__name__", str(hint))
+    words = hint.__name__ if isinstance(hint, type) else str(hint)  # int, or tuple[str, ...]
     raise UsageError(f"configuration {name} is {value!r}; its type must be {words}")
 
 

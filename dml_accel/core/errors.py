@@ -44,12 +44,8 @@ class CheckpointNotWrittenError(RunError):
     """A checkpoint could not be written; the text says why, and which one is the newest."""
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read; the text names the file."""
-
-
 class UnreadableError(UsageError):
-    """A file cannot be read, or is longer than allowed; the text names it."""
+    """A file is missing, damaged, malformed or longer than allowed; the text names it."""
 
 
 def one_line(error: BaseException) -> str:

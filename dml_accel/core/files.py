@@ -63,17 +63,23 @@ def read_at_most(path: Path, most: int) -> bytes:
     return content
 
 
-def strict_json(content: bytes) -> Any:
-    """Parse JSON, which has no NaN and no Infinity.
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """Return the object that the content of a JSON file holds.
 
     Raises:
-        ValueError, RecursionError: it is not JSON.
+        UnreadableError: it is not JSON, which has no NaN and no Infinity, or not an object.
     """
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
 
-    return json.loads(content, parse_constant=refuse)
+    try:
+        found = json.loads(content, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"{path} is not valid JSON") from error
+    if not isinstance(found, dict):
+        raise UnreadableError(f"{path} does not hold a JSON object")
+    return found
 
 
 def read_json(path: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
@@ -82,12 +88,4 @@ def read_json(path: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
     Raises:
         UnreadableError: it cannot be read, is longer, or does not hold a JSON object.
     """
-    try:
-        found = strict_json(read_at_most(path, most))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnreadableError):
-            raise
-        raise UnreadableError(f"{path} is not valid JSON") from error
-    if not isinstance(found, dict):
-        raise UnreadableError(f"{path} does not hold a JSON object")
-    return found
+    return parse_json(path, read_at_most(path, most))

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dml_accel.core.errors import CheckpointError, CheckpointNotWrittenError, UnreadableError
-from dml_accel.core.files import LARGEST_JSON, read_at_most, strict_json
+from dml_accel.core.errors import CheckpointNotWrittenError, UnreadableError
+from dml_accel.core.files import LARGEST_JSON, parse_json, read_at_most
 from dml_accel.distributed.placement import Placement
 from dml_accel.mutual.peer import Peer
 
@@ -35,8 +35,8 @@ _STATE = "state.json"
 _SCALER = set(torch.amp.GradScaler("cpu").state_dict())
 
 
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: its content does not match its sha256")
+def _damaged(path: Path) -> UnreadableError:
+    return UnreadableError(f"{path} is damaged: its content does not match its sha256")
 
 
 # ---------------------------------------------------------------- writing
@@ -147,7 +147,7 @@ def finish(
         content = (folder / f"{name}.json").read_bytes()
         files[f"{name}.json"] = _sha256(content)
         # Computed by the peer's writer from the bytes at hand, so that rank 0 need not read them.
-        files[f"{name}.safetensors"] = _parse(folder / f"{name}.json", content)["sha256"]
+        files[f"{name}.safetensors"] = parse_json(folder / f"{name}.json", content)["sha256"]
     whole = {"format": _FORMAT, "step": step, "files": files} | state
     _write(folder / _STATE, _dump(whole | {"sha256": _sha256(_dump(whole))}))
     _sync(folder)
@@ -186,19 +186,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Return the content of state.json.
 
     Raises:
-        CheckpointError: it is missing, damaged or of another format.
+        UnreadableError: it is missing, damaged or of another format.
     """
     path = folder / _STATE
-    content = _bytes(path, LARGEST_JSON)
-    state = _parse(path, content)
+    content = read_at_most(path, LARGEST_JSON)
+    state = parse_json(path, content)
     as_written = _dump(state) == content
     given = state.pop("sha256", None)
     if not as_written or given != _sha256(_dump(state)):
         raise _damaged(path)
     if state.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} has format {state.get('format')}, not {_FORMAT}")
+        raise UnreadableError(f"{path} has format {state.get('format')}, not {_FORMAT}")
     if not isinstance(state.get("files"), dict) or not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{path} does not say its step and files")
+        raise UnreadableError(f"{path} does not say its step and files")
     return state
 
 
@@ -206,7 +206,7 @@ def verify(folder: Path, peers: Iterable[str]) -> dict[str, Any]:
     """Check every file of a checkpoint against its sha256; return the content of state.json.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        UnreadableError: a file is missing or damaged.
     """
     state = read_state(folder)
     for name in peers:
@@ -216,7 +216,7 @@ def verify(folder: Path, peers: Iterable[str]) -> dict[str, Any]:
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
         if found != state["files"].get(path.name):
             raise _damaged(path)
     return state
@@ -226,7 +226,7 @@ def load_peers(folder: Path, peers: Sequence[Peer]) -> dict[str, Any]:
     """Load the state of peers from a checkpoint; return the content of state.json.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or does not fit a peer; no peer has been
+        UnreadableError: a file is missing or damaged, or does not fit a peer; no peer has been
             changed then.
     """
     state = read_state(folder)
@@ -245,23 +245,23 @@ def _read_peer(
     weights = sum(t.numel() * t.element_size() for t in expected.values())
     # The optimizer here has not stepped and has less state than the saved one: allow for it.
     path = folder / f"{peer.name}.safetensors"
-    content = _bytes(path, 8 * weights + _LARGEST_HEADER)
+    content = read_at_most(path, 8 * weights + _LARGEST_HEADER)
     if _sha256(content) != state["files"].get(path.name):
         raise _damaged(path)
     try:
         tensors = load(content)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise UnreadableError(f"{path} cannot be read: {error}") from error
     require_fit(path, peer, tensors, expected)
     return tensors, rest
 
 
 def _read_rest(folder: Path, state: dict[str, Any], name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
-    content = _bytes(path, LARGEST_JSON)
+    content = read_at_most(path, LARGEST_JSON)
     if _sha256(content) != state["files"].get(path.name):
         raise _damaged(path)
-    return _parse(path, content)
+    return parse_json(path, content)
 
 
 # ---------------------------------------------------------------- a peer as tensors and JSON
@@ -320,7 +320,7 @@ def require_state_fits(path: Path, peer: Peer, rest: dict[str, Any], like: dict[
     ]
     fits &= isinstance(scaler, dict) and (not scaler or set(scaler) == _SCALER)
     if not fits:
-        raise CheckpointError(f"{path} holds another optimizer or loss scaler than {peer.name} has")
+        raise UnreadableError(f"{path} holds another optimizer or loss scaler than {peer.name} has")
 
 
 def _shape(group: Any) -> Any:
@@ -339,11 +339,11 @@ def require_fit(
         expected: what ``pack`` returns for the peer as it is.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape or dtype.
+        UnreadableError: a tensor is missing, or has another shape or dtype.
     """
     model = {name for name in expected if name.startswith("model.")}
     if {name for name in tensors if name.startswith("model.")} != model:
-        raise CheckpointError(f"{path} holds other weights than {peer.name} has")
+        raise UnreadableError(f"{path} holds other weights than {peer.name} has")
     sizes = [w.shape for group in peer.optimizer.param_groups for w in group["params"]]
     for name, value in tensors.items():
         like, index = expected.get(name), name.partition(".")[2].partition(".")[0]
@@ -353,7 +353,7 @@ def require_fit(
             known = name.startswith("optimizer.") and index.isdigit() and int(index) < len(sizes)
             fits = known and value.shape in (sizes[int(index)], torch.Size([]))
         if not fits:
-            raise CheckpointError(
+            raise UnreadableError(
                 f"{path}: {name} {tuple(value.shape)} {value.dtype} does not fit {peer.name}"
             )
 
@@ -363,23 +363,6 @@ def require_fit(
 
 def _dump(content: Any) -> bytes:
     return json.dumps(content, indent=2, sort_keys=True, allow_nan=False).encode()
-
-
-def _parse(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        found = strict_json(content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is not valid JSON") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: it does not hold a JSON object")
-    return found
-
-
-def _bytes(path: Path, most: int) -> bytes:
-    try:
-        return read_at_most(path, most)
-    except UnreadableError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def _sha256(content: bytes) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel.core.config import Config, Differences, differences_text
-from dml_accel.core.errors import CheckpointError, UsageError
+from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.core.versions import versions
 from dml_accel.distributed.launch import launched_precision, restarts
 from dml_accel.distributed.placement import Placement
@@ -196,7 +196,7 @@ def _newest_good(checkpoints: Sequence[Path], peers: Sequence[str]) -> Origin:
     for path in checkpoints:
         try:
             return _verified(path, peers)
-        except CheckpointError as error:
+        except UnreadableError as error:
             damage = damage or str(error)
             print(f"warning: {error}; skipping {path.name}", file=sys.stderr, flush=True)
     if checkpoints:
@@ -210,7 +210,7 @@ def _newest_good(checkpoints: Sequence[Path], peers: Sequence[str]) -> Origin:
 def _is_readable(path: Path) -> bool:
     try:
         checkpoint.read_state(path)
-    except CheckpointError:
+    except UnreadableError:
         return False
     return True
 
@@ -221,7 +221,7 @@ def _is_readable(path: Path) -> bool:
 def _read(path: Path, peers: Sequence[str]) -> Origin:
     try:
         return _verified(path, peers)
-    except CheckpointError as error:
+    except UnreadableError as error:
         raise UsageError(f"{error}; --resume an older checkpoint, or start again") from error
 
 
@@ -244,7 +244,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             wrong.append("lost")
     if wrong:
-        raise CheckpointError(f"{path / 'state.json'} has no valid {', '.join(wrong)}")
+        raise UnreadableError(f"{path / 'state.json'} has no valid {', '.join(wrong)}")
     return Origin(path, state)
 
 
@@ -276,7 +276,7 @@ def _refuse_newer(given: Path, peers: Sequence[str]) -> None:
         if checkpoint.step_of(path) > checkpoint.step_of(given):
             try:
                 _verified(path, peers)
-            except CheckpointError:
+            except UnreadableError:
                 continue
             raise UsageError(
                 f"--resume {given}: its run has already reached {path.name}; name another "
@@ -356,7 +356,7 @@ def load_peers(origin: Origin, peers: Sequence[Peer], processes: Processes) -> N
     problem = None
     try:
         checkpoint.load_peers(origin.path, peers)
-    except CheckpointError as error:
+    except UnreadableError as error:
         problem = error
     failed = processes.failed_rank(problem is not None)
     if failed is not None:

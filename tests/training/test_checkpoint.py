@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dml_accel.core.errors import CheckpointError
+from dml_accel.core.errors import UnreadableError
 from dml_accel.models.spec import PeerSpec
 from dml_accel.mutual.peer import Peer
 from dml_accel.training import checkpoint
@@ -166,7 +166,7 @@ def refused(folder: Path, file: Path) -> None:
     """The checkpoint is refused with the file's name, and no peer is touched."""
     peers = [peer("a-0"), peer("bb-0", "adamw")]
     before = [everything(one) for one in peers]
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UnreadableError) as error:
         load_peers(folder, peers)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
     for one, values in zip(peers, before, strict=True):
@@ -226,7 +226,7 @@ def test_a_file_that_is_far_too_large_is_not_read(written: tuple[Path, list[Peer
 
 def test_weights_of_another_network_do_not_fit(tmp_path: Path) -> None:
     folder = saved(tmp_path, [peer("a-0", width=8)], 1)
-    with pytest.raises(CheckpointError, match=r"a-0\.safetensors: .* does not fit a-0"):
+    with pytest.raises(UnreadableError, match=r"a-0\.safetensors: .* does not fit a-0"):
         load_peers(folder, [peer("a-0")])
 
 
@@ -252,7 +252,7 @@ def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(checkpoint, "_FORMAT", 2)
     folder = saved(tmp_path, [peer("a-0")], 1)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="has format 2, not 1"):
+    with pytest.raises(UnreadableError, match="has format 2, not 1"):
         read_state(folder)
 
 
