@@ -12,7 +12,7 @@ from typing import Any
 
 from dml_accel.analysis.methods import PRESETS
 from dml_accel.cli.parser import parse
-from dml_accel.core.config import Config
+from dml_accel.core.config import Config, require
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
 from dml_accel.core.versions import command_line
 from dml_accel.distributed.launch import launched_processes, launched_rank
@@ -95,8 +95,7 @@ def _compare(values: dict[str, Any]) -> int:
     methods, seeds = values.pop("methods"), values.pop("seeds")
     preset = PRESETS.get(values.pop("preset") or "")
     config = Config(**(preset.changes if preset else {}) | values)
-    if seeds < 1:
-        raise UsageError(f"--seeds is {seeds}; it must be at least 1")
+    require(seeds >= 1, "seeds", seeds, "at least 1")
     cohorts = preset.cohorts if preset and "cohort" not in values else (config.cohort,)
     from dml_accel.analysis.compare import compare
     from dml_accel.analysis.tables import comparison_table, comparison_title
@@ -117,11 +116,9 @@ def _plan(values: dict[str, Any]) -> int:
     world, classes, bandwidth, latency = (values.pop(name) for name in names)
     config = Config(**values)
     for name, value in (("world", world), ("classes", classes)):
-        if value < 1:
-            raise UsageError(f"--{name} is {value}; it must be at least 1")
+        require(value >= 1, name, value, "at least 1")
     for name, value in (("bandwidth", bandwidth), ("latency", latency)):
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name} is {value}; it must be above 0")
+        require(value is None or value > 0, name, value, "above 0")
     if world > config.optim.smallest_micro_batch:
         raise UsageError(
             f"--world {world} is more than the {config.optim.smallest_micro_batch} images of a "
@@ -145,8 +142,7 @@ def _plan(values: dict[str, Any]) -> int:
 
 
 def _report(values: dict[str, Any]) -> int:
-    if values["analyse"] < 0:
-        raise UsageError(f"--analyse is {values['analyse']}; it must be at least 0")
+    require(values["analyse"] >= 0, "analyse", values["analyse"], "at least 0")
     folders = [Path(folder).expanduser() for folder in values["folders"]]
     path = Path(values["to"] or folders[0] / "report.html")
     for folder in folders:

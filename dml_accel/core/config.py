@@ -99,10 +99,10 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     """Refuse a value that is out of its range, or not one of its choices."""
     choices = field.metadata["argparse"].get("choices")
     if choices and value is not None:
-        _require(value in choices, field.name, value, "one of " + ", ".join(choices))
+        require(value in choices, field.name, value, "one of " + ", ".join(choices))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        _require(abs(value) < math.inf, field.name, value, "a finite number")
-        _require(value in field.metadata["range"], field.name, value, field.metadata["range"])
+        require(abs(value) < math.inf, field.name, value, "a finite number")
+        require(value in field.metadata["range"], field.name, value, field.metadata["range"])
 
 
 def _differences(mine: object, other: object, names: Iterable[str]) -> Differences:
@@ -110,7 +110,8 @@ def _differences(mine: object, other: object, names: Iterable[str]) -> Differenc
     return {name: (one, two) for name, one, two in pairs if one != two}
 
 
-def _require(holds: bool, name: str, value: object, allowed: object) -> None:
+def require(holds: bool, name: str, value: object, allowed: object) -> None:
+    """Refuse the value of a flag that is not allowed."""
     _refuse(not holds, f"--{name.replace('_', '-')} is {value}; it must be {allowed}")
 
 
@@ -547,7 +548,7 @@ class Config:
             else:
                 _check(field, value)
             object.__setattr__(self, field.name, value)
-        _require(bool(self.cohort), "cohort", self.cohort, "at least one network")
+        require(bool(self.cohort), "cohort", self.cohort, "at least one network")
         _refuse_conflicts(self)
 
     @property

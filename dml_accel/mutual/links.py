@@ -14,7 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dml_accel.core.errors import UsageError
+from dml_accel.core.errors import UnreadableError, UsageError
+from dml_accel.core.files import read_at_most
 
 LinkWeights = Mapping[str, Mapping[str, float]]
 _LARGEST_FILE = 2**20  # bytes
@@ -65,30 +66,23 @@ def _refuse_frozen(links: str, frozen: Sequence[str]) -> None:
 
 
 def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> LinkWeights:
-    wrong = f"--links {path}"
+    where = f"--links {path}"
     try:
-        with open(path, newline="") as file:
-            content = file.read(_LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UsageError(
-            f"{wrong} cannot be read: {reason}; write full, ring, star:PEER, frozen or the path of "
-            "a CSV file"
-        ) from error
-    if len(content) > _LARGEST_FILE:
-        raise UsageError(f"{wrong} has more than {_LARGEST_FILE:,} characters")
-    try:
-        lines = [[c.strip() for c in line] for line in csv.reader(io.StringIO(content)) if line]
-    except csv.Error as error:
-        raise UsageError(f"{wrong} is not a CSV file: {error}") from error
+        content = read_at_most(path, _LARGEST_FILE).decode()
+        lines = [[c.strip() for c in row] for row in csv.reader(io.StringIO(content)) if row]
+    except UnreadableError as error:
+        known = "full, ring, star:PEER, frozen or the path of a CSV file"
+        raise UsageError(f"--links {error}; write {known}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{where} is not a CSV file: {error}") from error
     if not lines:
-        raise UsageError(f"{wrong} is empty")
+        raise UsageError(f"{where} is empty")
     head, rows = lines[0][1:], {line[0]: line[1:] for line in lines[1:]}
-    _refuse_names(f"{wrong}, first line", head, teachers)
-    _refuse_names(f"{wrong}, first column", [line[0] for line in lines[1:]], learners)
-    weights = {name: _row(f"{wrong}, line of {name}", name, head, rows[name]) for name in learners}
+    _refuse_names(f"{where}, first line", head, teachers)
+    _refuse_names(f"{where}, first column", [line[0] for line in lines[1:]], learners)
+    weights = {name: _row(f"{where}, line of {name}", name, head, rows[name]) for name in learners}
     if not any(weight for row in weights.values() for weight in row.values()):
-        raise UsageError(f"{wrong}: all weights are 0; for independent training use --kl-weight 0")
+        raise UsageError(f"{where}: all weights are 0; for independent training use --kl-weight 0")
     return weights
 
 

@@ -233,7 +233,7 @@ class Display:
             self._bar.set_postfix_str(f"{rate:.0f} images/s {losses}")
         elif time.monotonic() - self._printed >= self._seconds_between_lines:
             spent = time.monotonic() - self._started
-            left = _duration(spent / self._done * max(0.0, self._work - self._done))
+            left = tqdm.format_interval(spent / self._done * max(0.0, self._work - self._done))
             self._print(f"{self._at(window.last)} {rate:.0f} images/s, {left} left: {losses}")
 
     def evaluation(self, record: EvaluationRecord) -> None:
@@ -278,12 +278,6 @@ class Display:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def peak_memory(device: torch.device) -> int:
