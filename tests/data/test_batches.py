@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from dml_accel.core.errors import UsageError
-from dml_accel.core.rng import generator, stratified
 from dml_accel.data.batches import (
     Data,
     ImageSet,
@@ -171,17 +170,6 @@ def test_draws_do_not_depend_on_torchs_global_generator(split: Split) -> None:
 # ---------------------------------------------------------------- the validation split
 
 
-def test_stratified_choice_keeps_every_classs_share() -> None:
-    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)[torch.randperm(100)]
-    for count in (1, 10, 37, 50, 100):
-        chosen = stratified(labels, count, "test")
-        assert len(chosen) == count == len(chosen.unique())
-        shares = torch.bincount(labels[chosen], minlength=3) / count
-        expected = torch.tensor([0.5, 0.3, 0.2])
-        assert ((shares - expected) * count).abs().max() <= 1
-    assert not torch.equal(stratified(labels, 20, "a"), stratified(labels, 20, "b"))
-
-
 def test_the_validation_split_is_the_same_for_every_seed(digits: Source) -> None:
     cuts = [
         split_training(digits, tiny_config(val_fraction=0.2, seed=seed).data) for seed in (0, 1)
@@ -237,11 +225,6 @@ def test_too_few_images_are_refused(digits: Source, changes: dict, message: str)
 def test_slices_differ_by_at_most_one_row() -> None:
     assert list(slices(10, 3)) == [(0, 3), (3, 6), (6, 10)]
     assert list(slices(2, 3)) == [(0, 0), (0, 1), (1, 2)]
-
-
-def test_different_keys_give_different_draws() -> None:
-    draws = [torch.rand(1, generator=generator(*k)).item() for k in (("a", 1), ("a", 2), ("a1",))]
-    assert len(set(draws)) == 3
 
 
 # ---------------------------------------------------------------- memory

@@ -1,0 +1,391 @@
+"""The configuration: sections, ranges, conflicts, and what resuming may change."""
+
+import dataclasses
+import json
+import math
+import typing
+
+import pytest
+
+from dml_accel.core.config import (
+    Config,
+    OptimConfig,
+    Section,
+    differences_text,
+    flag_groups,
+    flag_types,
+)
+from dml_accel.core.errors import UsageError
+
+SECTIONS = ["data", "optim", "method", "numerics", "compute", "run"]
+# Another value for every flag, and what else it needs.
+OTHER: dict[str, typing.Any] = {
+    "cohort": ("resnet8*2", "wrn_16_2"),
+    "seed": 1,
+    "dataset": "digits",
+    "image_column": "img",
+    "label_column": "species",
+    "train_split": "most",
+    "test_split": "rest",
+    "image_size": 16,
+    "augment": "none",
+    "train_limit": 100,
+    "val_fraction": 0.1,
+    "labelled_fraction": 0.5,
+    "epochs": 100,
+    "max_steps": 5,
+    "batch_size": 32,
+    "grad_accum": 2,
+    "lr": 0.05,
+    "lr_step": 30,
+    "lr_gamma": 0.2,
+    "momentum": 0.8,
+    "weight_decay": 1e-4,
+    "clip_norm": 1.0,
+    "kl_weight": 0.5,
+    "temperature": 2.0,
+    "kl_reduction": "sum",
+    "kl_warmup": 3,
+    "update": "sequential",
+    "target": "mean-prob",
+    "links": "ring",
+    "frozen_peers": ("runs/wrn", "runs/other"),
+    "kl_images": "labelled",
+    "mixed_precision": "bf16",
+    "float64": True,
+    "tf32": True,
+    "batch_norm": "local",
+    "exchange_dtype": "bf16",
+    "cpu": True,
+    "threads": 2,
+    "compile": "on",
+    "compile_mode": "max-autotune",
+    "memory_format": "channels_last",
+    "low_memory": True,
+    "placement": "split",
+    "measure": True,
+    "exchange": "sum",
+    "timeout": 5.0,
+    "output_dir": "runs/here",
+    "resume": "runs/there",
+    "eval_every": "500",
+    "save_every": "10min",
+    "keep_checkpoints": 3,
+    "max_nonfinite": 3,
+    "log_with": ("tensorboard", "wandb"),
+}
+NEEDS = {"kl_images": {"labelled_fraction": 0.5}, "compile_mode": {"compile": "auto"}}
+
+
+def with_and_without(name: str) -> tuple[Config, Config]:
+    """Two configurations that differ in one flag only."""
+    needs = NEEDS.get(name, {})
+    return Config(**needs | {name: OTHER[name]}), Config(**needs)
+
+
+# ---------------------------------------------------------------- sections
+
+
+def test_every_flag_is_a_field_of_one_section_or_of_the_whole() -> None:
+    sections = Config().sections
+    assert list(sections) == SECTIONS
+    names = ["cohort", "seed"]
+    for section in sections.values():
+        names += [field.name for field in dataclasses.fields(section)]
+    assert len(names) == len(set(names)) == len(OTHER) > 50
+    assert names == list(Config().as_dict()) == list(flag_types())
+    assert names == [field.name for group in flag_groups() for field in group.fields]
+    assert set(names) == set(OTHER)
+
+
+def test_only_compute_and_run_do_not_change_the_result() -> None:
+    unchanged = [name for name, one in Config().sections.items() if not one.changes_result]
+    assert unchanged == ["compute", "run"]
+
+
+def test_every_field_has_a_help_and_every_section_a_text() -> None:
+    assert [group.title for group in flag_groups()] == [
+        "cohort",
+        "data",
+        "optimization",
+        "method",
+        "numerics",
+        "compute",
+        "run",
+    ]
+    for group in flag_groups():
+        assert group.text.endswith(".") and "\n" not in group.text
+        assert all(field.metadata["help"] for field in group.fields)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_flag_is_read_back_from_its_section_and_from_plain_json(name: str) -> None:
+    config, without = with_and_without(name)
+    owners = [config, *config.sections.values()]
+    (value,) = [vars(owner)[name] for owner in owners if name in vars(owner)]
+    assert value == OTHER[name]
+    plain = json.loads(json.dumps(config.as_dict()))
+    assert Config(**plain) == config != without
+    assert without.changed(**{name: OTHER[name]}) == config
+
+
+def test_a_configuration_cannot_be_changed_in_place() -> None:
+    config = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.optim.lr = 1.0
+    assert hash(config) == hash(Config())
+
+
+def test_changes_are_checked_as_the_whole_is() -> None:
+    with pytest.raises(UsageError, match="--lr is -1; it must be at least 0"):
+        Config().changed(lr=-1)
+    with pytest.raises(UsageError, match="unknown configuration lrr; known are: cohort, seed"):
+        Config().changed(lrr=1)
+
+
+# ---------------------------------------------------------------- ranges
+
+SMALLEST = math.ulp(0)
+BELOW_1, ABOVE_1 = math.nextafter(1, 0), math.nextafter(1, 2)
+AT_LEAST_1 = ([1, 10**15], [0, -1])
+AT_LEAST_0 = ([0.0, 1e300], [-SMALLEST])
+ABOVE_0 = ([SMALLEST, 1e300], [0.0, -SMALLEST])
+# Values just inside and just outside of the range of every number.
+RANGES: dict[str, tuple[list[float], list[float]]] = {
+    "seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "image_size": ([8, 4096], [7, 4097]),
+    "train_limit": AT_LEAST_1,
+    "val_fraction": ([0.0, BELOW_1], [-SMALLEST, 1.0]),
+    "labelled_fraction": ([SMALLEST, 1.0], [0.0, ABOVE_1]),
+    "epochs": AT_LEAST_1,
+    "max_steps": AT_LEAST_1,
+    "batch_size": AT_LEAST_1,
+    "grad_accum": ([1, 64], [0, 65]),  # at most the batch size
+    "lr": AT_LEAST_0,
+    "lr_step": AT_LEAST_1,
+    "lr_gamma": ([0.0, 1.0], [-SMALLEST, ABOVE_1]),
+    "momentum": ([0.0, BELOW_1], [-SMALLEST, 1.0]),
+    "weight_decay": AT_LEAST_0,
+    "clip_norm": ABOVE_0,
+    "kl_weight": AT_LEAST_0,
+    "temperature": ABOVE_0,
+    "kl_warmup": ([0, 10**15], [-1]),
+    "threads": AT_LEAST_1,
+    "timeout": ([SMALLEST, 1e6], [0.0, math.nextafter(1e6, 2e6)]),
+    "keep_checkpoints": AT_LEAST_1,
+    "max_nonfinite": AT_LEAST_1,
+}
+
+
+def is_number(name: str) -> bool:
+    hint = flag_types()[name]
+    return bool({int, float} & {hint, *typing.get_args(hint)})
+
+
+def test_the_range_of_every_number_is_tested() -> None:
+    assert {name for name in flag_types() if is_number(name)} == set(RANGES)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_values_just_inside_a_range_are_accepted_and_just_outside_refused(name: str) -> None:
+    inside, outside = RANGES[name]
+    for value in inside:
+        assert Config(**{name: value}).as_dict()[name] == value
+    if isinstance(inside[0], float):
+        outside = [*outside, math.inf, -math.inf, math.nan]
+    for value in outside:
+        with pytest.raises(UsageError) as refusal:
+            Config(**{name: value})
+        assert str(refusal.value).startswith(f"--{name.replace('_', '-')} is {value}; it must be ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": -1}, "--seed is -1; it must be at least 0 and below 9,223,372,036,854,775,808"),
+        ({"image_size": 5000}, "--image-size is 5000; it must be at least 8 and at most 4,096"),
+        ({"momentum": 1.0}, "--momentum is 1.0; it must be at least 0 and below 1"),
+        ({"labelled_fraction": 0.0}, "--labelled-fraction is 0.0; it must be above 0 and at most"),
+        ({"kl_warmup": -1}, "--kl-warmup is -1; it must be at least 0"),
+        ({"lr": math.nan}, "--lr is nan; it must be a finite number"),
+        ({"timeout": 1e7}, "--timeout is 10000000.0; it must be above 0 and at most 1,000,000"),
+    ],
+    ids=str,
+)
+def test_a_refusal_names_the_value_and_the_range(changes: dict, said: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Config(**changes)
+    assert str(refusal.value).startswith(said)
+
+
+def test_every_choice_is_accepted_and_any_other_word_refused() -> None:
+    chosen = 0
+    for group in flag_groups():
+        for field in group.fields:
+            choices = field.metadata["argparse"].get("choices", ())
+            for choice in choices:
+                needs = NEEDS.get(field.name, {})
+                Config(**needs | {field.name: choice})
+            if choices:
+                chosen += 1
+                said = f"--{field.name.replace('_', '-')} is other; it must be one of {choices[0]}"
+                with pytest.raises(UsageError, match=said):
+                    Config(**{field.name: "other"})
+    assert chosen == 13
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("cohort", "resnet8", "tuple[str, ...]"),
+        ("cohort", (3,), "tuple[str, ...]"),
+        ("seed", 1.0, "int"),
+        ("epochs", True, "int"),
+        ("lr", "0.1", "float"),
+        ("cpu", 1, "bool"),
+        ("cpu", None, "bool"),
+        ("dataset", None, "str"),
+        ("timeout", None, "float"),
+        ("max_steps", "5", "int | None"),
+        ("log_with", "wandb", "tuple[str, ...]"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: object, kind: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Config(**{name: value})
+    assert str(refusal.value) == f"configuration {name} is {value!r}; its type must be {kind}"
+
+
+# ---------------------------------------------------------------- conflicts
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"update": "sequential", "placement": "split"}, "--update sequential updates peers in"),
+        ({"update": "official", "placement": "split"}, "--update official updates peers in turn"),
+        ({"update": "sequential", "grad_accum": 2}, "needs --grad-accum 1"),
+        ({"update": "sequential", "low_memory": True}, "--low-memory works with --update simult"),
+        (
+            {"update": "official", "low_memory": True},
+            "--low-memory works with .* not with official",
+        ),
+        ({"update": "official", "target": "mean-prob"}, "--update official sums the KL"),
+        (
+            {"update": "official", "target": "mean-logit"},
+            "but --target mean-logit has a single one",
+        ),
+        (
+            {"kl_reduction": "sum", "target": "mean-logit"},
+            "--kl-reduction sum needs --target peers",
+        ),
+        ({"kl_reduction": "sum", "target": "mean-prob"}, "--target mean-prob has a single KL term"),
+        ({"links": "ring", "exchange": "sum"}, "--links weighs every peer separately, but --exch"),
+        ({"exchange": "sum", "exchange_dtype": "bf16"}, "--exchange-dtype bf16 rounds logits, but"),
+        ({"links": "frozen"}, "--links frozen needs --frozen-peers"),
+        ({"kl_images": "labelled"}, "--kl-images labelled needs --labelled-fraction below 1"),
+        ({"tf32": True, "float64": True}, "--tf32 has no effect with --float64: drop one"),
+        ({"compile_mode": "max-autotune"}, "--compile-mode max-autotune has no effect without"),
+        ({"resume": "auto"}, "--resume auto needs --output-dir"),
+        ({"grad_accum": 9, "batch_size": 8}, r"--grad-accum is 9; it must be at most .*size \(8\)"),
+        ({"cohort": ()}, "--cohort is .*; it must be at least one network"),
+        ({"eval_every": "often"}, "--eval-every 'often' is not an interval: write optimizer steps"),
+        ({"save_every": "0ep"}, "--save-every '0ep' is not an interval"),
+        ({"save_every": "1.5ep"}, "--save-every '1.5ep' is not an interval"),
+    ],
+    ids=str,
+)
+def test_a_conflict_is_refused_in_one_line(changes: dict, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as refusal:
+        Config(**changes)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"update": "official", "grad_accum": 2},
+        {"update": "official", "placement": "replicate"},
+        {"update": "sequential", "kl_reduction": "sum"},
+        {"low_memory": True, "placement": "split", "grad_accum": 2},
+        {"links": "frozen", "frozen_peers": ("x",)},
+        {"kl_images": "labelled", "labelled_fraction": 0.5},
+        {"exchange_dtype": "bf16", "placement": "split", "links": "ring"},
+        {"compile": "auto", "compile_mode": "max-autotune"},
+        {"resume": "auto", "output_dir": "x"},
+        {"save_every": "1.5min", "eval_every": "2ep"},
+    ],
+    ids=str,
+)
+def test_what_goes_together_is_accepted(changes: dict) -> None:
+    assert Config(**changes).changed(seed=2).changed(seed=0) == Config(**changes)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_a_run_resumes_with_its_own_flags() -> None:
+    for name in OTHER:
+        config, _ = with_and_without(name)
+        assert config.differences(config) == config.refused_on_resume(config) == {}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_resuming_may_change_what_does_not_change_the_result(name: str) -> None:
+    config, saved = with_and_without(name)
+    section = next((s for s, one in config.sections.items() if name in vars(one)), None)
+    difference = {name: (config.as_dict()[name], saved.as_dict()[name])}
+    if isinstance(OTHER[name], tuple):
+        difference = {name: (OTHER[name], tuple(saved.as_dict()[name]))}
+    free = section in ("compute", "run")
+    assert config.differences(saved) == ({} if free else difference)
+    refused = {} if free or name == "max_steps" else difference
+    assert config.refused_on_resume(saved) == refused
+
+
+def test_resuming_may_stop_at_another_step_and_have_more_epochs() -> None:
+    saved = Config(epochs=10, max_steps=100)
+    for changes in ({"epochs": 11}, {"max_steps": 99}, {"max_steps": 101}, {"max_steps": None}):
+        assert saved.changed(**changes).refused_on_resume(saved) == {}
+        assert saved.changed(**changes).differences(saved)  # another result all the same
+    assert saved.changed(epochs=9).refused_on_resume(saved) == {"epochs": (9, 10)}
+    both = saved.changed(epochs=11, max_steps=None, lr=0.2)
+    assert both.refused_on_resume(saved) == {"lr": (0.2, 0.1)}
+
+
+def test_a_learning_rate_that_depends_on_the_last_step_forbids_another_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved = Config(epochs=10)
+    longer, shorter = saved.changed(epochs=20), saved.changed(max_steps=5)
+    assert longer.refused_on_resume(saved) == shorter.refused_on_resume(saved) == {}
+    monkeypatch.setattr(OptimConfig, "depends_on_last_step", True)
+    assert longer.refused_on_resume(saved) == {"epochs": (20, 10)}
+    assert shorter.refused_on_resume(saved) == {"max_steps": (5, None)}
+
+
+def test_a_section_without_rules_of_its_own_refuses_what_changes_the_result() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Colour(Section):
+        title = "colour"
+        changes_result = True
+
+        hue: int = dataclasses.field(default=0, metadata={"argparse": {}, "range": [0, 1]})
+
+    assert Colour(1).refused_on_resume(Colour(0)) == {"hue": (1, 0)}
+    with pytest.raises(UsageError, match="--hue is 2"):
+        Colour(2)
+
+
+def test_differences_in_words() -> None:
+    config = Config(lr=0.06, cohort=("resnet8", "wrn_16_2"), cpu=True)
+    text = differences_text(config.differences(Config(lr=0.05)))
+    assert text == (
+        "was started with --cohort 2, --lr 0.05, but this command says --cohort resnet8 wrn_16_2, "
+        "--lr 0.06"
+    )
+    assert differences_text({"teachers": ("a", "b")}) == (
+        "was started with teachers b, but this command says teachers a"
+    )
