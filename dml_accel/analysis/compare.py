@@ -97,6 +97,7 @@ def plan_runs(
             method,
             seed,
             f"{label + '/' if len(cohorts) > 1 else ''}{method}/seed-{seed}",
+            # Without a folder, so that a run is the same wherever the comparison lies.
             config.changed(cohort=cohort, seed=seed, output_dir=None, **changes_of(config, method)),
         )
         for cohort, label in zip(cohorts, labels, strict=True)
@@ -128,6 +129,9 @@ class ComparisonFolder(LockedFolder):
         path: the folder; None for a new one.
         plan: the runs.
 
+    Attributes:
+        failed: runs that ended without results in this command, and why.
+
     Raises:
         UsageError: it holds a single run, foreign tables, a comparison with more runs, or runs that
             were started with other flags.
@@ -135,6 +139,7 @@ class ComparisonFolder(LockedFolder):
 
     def __init__(self, path: str | None, plan: Sequence[PlannedRun]) -> None:
         self._plan = plan
+        self.failed: dict[str, str] = {}
         label = "-".join(["compare", *dict.fromkeys(planned.cohort for planned in plan)])[:80]
         super().__init__(path, label)
 
@@ -150,6 +155,42 @@ class ComparisonFolder(LockedFolder):
     def was_stopped(self) -> bool:
         """Whether a launcher has restarted a comparison that was stopped on request."""
         return restarts() > 0 and any(self.saved(one).status == "stopped" for one in self._plan)
+
+    def write_tables(self, config: Config, cifar100: bool, command: str) -> dict[str, Any]:
+        """Write the tables of all finished runs; return the content of results.json.
+
+        Args:
+            config: what the runs share.
+            cifar100: whether the images are CIFAR-100's.
+            command: the command line.
+        """
+        unfinished = [planned.folder for planned in self.unfinished()]
+        runs = [
+            read_run(self.path / planned.folder, planned.folder, planned.method)
+            for planned in self._plan
+            if planned.folder not in unfinished
+        ]
+        record = statistics.comparison_record(
+            config,
+            runs,
+            methods=list(dict.fromkeys(planned.method for planned in self._plan)),
+            seeds=list({planned.seed for planned in self._plan}),
+            cifar100=cifar100,
+            missing=[folder for folder in unfinished if folder not in self.failed],
+            failed=self.failed,
+            command=command,
+        )
+        self.write("results.json", record)
+        several = len({planned.cohort for planned in self._plan}) > 1
+        columns = ("cohort", *statistics.COLUMNS) if several else statistics.COLUMNS
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(statistics.csv_rows(runs))
+        write_text(self.path / "results.csv", table.getvalue())
+        write_text(self.path / "results.md", comparison_markdown(record, _PLOT))
+        plots.save(plots.differences(record, comparison_title(record)), self.path / _PLOT)
+        return record
 
     def _refuse_content(self) -> None:
         for trace in ("config.json", "metrics.jsonl"):
@@ -219,66 +260,6 @@ def _refuse_other_starts(saved: SavedRun, checked: Checked) -> None:
             )
 
 
-# ---------------------------------------------------------------- the tables
-
-
-class _Tables:
-    """The tables of a comparison.
-
-    Args:
-        folder: of the comparison, entered.
-        config: what the runs share.
-        plan: all runs.
-        cifar100: whether the images are CIFAR-100's.
-        command: the command line.
-
-    Attributes:
-        failed: runs that ended without results, and why.
-    """
-
-    def __init__(
-        self,
-        folder: ComparisonFolder,
-        config: Config,
-        plan: Sequence[PlannedRun],
-        cifar100: bool,
-        command: str,
-    ) -> None:
-        self._folder, self._config, self._plan = folder, config, plan
-        self._cifar100, self._command = cifar100, command
-        self.failed: dict[str, str] = {}
-
-    def write(self) -> dict[str, Any]:
-        """Write the tables of all finished runs; return the content of results.json."""
-        root, unfinished = self._folder.path, [one.folder for one in self._folder.unfinished()]
-        runs = [
-            read_run(root / planned.folder, planned.folder, planned.method)
-            for planned in self._plan
-            if planned.folder not in unfinished
-        ]
-        record = statistics.comparison_record(
-            self._config,
-            runs,
-            methods=list(dict.fromkeys(planned.method for planned in self._plan)),
-            seeds=list({planned.seed for planned in self._plan}),
-            cifar100=self._cifar100,
-            missing=[folder for folder in unfinished if folder not in self.failed],
-            failed=self.failed,
-            command=self._command,
-        )
-        self._folder.write("results.json", record)
-        several = len({planned.cohort for planned in self._plan}) > 1
-        columns = ("cohort", *statistics.COLUMNS) if several else statistics.COLUMNS
-        table = io.StringIO()
-        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(statistics.csv_rows(runs))
-        write_text(root / "results.csv", table.getvalue())
-        write_text(root / "results.md", comparison_markdown(record, _PLOT))
-        plots.save(plots.differences(record, comparison_title(record)), root / _PLOT)
-        return record
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -313,37 +294,30 @@ def compare(
     source = sources.read(config.data, quiet=not first)
     image_costs = _check_cohorts(plan, source, config.run.output_dir)
     with explaining_stop(folder), Stop() as stop, folder or contextlib.nullcontext():
-        unfinished, tables = plan, None
-        if folder:
+        unfinished = plan
+        if folder:  # rank 0 decides, and broadcasts what it decides
             unfinished = folder.unfinished()
-            tables = _Tables(folder, config, plan, is_cifar100(source.classes), command)
-            _print_progress(folder, len(plan) - len(unfinished), len(plan))
+            print(
+                f"comparison: {folder.path}, {len(plan) - len(unfinished)} of {len(plan)} runs are "
+                "finished; after an interruption, the same command with this --output-dir resumes "
+                "it",
+                file=sys.stderr,
+            )
         loads = [workload(one.config, source, image_costs[one.cohort]) for one in unfinished]
         work = max(sum(load.total for load in loads), 1.0)
         display = Display(work, quiet=not first, many=True)
         processes = Processes(config.numerics, config.compute)
         with contextlib.closing(display), processes.watching():
-            stopped = processes.broadcast_flag(bool(folder and folder.was_stopped))
-            if not stopped:
+            record = None
+            if not processes.broadcast_flag(bool(folder and folder.was_stopped)):
                 session = Session(processes, display, stop, command)
-                root = config.run.output_dir
-                trainer = _Trainer(session, plan, source, image_costs, root, folder)
-                trainer.train_all(unfinished, tables)
+                trainer = _Trainer(session, config, plan, source, image_costs, folder)
+                record = trainer.train_all(unfinished)
+            elif folder:
+                text = "was stopped on request; the same command resumes it"
+                print(f"{folder.path} {text}", file=sys.stderr)
             processes.close()
-        if folder and stopped:
-            print(
-                f"{folder.path} was stopped on request; the same command resumes it",
-                file=sys.stderr,
-            )
-        return (folder.path, tables.write()) if folder and tables and not stopped else None
-
-
-def _print_progress(folder: ComparisonFolder, finished: int, planned: int) -> None:
-    print(
-        f"comparison: {folder.path}, {finished} of {planned} runs are finished; after an "
-        "interruption, the same command with this --output-dir resumes it",
-        file=sys.stderr,
-    )
+        return (folder.path, record) if folder and record else None
 
 
 def _check_cohorts(
@@ -358,8 +332,9 @@ def _check_cohorts(
     for cohort in dict.fromkeys(planned.cohort for planned in plan):
         runs = [planned for planned in plan if planned.cohort == cohort]
         to_start = [planned for planned in runs if _needs_start(planned, root)]
+        # Methods and seeds of a cohort have the same networks: one check stands for all. Only the
+        # networks of one cohort are in memory at a time.
         config = runs[0].config
-        # The networks of one cohort at a time.
         checked, modules = check(config, source, starts=bool(to_start))
         for planned in runs:
             if root and planned not in to_start:
@@ -374,32 +349,34 @@ class _Trainer:
 
     Args:
         session: what the runs share.
+        config: the same; its folder is that of the comparison.
         plan: all runs.
         source: their images.
         image_costs: of a forward pass of one image, by cohort.
-        root: ``--output-dir``, by which all processes find saved runs; None for a new folder.
         folder: in the first process, entered; None in the others.
     """
 
     def __init__(
         self,
         session: Session,
+        config: Config,
         plan: Sequence[PlannedRun],
         source: Source,
         image_costs: Mapping[str, float],
-        root: str | None,
         folder: ComparisonFolder | None,
     ) -> None:
-        self._session, self._plan, self._source = session, plan, source
-        self._image_costs, self._root, self._folder = image_costs, root, folder
+        self._session, self._config, self._plan, self._source = session, config, plan, source
+        self._image_costs, self._folder = image_costs, folder
         self._starts: dict[tuple[str, str], str] = {}  # sha256 of weights, by cohort and peer
 
-    def train_all(self, unfinished: Sequence[PlannedRun], tables: _Tables | None) -> None:
+    def train_all(self, unfinished: Sequence[PlannedRun]) -> dict[str, Any] | None:
         """Train all unfinished runs; one that diverges does not prevent the others.
 
         Args:
-            unfinished: known to the first process only.
-            tables: in the first process; None in the others.
+            unfinished: only those of the first process count.
+
+        Returns:
+            The content of results.json in the first process.
         """
         processes = self._session.processes
         compiled = self._decide_compilation(unfinished)
@@ -410,19 +387,25 @@ class _Trainer:
             try:
                 self._train(planned, label, compiled)
             except DivergedError as error:  # raised in all processes
-                if tables:
-                    tables.failed[planned.folder] = str(error)
+                if self._folder:
+                    self._folder.failed[planned.folder] = str(error)
                     self._session.display.end()
             processes.free_networks()
-            if tables:
-                tables.write()
+            self._write_tables()  # now, because the next run may be interrupted
+        return self._write_tables()
+
+    def _write_tables(self) -> dict[str, Any] | None:
+        if self._folder is None:
+            return None
+        cifar100 = is_cifar100(self._source.classes)
+        return self._folder.write_tables(self._config, cifar100, self._session.command)
 
     def _train(self, planned: PlannedRun, label: str, compiled: bool) -> None:
         folder = None
         if self._folder:
             folder = RunFolder(self._folder.path / planned.folder, "", resumes=True)
         with folder or contextlib.nullcontext():
-            starts = _needs_start(planned, self._root)
+            starts = _needs_start(planned, self._config.run.output_dir)
             checked, modules = check(planned.config, self._source, starts)
             self._refuse_changed_starts(planned, checked)
             origin = Origin()
@@ -453,7 +436,7 @@ class _Trainer:
 
     def _decide_compilation(self, unfinished: Sequence[PlannedRun]) -> bool:
         """Decide once for all runs, so that methods differ in nothing else, and only once ever."""
-        compute, processes = self._plan[0].config.compute, self._session.processes
+        compute, processes = self._config.compute, self._session.processes
         if compute.compile != "auto":
             return compute.compile == "on"
         text = ""

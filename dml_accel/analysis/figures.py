@@ -18,6 +18,7 @@ from dml_accel.analysis.probes import NOISE, analyse
 from dml_accel.analysis.runs import Run, group_by_method, networks_of, recipe_of
 from dml_accel.analysis.statistics import (
     Curve,
+    Summary,
     loss_over_epochs,
     metric_over_epochs,
     summarise,
@@ -112,15 +113,15 @@ def _curves(by_method: RunsByMethod, colour: Colours) -> list[ReportFigure]:
             partial(plots.curves, lines, colour, "epoch", y, 100.0 if "%" in y else 1.0),
         )
         for title, text, lines, y in rows
-        if any(len(points) > 1 for points in lines.values())
+        if any(len(points) > 1 for points in lines.values())  # a single point is not a curve
     ]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean; None without values, or if one of them is None."""
-    found = list(values)
-    finite = [value for value in found if value is not None]
-    return statistics.fmean(finite) if finite and len(finite) == len(found) else None
+    """Return the mean; None without values, or if one of them is None (not finite)."""
+    numbers = list(values)
+    finite = [number for number in numbers if number is not None]
+    return statistics.fmean(finite) if finite and len(finite) == len(numbers) else None
 
 
 def _mean_top1(test: dict[str, Any]) -> float | None:
@@ -160,8 +161,8 @@ def _mean_matrix(
 def _disagreements(analyses: AnalysesByMethod) -> list[ReportFigure]:
     text = "Share of test images on which two peers predict different classes, mean over seeds."
     figures = []
-    for method, found in analyses.items():
-        means, names = _mean_matrix([one["disagreement"] for one in found])
+    for method, runs in analyses.items():
+        means, names = _mean_matrix([run["disagreement"] for run in runs])
         if len(names) > 1:
             draw = partial(plots.matrix, means, names, "share of images")
             figures.append(_figure(f"Disagreement: {method}", text, draw))
@@ -193,12 +194,11 @@ def _analysis_figures(analyses: AnalysesByMethod, colour: Colours) -> list[Repor
         return []
 
     def noise(metric: str) -> dict[str, Curve]:
-        points = [(sigma, partial(_noise_value, metric, at)) for at, sigma in enumerate(NOISE)]
-        return _over_peers(analyses, points)
+        return _over_peers(analyses, NOISE, lambda peer, at: peer["noise"][NOISE.index(at)][metric])
 
-    quantiles = [(float(mark), partial(_entropy_quantile, mark)) for mark in (10, 25, 50, 75, 90)]
-    entropy = _over_peers(analyses, quantiles)
-    bins = {method: _merge_bins(found) for method, found in analyses.items()}
+    marks = (10.0, 25.0, 50.0, 75.0, 90.0)
+    entropy = _over_peers(analyses, marks, lambda peer, at: peer["entropy"][f"q{at:g}"])
+    bins = {method: _merge_bins(runs) for method, runs in analyses.items()}
     sigma, how = "standard deviation of the noise", "Gaussian noise on every weight, 3 draws."
     loss, accuracy = "cross-entropy, nats", "top-1, %"
     return [
@@ -226,28 +226,18 @@ def _analysis_figures(analyses: AnalysesByMethod, colour: Colours) -> list[Repor
     ]
 
 
-def _noise_value(metric: str, place: int, peer: dict[str, Any]) -> float | None:
-    value: float | None = peer["noise"][place][metric]
-    return value
-
-
-def _entropy_quantile(mark: int, peer: dict[str, Any]) -> float | None:
-    value: float | None = peer["entropy"][f"q{mark}"]
-    return value
-
-
 def _over_peers(
     analyses: AnalysesByMethod,
-    points: Sequence[tuple[float, Callable[[dict[str, Any]], float | None]]],
+    places: Sequence[float],
+    value: Callable[[dict[str, Any], float], float | None],
 ) -> dict[str, Curve]:
-    """Return a curve for each method: at each point a mean over peers, summarised over runs."""
-    return {
-        method: [
-            (at, summarise([_mean(map(value, one["peers"].values())) for one in found]))
-            for at, value in points
-        ]
-        for method, found in analyses.items()
-    }
+    """Return a curve for each method: at each place a mean over peers, summarised over runs."""
+
+    def summary(runs: Sequence[dict[str, Any]], at: float) -> Summary:
+        # Peers first: the seed is the unit of the interval.
+        return summarise([_mean(value(p, at) for p in run["peers"].values()) for run in runs])
+
+    return {m: [(at, summary(runs, at)) for at in places] for m, runs in analyses.items()}
 
 
 def _merge_bins(analyses: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
@@ -289,15 +279,15 @@ def cohort_size_figures(groups: Sequence[Sequence[Run]]) -> list[ReportFigure]:
 
 def _runs_by_size(runs: Sequence[Run]) -> list[dict[int, list[Run]]]:
     """Return runs by the size of their cohort, one of each seed, for each network and recipe."""
-    found: dict[str, dict[int, dict[int, Run]]] = {}
+    grouped: dict[str, dict[int, dict[int, Run]]] = {}
     for run in runs:
         nets, size = set(networks_of(run)), len(run.nets)
         if len(nets) == 1 and run.method == ("mutual" if size > 1 else BASELINE):
             key = json.dumps([*nets, recipe_of(run)])
-            found.setdefault(key, {}).setdefault(size, {})[run.config.seed] = run
+            grouped.setdefault(key, {}).setdefault(size, {})[run.config.seed] = run
     return [
         {size: list(by_seed.values()) for size, by_seed in by_size.items()}
-        for by_size in found.values()
+        for by_size in grouped.values()
     ]
 
 

@@ -56,6 +56,7 @@ def write_page(runs: Sequence[Run], path: Path, images: int) -> None:
         images: how many images of each split to analyse networks on; 0 for no analyses.
     """
     groups = group_comparable(runs)
+    # Escaped, because names and commands in the files of a run are untrusted.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -69,6 +70,7 @@ def write_page(runs: Sequence[Run], path: Path, images: int) -> None:
 
 
 def _section(runs: Sequence[Run], images: int) -> Section:
+    # Reversed, so that the first run with a method and seed is the one that is kept.
     first_of_each = {(run.method, run.config.seed): run for run in reversed(runs)}
     kept = list(first_of_each.values())[::-1]
     methods = list(group_by_method(kept))

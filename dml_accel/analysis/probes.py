@@ -57,14 +57,15 @@ def analyse(run: Run, images: int) -> dict[str, Any]:
     try:
         saved = read_json(path)
         is_same = (saved["format"], saved["sha256"]) == (_FORMAT, weights)
-        if is_same and saved["at_most"] >= images:
+        if is_same and saved["at_most"] >= images:  # more images are as good
             return saved
     except (UsageError, KeyError, TypeError):
         pass  # there is none, or it is of something else: it is computed again
     nets = {name: load_network(folder) for name, folder in folders.items()}
-    found = {"format": _FORMAT, "at_most": images, "sha256": weights, **_analyse(nets, run, images)}
-    write_json(path, found)
-    return found
+    made_from = {"format": _FORMAT, "at_most": images, "sha256": weights}
+    analysis = made_from | _analyse(nets, run, images)
+    write_json(path, analysis)
+    return analysis
 
 
 def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any]:

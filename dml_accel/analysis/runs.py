@@ -85,6 +85,7 @@ class Run:
 
     def evaluations(self) -> Iterator[tuple[float, dict[str, Any]]]:
         """Yield the epoch, counted from 0 at the start, and the test metrics of each evaluation."""
+        # The images that were used, which the flags may have limited.
         per_epoch = self.description["images"]["train"] // self.config.optim.batch_size
         for event in self.events:
             if event["event"] == "eval":

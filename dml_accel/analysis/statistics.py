@@ -68,6 +68,7 @@ def summarise(values: Sequence[float | None]) -> Summary:
     if len(finite) < 2:
         return Summary(len(finite), mean)
     sd = statistics.stdev(finite)
+    # Equal up to rounding: a t-test on the last bits would call them significant.
     if sd <= _ROUNDING * max(map(abs, finite)):
         return Summary(len(finite), mean, 0.0, mean, mean)
     error = scipy.stats.sem(finite)
@@ -108,6 +109,7 @@ def _loss_by_epoch(run: Run, part: str) -> dict[float, float | None]:
             continue
         losses = [peer[part] for peer in event["peers"].values() if peer[part] is not None]
         if losses:
+            # A record holds the mean of several steps, so it is weighted by them.
             steps, total = totals.get(event["epoch"], (0.0, 0.0))
             loss = event["steps"] * statistics.fmean(losses)
             totals[event["epoch"]] = steps + event["steps"], total + loss
@@ -185,6 +187,7 @@ def _scaled_down(config: Config, runs: Sequence[Run], cifar100: bool) -> list[st
     """Return in words what is smaller than in the paper."""
     data, optim, paper = config.data, config.optim, Config().optim
     parts = []
+    # The images of the runs, because the configuration does not say how many the data set has.
     images = max((run.description["images"]["train"] for run in runs), default=0)
     if cifar100 and 0 < images < CIFAR100_TRAINING_IMAGES:
         parts.append(f"{images:,} of {CIFAR100_TRAINING_IMAGES:,} training images")

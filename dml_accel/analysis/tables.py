@@ -72,12 +72,14 @@ def comparison_table(record: dict[str, Any], style: str = "simple") -> str:
     for cohort in record["cohorts"]:
         nets, peers = _nets(cohort), cohort["peers"]
         summaries = {(s["method"], s["of"], s["name"]): s for s in cohort["summaries"]}
+        # While runs are missing, methods may differ in the number of seeds.
         counts = {s["method"]: str(s["top1"]["n"]) for s in cohort["summaries"]}
         row = [*nets, *[""] * (widest - len(nets)), " / ".join(dict.fromkeys(counts.values()))]
         for method in record["methods"]:
             one_each = [summaries.get((method, "peer", peer["name"])) for peer in peers]
             row.append(" / ".join(_mean(summary, "top1", 100) for summary in one_each))
         for method in others:
+            # Equal networks share a difference, because they are averaged first.
             archs = dict.fromkeys(peer["arch"] for peer in peers)
             one_each = [summaries.get((method, "architecture", arch)) for arch in archs]
             row.append(" / ".join(_difference(summary, "top1", 100) for summary in one_each))
@@ -219,6 +221,7 @@ def _published(row: dict[str, Any], method: str) -> list[str]:
 def _reproduction(record: dict[str, Any]) -> str:
     runs: Sequence[dict[str, Any]] = record["runs"]
     recipe = ", ".join(f"{name} {value}" for name, value in record["recipe"].items())
+    # Runs may come from several machines, each of which is listed once.
     machines = {
         (run["device"], run["world_size"], run["mixed_precision"], *run["versions"].items())
         for run in runs

@@ -292,10 +292,8 @@ def test_a_preset_of_several_cohorts_has_a_folder_for_each(
     assert [*table[0]][:3] == ["cohort", "method", "seed"]
     assert {row["cohort"] for row in table} == {"resnet8x2", "wrn_16_2-resnet8"}
     config = load(folder / "resnet8x2/mutual/seed-0/config.json")["config"]
-    assert (config["max_steps"], config["batch_size"]) == (
-        2,
-        8,
-    )  # flags that are given override the preset
+    # Flags that are given override the preset.
+    assert (config["max_steps"], config["batch_size"]) == (2, 8)
 
 
 def test_published_values_are_beside_ours_on_cifar100(
@@ -344,10 +342,8 @@ def test_runs_of_another_configuration_are_not_mixed_in(
     assert compared(finished, *COHORT, "--seeds", "3", "--seed", "3", "--momentum", "0.5") == 2
     error = capsys.readouterr().err
     assert "independent/seed-3 was started with --momentum 0.9, but this command says" in error
-    assert (
-        "--momentum 0.5: use the same flags or a new --output-dir" in error
-        and error.count("\n") == 1
-    )
+    assert "--momentum 0.5: use the same flags or a new --output-dir" in error
+    assert error.count("\n") == 1
     assert (finished / "results.json").read_text() == before
 
 
@@ -393,10 +389,8 @@ def test_an_unfinished_run_of_another_configuration_is_not_cleared_away(
     shutil.copytree(finished, folder)
     (folder / "mutual" / "seed-3" / "results.json").unlink()
     assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3", "--batch-size", "9") == 2
-    assert (
-        "started with --batch-size 8, but this command says --batch-size 9"
-        in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "started with --batch-size 8, but this command says --batch-size 9" in error
     assert (folder / "mutual" / "seed-3" / "peers" / "resnet8-0").exists()
 
 
@@ -405,10 +399,8 @@ def test_runs_of_another_precision_are_not_mixed_in(
 ) -> None:
     words = [*COHORT, "--seeds", "3", "--seed", "3", "--mixed-precision", "bf16"]
     assert compared(finished, *words) == 2
-    assert (
-        "--mixed-precision no, but this command says --mixed-precision bf16"
-        in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "--mixed-precision no, but this command says --mixed-precision bf16" in error
 
 
 @pytest.mark.parametrize("patience", ["2", "99"])  # noticed on the way, or at the end
@@ -420,10 +412,8 @@ def test_a_run_that_diverges_does_not_prevent_the_others(
     assert "independent/seed-0 failed: the " in capsys.readouterr().err
     found = record(tmp_path / "wild")
     assert sorted(found["failed"]) == ["independent/seed-0", "mutual/seed-0"]
-    assert (
-        found["missing"] == []
-        and "- Failed: mutual/seed-0" in (tmp_path / "wild" / "results.md").read_text()
-    )
+    assert found["missing"] == []
+    assert "- Failed: mutual/seed-0" in (tmp_path / "wild" / "results.md").read_text()
 
 
 def test_a_missing_run_is_named() -> None:
