@@ -48,9 +48,10 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(
                 f"{command}: unexpected argument {unknown[0]}; see --help, and what must be quoted"
             )
-        flags = list(commands[command]._option_string_actions)
-        near = difflib.get_close_matches(name, flags, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else "see --help"
+        # Compared without dashes, or any two short flags would look alike.
+        flags = {flag.strip("-"): flag for flag in commands[command]._option_string_actions}
+        near = difflib.get_close_matches(name.strip("-"), flags, n=1, cutoff=0.5)
+        hint = f"did you mean {flags[near[0]]}?" if near else "see --help"
         raise UsageError(f"unknown argument {unknown[0]}: {hint}")
     return vars(parsed)
 

@@ -1,0 +1,297 @@
+"""The flags of every command: help, usage errors, defaults; none of them imports torch."""
+
+import inspect
+import json
+import re
+import shlex
+import sys
+
+import pytest
+
+from dml_accel import cli
+from dml_accel.cli.parser import parse
+from dml_accel.core.config import Config, flag_groups, flag_types
+from dml_accel.core.errors import UsageError
+from tests.helpers import run_program
+
+COMMANDS = ["train", "compare", "plan", "report", "evaluate", "predict", "export"]
+# Libraries that take seconds to import, or that only a command at work needs.
+HEAVY = {"torch", "timm", "datasets", "numpy", "accelerate", "PIL", "safetensors", "matplotlib"}
+# What scripts rely on: every flag with its default.
+DEFAULTS = {
+    "cohort": ["2"],
+    "seed": 0,
+    "dataset": "uoft-cs/cifar100",
+    "image_column": None,
+    "label_column": None,
+    "train_split": "train",
+    "test_split": "test",
+    "image_size": 32,
+    "augment": None,
+    "train_limit": None,
+    "val_fraction": 0.0,
+    "labelled_fraction": 1.0,
+    "epochs": 200,
+    "max_steps": None,
+    "batch_size": 64,
+    "grad_accum": 1,
+    "lr": 0.1,
+    "lr_step": 60,
+    "lr_gamma": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "clip_norm": None,
+    "kl_weight": 1.0,
+    "temperature": 1.0,
+    "kl_reduction": "mean",
+    "kl_warmup": 0,
+    "update": "simultaneous",
+    "target": "peers",
+    "links": "full",
+    "frozen_peers": [],
+    "kl_images": "all",
+    "mixed_precision": None,
+    "float64": False,
+    "tf32": False,
+    "batch_norm": "group",
+    "exchange_dtype": None,
+    "cpu": False,
+    "threads": None,
+    "compile": "off",
+    "compile_mode": "default",
+    "memory_format": None,
+    "low_memory": False,
+    "placement": "auto",
+    "measure": False,
+    "exchange": "logits",
+    "timeout": 10.0,
+    "output_dir": None,
+    "resume": None,
+    "eval_every": "1ep",
+    "save_every": "1ep",
+    "keep_checkpoints": 2,
+    "max_nonfinite": 10,
+    "log_with": [],
+}
+# Flags that only one command has.
+OWN = {
+    "compare": {"--methods", "--seeds", "--preset"},
+    "plan": {"--world", "--classes", "--bandwidth", "--latency"},
+    "report": {"--to", "--analyse"},
+    "evaluate": {"--dataset", "--image-column", "--label-column", "--test-split", "--to", "--cpu"},
+    "predict": {"--peer", "--format", "--cpu"},
+    "export": {"--peer", "--to", "--format"},
+}
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def help_of(*words: str) -> str:
+    """What --help prints."""
+    done = run_program(sys.executable, "-m", "dml_accel", *words, "--help", COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """The help of every command."""
+    return {command: help_of(command) for command in COMMANDS}
+
+
+def flags_in(text: str) -> list[str]:
+    """The flags that a help lists, in order."""
+    return re.findall(r"^  (--[\w-]+)", text, re.M)
+
+
+# ---------------------------------------------------------------- at once
+
+HELP = [["--help"], *([command, "--help"] for command in COMMANDS)]
+USAGE = {
+    "no command": ([], "the following arguments are required: COMMAND"),
+    "an unknown command": (["trian"], "invalid choice: 'trian' (choose from"),
+    "an unknown flag": (["train", "--epoch", "3"], "--epoch: did you mean --epochs?"),
+    "a flag with a value": (["train", "--epoch=3"], "--epoch=3: did you mean --epochs?"),
+    "a flag like no other": (["train", "--qqq"], "unknown argument --qqq: see --help"),
+    "a word that is not quoted": (["train", "resnet8"], "train: unexpected argument resnet8"),
+    "a bad number": (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    "a fraction": (["train", "--epochs", "1.5"], "argument --epochs: invalid int value: '1.5'"),
+    "no value": (["train", "--lr"], "argument --lr: expected one argument"),
+    "a bad choice": (["train", "--update", "x"], "argument --update: invalid choice: 'x'"),
+    "out of range": (["train", "--momentum", "1"], "--momentum is 1.0; it must be at least 0 and"),
+    "a conflict": (["train", "--tf32", "--float64"], "--tf32 has no effect with --float64"),
+    "a conflict of sections": (
+        ["train", "--update", "official", "--placement", "split"],
+        "--update official updates peers in turn",
+    ),
+    "a bad interval": (["train", "--eval-every", "often"], "--eval-every 'often' is not an inter"),
+    "resuming nothing": (["train", "--resume", "auto"], "--resume auto needs --output-dir"),
+    "a flag of another command": (["compare", "--update", "official"], "use --methods"),
+    "compare resumes by itself": (["compare", "--resume", "auto"], "compare has no --resume: the"),
+    "compare: images of the KL": (["compare", "--kl-images", "all"], "the method semi has KL on"),
+    "no seeds": (["compare", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
+    "a bad method": (["compare", "--methods", "x"], "argument --methods: invalid choice: 'x'"),
+    "no processes": (["plan", "--world", "0"], "--world is 0; it must be at least 1"),
+    "no bandwidth": (["plan", "--bandwidth", "0"], "--bandwidth is 0.0; it must be above 0"),
+    "too many processes": (["plan", "--world", "65"], "--world 65 is more than the 64 images of a"),
+    "no runs": (["report"], "the following arguments are required: DIR"),
+    "no folder": (["report", "no/such"], "no/such is not a folder; name a folder of runs"),
+    "no run": (["evaluate", "no/such"], "no/such is not a folder; name a run, or peers/<name>"),
+    "no images": (["predict", "no/such"], "the following arguments are required: IMAGE"),
+    "no target": (["export", "no/such"], "the following arguments are required: --to"),
+    "no network": (["export", "no/such", "--to", "x"], "no/such is not a folder; name a run, or"),
+}
+SCRIPT = """
+import json, resource, sys
+from dml_accel import cli
+try:
+    code = cli.main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code or 0
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([code, used.ru_utime + used.ru_stime, sorted(sys.modules)]))
+"""
+
+
+def run_light(words: list[str]) -> tuple[int, str, str]:
+    """Run a command in a fresh interpreter; it must import nothing heavy and be fast."""
+    done = run_program(sys.executable, "-W", "error", "-c", SCRIPT, *words)
+    assert done.returncode == 0, done.stderr
+    out, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    code, seconds, modules = json.loads(last)
+    loaded = HEAVY & {name.partition(".")[0] for name in modules}
+    assert not loaded, f"imports {', '.join(sorted(loaded))}"
+    assert seconds < 2  # it takes a fifth of a second; a machine may be busy
+    return code, out, done.stderr
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
+def test_help_is_printed_at_once(words: list[str]) -> None:
+    code, out, err = run_light(words)
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: dml-accel") and "--help" in out
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_a_usage_error_is_one_line_at_once(case: str) -> None:
+    words, said = USAGE[case]
+    code, out, err = run_light(words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert said in err
+
+
+def test_a_command_that_works_imports_torch() -> None:
+    # So the checks above would notice it.
+    words = ["plan", "--cohort", "resnet8", "--image-size", "16", "--batch-size", "8"]
+    with pytest.raises(AssertionError, match="imports .*torch"):
+        run_light(words)
+
+
+# ---------------------------------------------------------------- the flags
+
+
+def test_flags_and_defaults_are_those_that_scripts_rely_on() -> None:
+    assert Config().as_dict() == DEFAULTS
+
+
+def test_train_has_a_flag_for_every_field_in_one_group_per_section(helps: dict[str, str]) -> None:
+    groups = re.split(r"^(\w+):$", helps["train"], flags=re.M)
+    titles, texts = groups[1::2], groups[2::2]
+    assert titles == ["options", *(group.title for group in flag_groups()), "examples"]
+    for group, text in zip(flag_groups(), texts[1:-1], strict=True):
+        assert flags_in(text) == [flag_of(field.name) for field in group.fields]
+        assert " ".join(text.split()).startswith(group.text)
+
+
+def test_the_help_of_train_shows_the_default_of_every_flag(helps: dict[str, str]) -> None:
+    entries = re.split(r"^  (--[\w-]+)", helps["train"].partition("\nexamples:")[0], flags=re.M)
+    shown = dict(zip(entries[1::2], entries[2::2], strict=True))
+    for name, default in DEFAULTS.items():
+        text = " ".join(shown[flag_of(name)].split())
+        if default not in (None, [], False):
+            value = " ".join(default) if isinstance(default, list) else default
+            assert f"(default: {value})" in text, name
+        assert len(text) > 20, name  # its help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_other_commands_have_the_same_flags_and_their_own(
+    command: str, helps: dict[str, str]
+) -> None:
+    shared = {flag_of(name) for name in DEFAULTS}
+    lacking = {"--resume"} if command in ("compare", "plan") else set()
+    if command == "compare":
+        lacking |= {"--update", "--target", "--kl-images"}
+    if command not in ("train", "compare", "plan"):
+        lacking = shared
+    expected = OWN.get(command, set()) | (shared - lacking)
+    found = flags_in(helps[command])
+    assert len(found) == len(set(found)) and set(found) == expected
+
+
+def test_flags_that_are_not_given_are_left_out() -> None:
+    # A preset must know which flags were given.
+    assert parse(["train"]) == {"subcommand": "train"}
+    assert set(parse(["compare"])) == {"subcommand", "methods", "seeds", "preset"}
+    assert set(parse(["plan"])) == {"subcommand", "world", "classes", "bandwidth", "latency"}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_flag_sets_its_field(name: str) -> None:
+    default, hint = DEFAULTS[name], str(flag_types()[name])
+    choices = {
+        field.name: field.metadata["argparse"].get("choices")
+        for group in flag_groups()
+        for field in group.fields
+    }[name]
+    if "bool" in hint:
+        words, value = [], True
+    elif choices:
+        value = choices[-1]
+        words = [value]
+    elif "tuple" in hint:
+        words, value = ["a", "b"], ["a", "b"]
+    elif "int" in hint:
+        words, value = ["9"], 9
+    elif "float" in hint:
+        words, value = ["0.25"], 0.25
+    else:
+        words, value = ["10min"], "10min"
+    assert value != default or choices
+    found = parse(["train", flag_of(name), *words])
+    assert found == {"subcommand": "train", name: value}
+    assert type(found[name]) is type(value)
+
+
+def test_compile_alone_means_on() -> None:
+    assert parse(["train", "--compile"])["compile"] == "on"
+    assert parse(["train", "--compile", "--cpu"])["compile"] == "on"
+    assert parse(["train", "--compile", "auto"])["compile"] == "auto"
+
+
+def test_flags_cannot_be_abbreviated() -> None:
+    for words in (["--batch", "8"], ["--batch=8"], ["--coh", "2"]):
+        with pytest.raises(UsageError, match="unknown argument --(batch|coh).*did you mean --"):
+            parse(["train", *words])
+
+
+def test_every_example_of_the_help_is_a_command(helps: dict[str, str]) -> None:
+    count = 0
+    for command, text in helps.items():
+        for line in text.partition("\nexamples:\n")[2].splitlines():
+            words = shlex.split(line.rpartition(" | ")[2], comments=True)
+            if words:
+                assert words[:2] == ["dml-accel", command], line
+                parse(words[1:])
+                count += 1
+    assert count > 15
+
+
+def test_all_ways_to_start_the_program_enter_one_function() -> None:
+    assert list(inspect.signature(cli.main).parameters) == ["arguments"]
+    done = run_program(sys.executable, "train.py", "--help", COLUMNS="100")
+    assert done.returncode == 0
+    assert " ".join(done.stdout.split()) == " ".join(help_of("train").split())
