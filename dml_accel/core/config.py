@@ -557,16 +557,6 @@ class Config:
         found = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         return {name: value for name, value in found if isinstance(value, Section)}
 
-    def __getattr__(self, name: str) -> Any:  # TEMPORARY
-        if name == "kl_is_summed":
-            name = "sums_kl"
-        for section in ("data", "optim", "method", "numerics", "compute", "run"):
-            if section not in self.__dict__:
-                break
-            if hasattr(self.__dict__[section], name):
-                return getattr(self.__dict__[section], name)
-        raise AttributeError(name)
-
     def changed(self, **values: Any) -> "Config":
         """Return a copy in which some flags have other values."""
         return Config(**self.as_dict() | values)
