@@ -60,20 +60,25 @@ def __dir__() -> list[str]:
 class _AfterTimm:
     """A finder on ``sys.meta_path`` that registers our networks once timm has been imported."""
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    _asks_others = False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Find timm as the other finders do; its loader then imports our networks as well."""
-        if name != "timm":
+        if name != "timm" or self._asks_others:
             return None
-        sys.meta_path.remove(_AfterTimm)  # so that the other finders find it
-        spec = importlib.util.find_spec(name)
-        sys.meta_path.insert(0, _AfterTimm)
+        self._asks_others = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asks_others = False
+        # This finder stays until timm is imported: many libraries only ask whether it is installed.
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                sys.meta_path.remove(_AfterTimm)
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 importlib.import_module("dml_accel.models.networks")
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -85,7 +90,7 @@ def _register_networks() -> None:
     if "timm" in sys.modules:
         importlib.import_module("dml_accel.models.networks")
     else:
-        sys.meta_path.insert(0, _AfterTimm)
+        sys.meta_path.insert(0, _AfterTimm())
 
 
 _register_networks()
