@@ -3,8 +3,11 @@
 A method is a set of flags: what it changes in the configuration that all methods share.
 """
 
+import csv
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dml_accel.core.config import Config, MethodConfig
@@ -150,36 +153,29 @@ class Published:
         return Published(self.source, *turned, self.unchecked)
 
 
-_INDEPENDENT = {"resnet32": 68.99, "mobilenet": 73.65, "wrn_28_10": 78.69}
-_CHECKED = frozenset({68.99, 78.69})
+@functools.cache
+def all_published() -> tuple[Published, ...]:
+    """Return all published results that we know, from ``published.csv``."""
 
+    def pair(row: dict[str, str], name: str) -> tuple[float, float]:
+        return float(row[f"{name} 1"]), float(row[f"{name} 2"])
 
-def _paper(first: str, second: str, *mutual: float) -> Published:
-    """Return one row of Table 2 of Zhang et al., CVPR 2018."""
-    independent = (_INDEPENDENT[first], _INDEPENDENT[second])
-    unchecked = frozenset({*independent, *mutual}) - _CHECKED
-    return Published("paper", (first, second), independent, (mutual[0], mutual[1]), unchecked)
-
-
-TABLE_2 = (
-    _paper("resnet32", "resnet32", 71.19, 70.75),
-    _paper("wrn_28_10", "resnet32", 78.96, 70.73),
-    _paper("mobilenet", "resnet32", 76.13, 71.10),
-    _paper("mobilenet", "mobilenet", 76.21, 76.10),
-    _paper("wrn_28_10", "mobilenet", 80.28, 77.39),
-    _paper("wrn_28_10", "wrn_28_10", 80.28, 80.08),
-)
-_REIMPLEMENTATION = "pilsHan/DML_for-personal-study"
-_OTHERS = (
-    Published(_REIMPLEMENTATION, ("resnet32", "resnet32"), (70.97, 70.97), (72.97, 72.85)),
-    Published(_REIMPLEMENTATION, ("resnet32", "wrn_28_10"), (70.97, 79.93), (72.55, 80.09)),
-)
+    with open(Path(__file__).with_name("published.csv"), newline="") as file:
+        return tuple(
+            Published(
+                row["source"],
+                (row["net 1"], row["net 2"]),
+                pair(row, "independent"),
+                pair(row, "mutual"),
+                frozenset(map(float, row["unchecked"].split())),
+            )
+            for row in csv.DictReader(file)
+        )
 
 
 def published_results(nets: Sequence[str]) -> list[Published]:
     """Return all published results of these networks, in their order."""
-    rows = (*TABLE_2, *_OTHERS)
-    return [row.in_order(nets) for row in rows if sorted(row.nets) == sorted(nets)]
+    return [row.in_order(nets) for row in all_published() if sorted(row.nets) == sorted(nets)]
 
 
 # ---------------------------------------------------------------- presets
@@ -197,7 +193,7 @@ class Preset:
 PRESETS = {
     "paper-table2": Preset(
         "the six pairs of the paper's Table 2, by its recipe",
-        tuple(row.nets for row in TABLE_2),
+        tuple(row.nets for row in all_published() if row.source == "paper"),
         {},
     ),
     "laptop": Preset(

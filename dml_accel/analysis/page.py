@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from dml_accel.analysis import tables
 from dml_accel.analysis.figures import ReportFigure, cohort_size_figures, comparison_figures
 from dml_accel.analysis.methods import is_cifar100
@@ -17,6 +15,7 @@ from dml_accel.analysis.runs import Run, group_by_method, group_comparable
 from dml_accel.analysis.statistics import comparison_record
 from dml_accel.core.errors import UsageError
 from dml_accel.core.files import write_text
+from dml_accel.core.tables import render
 from dml_accel.models.peer_folder import read_peer
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
@@ -56,11 +55,9 @@ def write_page(runs: Sequence[Run], path: Path, images: int) -> None:
         images: how many images of each split to analyse networks on; 0 for no analyses.
     """
     groups = group_comparable(runs)
-    # Escaped, because names and commands in the files of a run are untrusted.
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.from_string(_TEMPLATE.read_text()).render(
+    text = render(
+        _TEMPLATE,
+        html=True,  # escaped, because names and commands in the files of a run are untrusted
         sections=[_section(group, images) for group in groups],
         cohort_sizes=cohort_size_figures(groups),
         runs=len(runs),

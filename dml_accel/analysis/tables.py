@@ -4,11 +4,11 @@ Every function takes the record that ``statistics.comparison_record`` returns, w
 of the comparison's results.json.
 """
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dml_accel.analysis.methods import BASELINE, METHODS
-from dml_accel.core.tables import percent, table
+from dml_accel.core.tables import percent, render, table
 from dml_accel.models.model_card import public_name
 
 ABOUT_DIFFERENCES = """\
@@ -25,23 +25,34 @@ def comparison_markdown(record: dict[str, Any], plot: str) -> str:
         record: of the comparison.
         plot: file name of the figure of differences.
     """
-    published = published_table(record)
-    parts = [
-        f"# {comparison_title(record)}",
-        comparison_table(record, "github"),
-        ABOUT_DIFFERENCES,
-        *(["## Published results", *published] if published else []),
-        f"![Differences to independent training with 95% intervals]({plot})",
-        "## Top-1 accuracy, %",
-        metric_table(record, "top1", 100),
-        "## Negative log-likelihood, nats",
-        metric_table(record, "nll", 1),
-        "## Cost",
-        cost_table(record),
-        "## How to reproduce it",
-        _reproduction(record),
+    runs = record["runs"]
+    # Runs may come from several machines, each of which is listed once.
+    machines = {
+        (
+            (run["device"], run["world_size"], run["mixed_precision"]),
+            tuple(run["versions"].items()),
+        )
+        for run in runs
+    }
+    rows = [
+        [f"`{run['folder']}`", percent(run["ensemble"]["top1"]), f"{run['seconds']:.0f}"]
+        for run in runs
     ]
-    return "\n\n".join(parts) + "\n"
+    return render(
+        Path(__file__).parent / "templates" / "results.md.j2",
+        record=record,
+        title=comparison_title(record),
+        comparison=comparison_table(record, "github"),
+        about=ABOUT_DIFFERENCES,
+        published=published_table(record),
+        plot=plot,
+        top1=metric_table(record, "top1", 100),
+        nll=metric_table(record, "nll", 1),
+        cost=cost_table(record),
+        machines=sorted(machines),
+        commits=sorted({str(run["commit"]) for run in runs}),
+        runs=table(rows, ("run folder", "ensemble top-1 %", "s"), "github", left=1),
+    )
 
 
 def comparison_title(record: dict[str, Any]) -> str:
@@ -213,36 +224,3 @@ def _p_value(value: float) -> str:
 
 def _published(row: dict[str, Any], method: str) -> list[str]:
     return [f"{value:.2f}" + "?" * (value in row["unchecked"]) for value in row[method]]
-
-
-# ---------------------------------------------------------------- reproduction
-
-
-def _reproduction(record: dict[str, Any]) -> str:
-    runs: Sequence[dict[str, Any]] = record["runs"]
-    recipe = ", ".join(f"{name} {value}" for name, value in record["recipe"].items())
-    # Runs may come from several machines, each of which is listed once.
-    machines = {
-        (run["device"], run["world_size"], run["mixed_precision"], *run["versions"].items())
-        for run in runs
-    }
-    lines = [
-        f"- Command: `{record['command']}`",
-        f"- Seeds {', '.join(map(str, record['seeds']))}; the paper's recipe"
-        + (f", except for {recipe}" if recipe else ""),
-        *(
-            f"- {world} process(es) on {device}, precision {precision}; "
-            + ", ".join(f"{package} {version}" for package, version in versions)
-            for device, world, precision, *versions in sorted(machines)
-        ),
-        f"- Commits: {', '.join(sorted({str(run['commit']) for run in runs}))}",
-    ]
-    if record["missing"]:
-        lines.append(f"- Not finished yet: {', '.join(record['missing'])}")
-    lines += [f"- Failed: {folder}: {reason}" for folder, reason in record["failed"].items()]
-    rows = [
-        [f"`{run['folder']}`", percent(run["ensemble"]["top1"]), f"{run['seconds']:.0f}"]
-        for run in runs
-    ]
-    headers = ("run folder", "ensemble top-1 %", "s")
-    return "\n".join(lines) + "\n\n" + table(rows, headers, "github", left=1)

@@ -45,8 +45,8 @@ def render(template: Path, *, html: bool = False, **values: Any) -> str:
     environment = jinja2.Environment(
         autoescape=html,
         undefined=jinja2.StrictUndefined,
-        trim_blocks=html,
-        lstrip_blocks=html,
+        trim_blocks=True,
+        lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     return environment.from_string(template.read_text()).render(**values)
