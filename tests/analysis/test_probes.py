@@ -9,13 +9,19 @@ import torch
 
 from dml_accel.analysis import probes
 from dml_accel.analysis.probes import NOISE, analyse
-from dml_accel.analysis.runs import find_runs
+from dml_accel.analysis.runs import Run, read_run
 
 ALL_IMAGES = 10**6
 
 
+def without_analysis(folder: Path, tmp_path: Path) -> Run:
+    """A copy of a run whose analysis no other test has made before."""
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("analysis.json"))
+    return read_run(tmp_path / "run")
+
+
 def test_without_noise_the_analysis_finds_what_the_run_found(runs: Path) -> None:
-    (run,) = find_runs([runs / "pair/mutual/seed-0"])
+    run = read_run(runs / "pair/mutual/seed-0")
     found = analyse(run, ALL_IMAGES)
     assert found["images"] == {"train": 1437, "test": 360}
     last = list(run.evaluations())[-1][1]
@@ -34,9 +40,9 @@ def test_without_noise_the_analysis_finds_what_the_run_found(runs: Path) -> None
 
 
 def test_noise_moves_every_weight_by_as_much_as_it_says(
-    runs: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (run,) = find_runs([runs / "alone"])
+    run = without_analysis(runs / "alone", tmp_path)
     seen: list[dict[str, torch.Tensor]] = []
     whole = probes._logits
 
@@ -55,9 +61,7 @@ def test_noise_moves_every_weight_by_as_much_as_it_says(
 def test_an_analysis_is_made_once_for_the_same_weights(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without = shutil.ignore_patterns("analysis.json")  # other tests have made one of more images
-    shutil.copytree(runs / "alone", tmp_path / "run", ignore=without)
-    (run,) = find_runs([tmp_path])
+    run = without_analysis(runs / "alone", tmp_path)
     first = analyse(run, 10)
     with monkeypatch.context() as patch:
         patch.setattr(probes, "_analyse", None)
