@@ -171,6 +171,3 @@ def recipe_of(run: Run) -> list[Any]:
     recipe["dataset"] = Path(run.config.data.dataset).name  # the same set may lie elsewhere
     images = run.description["images"]
     return [sorted(recipe.items()), images["train"], images["test"]]
-
-
-find = find_runs  # TEMPORARY: the name in cli.commands

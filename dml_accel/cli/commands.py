@@ -150,10 +150,10 @@ def _report(values: dict[str, Any]) -> int:
             raise UsageError(f"{folder} is not a folder; name a folder of runs")
     if not path.parent.is_dir():
         raise UsageError(f"--to {path}: there is no folder {path.parent}")
-    from dml_accel.analysis import runs as finished
     from dml_accel.analysis.page import write_page
+    from dml_accel.analysis.runs import find_runs
 
-    runs = finished.find(folders)
+    runs = find_runs(folders)
     write_page(runs, path, values["analyse"])
     print(f"report of {len(runs)} run{'s' * (len(runs) > 1)}: {path}")
     return 0
