@@ -1,4 +1,4 @@
-"""The package as others install it: what is in it, what it needs, that it runs without its tree."""
+"""The package as others install it: what it contains, what it requires, that it runs anywhere."""
 
 import ast
 import re
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT, environment
+
 # Names of distributions that are imported by another one.
 IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL"}
-# Extras: where one is missing a line says how to install it.
+# Extras: if one is missing, an error says how to install it.
 OPTIONAL = {"onnx", "onnxruntime", "onnxscript"}
-# timm imports it; named because it must be the one that belongs to torch.
+# timm imports it; it is required by name because it must match torch.
 THROUGH_OTHERS = {"torchvision"}
 
 
@@ -37,47 +38,57 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(folder: Path, *words: str, python: str = sys.executable) -> str:
-    done = subprocess.run([python, *words], cwd=folder, capture_output=True, text=True, timeout=300)
+    """Run Python in a folder of its own; return what it prints."""
+    done = subprocess.run(
+        [python, *words],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def test_the_wheel_holds_the_package_alone(built: dict[str, Path]) -> None:
+def test_the_wheel_contains_all_of_the_package_and_nothing_else(built: dict[str, Path]) -> None:
     names = set(zipfile.ZipFile(built["wheel"]).namelist())
-    package = {path for path in names if ".dist-info/" not in path}
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "dml_accel").rglob("*.py")}
-    template = "dml_accel/analysis/templates/report.html.j2"
-    assert package == expected | {"dml_accel/py.typed", template}
+    found = {path for path in names if ".dist-info/" not in path}
+    tree = [path for path in (ROOT / "dml_accel").rglob("*") if path.is_file()]
+    expected = {str(path.relative_to(ROOT)) for path in tree if "__pycache__" not in path.parts}
+    assert found == expected
+    assert {path.rpartition(".")[2] for path in found} == {"py", "typed", "j2", "csv"}
 
 
 def test_the_source_archive_can_be_tested(built: dict[str, Path]) -> None:
     with tarfile.open(built["source"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for path in ("README.md", "CHANGELOG.md", "train.py", "launch/slurm.sh", "tests/worker.py"):
+    files = ("README.md", "CHANGELOG.md", "docs/training.md", "train.py", "launch/slurm.sh")
+    for path in (*files, "tests/worker.py", "tests/data/folders.py"):
         assert path in names, path
 
 
-def test_it_is_launched_as_a_module_from_an_environment_of_its_own(
+def test_it_runs_as_a_module_from_an_environment_of_its_own(
     built: dict[str, Path], tmp_path: Path
 ) -> None:
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env/bin/python"
     words = f"-m pip --python {python} install -q --no-deps {built['wheel']}"
     run(tmp_path, *words.split())
-    # What it needs is this environment's, which installed that by the same list.
+    # What it requires is found in this environment, which was installed from the same list.
     (ours,) = (Path(path) for path in sys.path if path.endswith("site-packages"))
     (packages,) = (tmp_path / "env").glob("lib/*/site-packages")
     (packages / "needed.pth").write_text(f"{ours}\n")
     there = run(tmp_path, "-c", "import dml_accel; print(dml_accel.__file__)", python=str(python))
     assert there.strip() == str(packages / "dml_accel/__init__.py")
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 -m dml_accel train"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"
     train = "--cohort resnet8*2 --dataset digits --image-size 16 --batch-size 8 --max-steps 2 --cpu"
-    words = f"{launch} {train} --output-dir run"
+    words = f"{launch} -m dml_accel train {train} --output-dir run"
     run(tmp_path, *words.split(), python=str(python))
     assert (tmp_path / "run/results.json").is_file()
 
 
-def test_what_is_imported_is_required_and_nothing_else() -> None:
+def test_exactly_what_is_imported_is_required() -> None:
     found = ConfigParser()
     found.read(ROOT / "setup.cfg")
     required = re.findall(r"^([\w-]+)", found["options"]["install_requires"], re.M)
