@@ -1,1 +1,6 @@
-"""TODO."""
+"""From files to batches: data sets are decoded once, cut into splits, and kept in memory.
+
+    decode   the images of a split as one array, their labels, and the cache of both
+    sources  data sets: from the hub, from a local folder, or scikit-learn's digits
+    batches  splits and batches: order, crop, flip and normalisation
+"""

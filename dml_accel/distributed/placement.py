@@ -49,6 +49,7 @@ class Placement:
         self.processes, self.device = processes, processes.device
         self.ranks = {name: list(held) for name, held in ranks.items()}
         self.names = sorted(self.ranks)
+        # Name order everywhere: sums over peers then do not depend on the order of the cohort.
         whole = list(range(processes.world_size))
         self._held = [[name for name in self.names if rank in self.ranks[name]] for rank in whole]
         self.mine = self._held[processes.rank]
@@ -61,6 +62,7 @@ class Placement:
         groups = {members: processes.group(members) for members in everyone}
         self.group = groups[tuple(self._members)]
         widths = [len(held) for held in self.ranks.values()]
+        # Slices are longest for the peer with the fewest processes.
         self._narrowest, self._widest = min(widths), max(widths)
         self.spans_batch_norm = batch_norm == "group" and len(self._members) > 1
 
@@ -104,6 +106,7 @@ class Placement:
     @contextlib.contextmanager
     def micro_batch(self, nets: Sequence[nn.Module], last: bool) -> Iterator[None]:
         """Surround forward and backward of a micro-batch; gradients are averaged in the last."""
+        # Without no_sync, DDP would average after each micro-batch: the same result, N times sent.
         with contextlib.ExitStack() as stack:
             for net in nets:
                 if isinstance(net, DistributedDataParallel) and not last:
@@ -124,7 +127,7 @@ class Placement:
         shape = (max(map(len, self._held)), -(-count // self._narrowest), logits.shape[-1])
         sent = torch.zeros(shape, dtype=dtype or logits.dtype, device=self.device)
         sent[: logits.shape[0], : logits.shape[1]] = logits
-        received = [torch.empty_like(sent) for _ in self._held]
+        received = [torch.empty_like(sent) for _ in self._held]  # [most peers, longest slice, C]
         dist.all_gather(received, sent)
         # A peer's processes may cut the batch elsewhere than ours: take the overlaps, in order.
         lo, hi = self.rows(count)
@@ -164,6 +167,7 @@ class Placement:
 
     def union(self, names: Iterable[str]) -> list[str]:
         """Return the peers that any process names, in name order."""
+        # As numbers in a tensor: object collectives would unpickle what they receive.
         ours = set(names)
         word = torch.tensor([float(name in ours) for name in self.names], device=self.device)
         found = self.sum_over_rows(word).tolist()
@@ -182,7 +186,8 @@ class Placement:
         """
         if self.processes.world_size == 1:
             return ours, requests
-        losses = ours.new_zeros(len(self.names), ours.shape[1])
+        # Zeros for the peers of other processes: the sum then holds every peer once.
+        losses = ours.new_zeros(len(self.names), ours.shape[1])  # [K, P]
         losses[[self.names.index(name) for name in self.mine]] = ours
         both = torch.cat([losses.flatten(), requests.to(losses, non_blocking=True)])
         dist.all_reduce(both)

@@ -1,1 +1,11 @@
-"""TODO."""
+"""Networks before and after training: named, built, optimized, saved and loaded.
+
+    networks     the paper's networks, registered with timm
+    spec         --cohort, parsed: one specification per peer
+    timm_config  config.json beside a network's weights, as timm writes it
+    pretrained   trained weights to start from: of the hub, a peer's folder or a file
+    build        a network from its specification, or an error that names what would fit
+    optim        the optimizer of a peer, and the learning rate of a step
+    model_card   README.md of a trained network
+    peer_folder  the folder of a trained peer: one reader, one writer
+"""

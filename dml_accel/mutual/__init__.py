@@ -1,1 +1,11 @@
-"""TODO."""
+"""The method: what peers learn from each other, and one optimizer step of the cohort.
+
+    losses     the losses as pure functions
+    reference  the same losses and steps as plain loops, for tests only
+    metrics    metrics of a cohort as sums and counts
+    links      --links, parsed: who learns from whom, with which weight
+    teaching   the targets and losses of a run's peers
+    peer       a peer in training: network, optimizer, loss scaler, one update
+    teachers   frozen peers, which teach and are not updated
+    step       one optimizer step, by each update schedule
+"""

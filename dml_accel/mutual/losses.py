@@ -68,6 +68,7 @@ def mutual_loss(
     """
     learned = None
     if kl_weight and len(logits_KBC) > 1:
+        # Detached: what a peer teaches is a constant, or its loss would pull on its teachers too.
         own = contributions(logits_KBC.detach(), temperature, target)
         learned = targets(own.sum(0) - own, target)
     return mutual_losses(
@@ -110,9 +111,11 @@ def mutual_losses(
         ``cross_entropy`` includes ``label_weight``. ``kl`` is the term of the formula above before
         w, with T^2; 0 if it was not computed.
     """
+    # Half precision has too few digits for the sums over classes and over rows.
     logits_KBC = at_least_single(logits_KBC)
     log_p = F.log_softmax(logits_KBC, dim=-1)  # [K, B, C]
     peers = len(logits_KBC)
+    # gather needs a valid class; what it picks for an unused label is multiplied by 0 below.
     known_B = labels_B if label_weight is None else labels_B.clamp(min=0)
     cross_entropy = -log_p.gather(2, known_B.expand(peers, -1)[..., None])[..., 0]  # [K, B]
     weight_B = None
@@ -122,12 +125,14 @@ def mutual_losses(
         cross_entropy = cross_entropy * weight_B
     if targets is None:
         return Losses(cross_entropy, cross_entropy, torch.zeros_like(cross_entropy))
+    # At T = 1 both terms share one softmax, the usual case.
     log_q = log_p if temperature == 1 else F.log_softmax(logits_KBC / temperature, dim=-1)
-    kl = kl_from_targets(log_q, targets) * temperature**2
+    kl = kl_from_targets(log_q, targets) * temperature**2  # [K, B]; gradients shrink by 1 / T^2
     if sums_kl:
         kl = kl * targets.teachers
     if kl_on_labelled and weight_B is not None:
         kl = kl * weight_B
+    # Parts are returned apart from the total: they are what the records and the display show.
     return Losses(cross_entropy + kl_weight * kl, cross_entropy, kl)
 
 
@@ -151,11 +156,13 @@ def contributions(logits_KBC: Tensor, temperature: float = 1.0, target: str = "p
         logits over T and no entropy.
     """
     scaled = at_least_single(logits_KBC) / temperature
-    log_p = F.log_softmax(scaled, dim=-1)
-    finite = log_p.isfinite().all(-1, keepdim=True)
+    log_p = F.log_softmax(scaled, dim=-1)  # [K, B, C]
+    # A row that is not finite would spoil the sum that all other peers learn from.
+    finite = log_p.isfinite().all(-1, keepdim=True)  # [K, B, 1]
     p = log_p.exp()
     negative_entropy = (p * log_p).sum(-1, keepdim=True)
     if target == "mean-logit":
+        # Logits are averaged first; their softmax and its entropy are taken of the mean.
         p, negative_entropy = scaled, torch.zeros_like(negative_entropy)
     return torch.cat(
         [
@@ -178,7 +185,7 @@ def targets(sums_KBC: Tensor, target: str = "peers") -> Targets:
     """
     content, negative_entropy, teachers = sums_KBC.split([sums_KBC.shape[-1] - 2, 1, 1], -1)
     divisor = torch.where(teachers > 0, teachers, 1.0)  # the mean over no teachers is 0
-    posterior = content / divisor
+    posterior = content / divisor  # [K, B, C]
     negative_entropy = (negative_entropy / divisor)[..., 0]
     if target == "mean-logit":
         posterior = torch.where(teachers > 0, F.softmax(posterior, dim=-1), 0.0)

@@ -90,12 +90,14 @@ class Step:
 
     def rows(self, batch: int, part: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return our images and labels of rows ``part`` of a batch."""
+        # Our slice of this micro-batch, in rows of the whole batch.
         lo, hi = self.placement.rows(part[1] - part[0])
         size = self.cohort.optim.batch_size
         return self.cohort.images.batch(batch, size, part[0] + lo, part[0] + hi)
 
     def dropout_key(self, peer: Peer, part: int) -> int:
         """Return what keys dropout: the step and the peer, never what was drawn before."""
+        # With the slice: processes of one peer see other rows and must not draw the same masks.
         index = self.placement.index
         return key("dropout", self.cohort.seed, self.number, part, peer.name, index)
 
@@ -126,6 +128,7 @@ class Step:
     ) -> tuple[Losses, Tensor]:
         """Return the losses of some peers on our rows, and their detached sums, [k, P]."""
         cohort = self.cohort
+        # The weights are the same on every process: both follow from the step, not from our rows.
         losses = self.teaching.losses(
             logits,
             labels,
@@ -180,12 +183,14 @@ def _simultaneous(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     learn = _in_turn if step.cohort.one_at_a_time else _together
     sums = []
     for number, part in enumerate(parts):
-        x, y = step.rows(step.number, part)
+        x, y = step.rows(step.number, part)  # [B, 3, S, S], [B]
         with placement.micro_batch([peer.net for peer in step.peers], part is parts[-1]):
             sums.append(learn(step, x, y, number, part[1] - part[0]))
     ours = torch.stack(sums).sum(0)  # [k, P]
+    # One collective for losses and requests: a second one would cost its latency in every step.
     means, requested = placement.end_of_step(ours, torch.tensor(requests()))
-    means /= step.cohort.optim.batch_size
+    means /= step.cohort.optim.batch_size  # [K, P]
+    # Every process of a peer sees the same mean, so all of them skip a step, or none does.
     for peer in step.peers:
         step.update(peer, means[placement.names.index(peer.name)])
     return means, requested
@@ -195,6 +200,7 @@ def _together(step: Step, x: Tensor, y: Tensor, part: int, count: int) -> Tensor
     """Forward of all peers, then backward of all; return sums of their losses' parts, [k, P]."""
     logits = torch.stack([step.forward(peer, x, part) for peer in step.peers])  # [k, B, C]
     losses, sums = step.losses(logits, y, step.targets(logits, x, count), step.number)
+    # A single backward pass for all peers: their graphs do not meet, because targets are constants.
     step.backward(losses, step.peers)
     return sums
 
@@ -207,7 +213,8 @@ def _in_turn(step: Step, x: Tensor, y: Tensor, part: int, count: int) -> Tensor:
         targets = step.targets(looks, x, count)
     sums = []
     for place, peer in enumerate(step.peers):
-        logits = step.forward(peer, x, part)[None]
+        # With the key of the first look, dropout draws the same masks as when the peer taught.
+        logits = step.forward(peer, x, part)[None]  # [1, B, C]
         own = Targets(*(one[place : place + 1] for one in targets)) if targets else None
         losses, found = step.losses(logits, y, own, step.number)
         step.backward(losses, [peer])
@@ -234,7 +241,7 @@ def _sequential(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     logits = [step.forward(peer, x, 0) for peer in peers]
     everyone = frozen = None
     if teaching.is_on:
-        everyone = teaching.contributions(torch.stack(logits))
+        everyone = teaching.contributions(torch.stack(logits))  # [K, B, C + 2]
         frozen = step.frozen_contributions(x)
     means, turns = [], _turns(step)
     for place in turns:
@@ -243,6 +250,7 @@ def _sequential(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
         step.backward(losses, [peers[place]])
         means.append(_update(step, place, sums))
         if everyone is not None and place != turns[-1]:  # nobody learns from the last one again
+            # Those after it learn from the updated peer: Algorithm 1 of the paper.
             again = _look(step, peers[place], x, 0)
             everyone[place] = teaching.contributions(again[None])[0]
     return _in_name_order(step, means), _reduce_requests(step, requests)
@@ -279,6 +287,7 @@ def _official_targets(step: Step, place: int, own: Tensor, x: Tensor, part: int)
 
 def _turns(step: Step) -> list[int]:
     """Return the positions, in name order, of the peers in the order in which they take turns."""
+    # Tensors are in name order, but who is first is the user's choice on the command line.
     names = [peer.name for peer in step.peers]
     return [names.index(name) for name in step.teaching.turns]
 

@@ -1,1 +1,13 @@
-"""TODO."""
+"""One run: from its configuration to a finished run folder, in one go or resumed.
+
+    loop        the loop over steps, and evaluation
+    checkpoint  all state that a run carries: written, verified and read
+    trackers    records for TensorBoard and other trackers
+    run_folder  the folder of a run: lock, records, status; how a saved one is read
+    progress    expected cost, throughput, the progress bar
+    setup       validate a run, choose a placement, put its cohort together
+    resume      what a run resumes from, and what is refused
+    record      what a run writes: description, records, results and peers
+    train       one run from top to bottom
+    learn       the same for modules and tensors of your own, from Python
+"""

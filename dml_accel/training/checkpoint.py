@@ -65,7 +65,7 @@ def write_together(
             before it is intact.
     """
     first = placement.processes.rank == 0
-    folder = unnamed(root, step)
+    folder = unnamed(root, step)  # the same path in every process, on a file system that all share
 
     def begin_it() -> None:
         if first:
@@ -86,7 +86,7 @@ def write_together(
         problem = None
         try:
             part()
-        except OSError as error:
+        except OSError as error:  # mostly a full disk: all processes must give up together
             problem = error
         failed = placement.processes.failed_rank(problem is not None)
         if failed is not None:
@@ -124,6 +124,7 @@ def abandon(root: Path) -> None:
 def write_peer(folder: Path, peer: Peer) -> None:
     """Write the two files of a peer; they are on the disk when this returns."""
     tensors, rest = pack(peer)
+    # In memory first, so that the sha256 is that of the bytes that were meant to be written.
     content = save(tensors, metadata={"format": "pt"})
     _write(folder / f"{peer.name}.safetensors", content)
     rest["sha256"] = _sha256(content)
@@ -148,14 +149,15 @@ def finish(
         files[f"{name}.json"] = _sha256(content)
         # Computed by the peer's writer from the bytes at hand, so that rank 0 need not read them.
         files[f"{name}.safetensors"] = parse_json(folder / f"{name}.json", content)["sha256"]
+    # state.json is written last and lists every file: without it there is no checkpoint.
     whole = {"format": _FORMAT, "step": step, "files": files} | state
     _write(folder / _STATE, _dump(whole | {"sha256": _sha256(_dump(whole))}))
     _sync(folder)
     final = folder.with_name(f"step-{step:08d}")
     if final.exists():  # damaged: else the run would have resumed from it
         final.rename(folder.with_name(f".old-step-{step:08d}"))
-    folder.rename(final)
-    _sync(final.parent)
+    folder.rename(final)  # atomic: a reader sees the whole checkpoint or none
+    _sync(final.parent)  # the name itself must survive a power failure
     # Later ones are damaged, or this run would have resumed there: they do not count.
     known = [path for path in named(final.parent) if step_of(path) <= step]
     for old in known[keep:] if keep else ():
@@ -192,7 +194,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     content = read_at_most(path, LARGEST_JSON)
     state = parse_json(path, content)
     as_written = _dump(state) == content
-    given = state.pop("sha256", None)
+    given = state.pop("sha256", None)  # it covers everything but itself
     if not as_written or given != _sha256(_dump(state)):
         raise _damaged(path)
     if state.get("format") != _FORMAT:
@@ -230,6 +232,7 @@ def load_peers(folder: Path, peers: Sequence[Peer]) -> dict[str, Any]:
             changed then.
     """
     state = read_state(folder)
+    # Everything is read and checked first: a peer is never left half loaded.
     read = [_read_peer(folder, state, peer) for peer in peers]
     for peer, (tensors, rest) in zip(peers, read, strict=True):
         unpack(peer, tensors, rest)
@@ -271,6 +274,7 @@ def pack(peer: Peer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return all state of a peer: tensors by name, and the rest as JSON."""
     tensors = {f"model.{n}": t for n, t in peer.module.state_dict().items()}
     optimizer, numbers = peer.optimizer.state_dict(), {}
+    # torch keeps tensors and numbers in one dictionary; the two formats hold one kind each.
     for index, state in optimizer["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor):
@@ -303,13 +307,14 @@ def unpack(peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 state[index][name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
     peer.optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
-    if rest["scaler"]:
+    if rest["scaler"]:  # empty outside fp16
         peer.scaler.load_state_dict(rest["scaler"])
 
 
 def require_state_fits(path: Path, peer: Peer, rest: dict[str, Any], like: dict[str, Any]) -> None:
     """Refuse numbers that would make the optimizer or the scaler fail half way."""
     numbers, groups, scaler = (rest.get(name) for name in ("optimizer", "groups", "scaler"))
+    # Checked here because load_state_dict would fail in the middle, with some peers changed.
     weights = sum(len(group["params"]) for group in like["groups"])
     fits = isinstance(numbers, dict) and all(
         (place := re.fullmatch(r"(\d{1,9})\.\w+", name)) and int(place[1]) < weights

@@ -60,6 +60,7 @@ class Origin:
         """Return what the peers have behind them, for a run with its own folder of checkpoints."""
         if not self.path:
             return Start()
+        # A run that continues another one's checkpoint has to write its own first.
         here = self.path.resolve().parent == checkpoints.resolve()
         return Start(self.state["step"], self.state["lost"], here)
 
@@ -80,11 +81,14 @@ class Origin:
         """Return which peers were compiled, if this run has to compile the same ones."""
         if self.ranks(config.compute.placement, world_size) is None:
             return None
+        # Compiled kernels add up in another order, so a resumed run needs the same ones; but the
+        # user may change the flag, and then another result in the last bits is asked for.
         same = self.state["config"].get("compile", "off") == config.compute.compile
         return list(self.state["compiled"]) if same else None
 
     def agreed(self, processes: Processes) -> "Origin":
         """Return rank 0's origin in every process."""
+        # Rank 0 has verified it; others read the same file later, or say that they cannot.
         text = processes.broadcast_text(json.dumps([str(self.path or ""), self.state]))
         path, state = json.loads(text)
         return Origin(Path(path) if path else None, state)
@@ -124,12 +128,15 @@ def nothing_to_do(config: Config, path: Path, steps: int) -> str:
     if config.run.resume != "auto":
         return ""
     saved = SavedRun(path)
+    # A launcher that restarts failed processes would undo a stop that the user asked for.
     if restarts() and saved.status == "stopped":
         return f"{path} was stopped on request; --resume auto resumes it"
+    # A damaged newest checkpoint proves nothing about how far the run has come.
     newest = next(filter(_is_readable, checkpoint.named(path / CHECKPOINTS)), None)
     if newest and checkpoint.step_of(newest) > steps:
         _refuse(path, config.refused_on_resume(saved.config))
         return f"{path} has reached {newest.name}, beyond the {steps} steps asked for"
+    # Compared only when the run is finished: else find_origin compares more than the flags.
     if not saved.is_done or (taken := saved.results["steps"]) < steps:
         return ""
     _refuse(path, config.refused_on_resume(saved.config))
@@ -153,6 +160,7 @@ def find_origin(config: Config, checked: Checked) -> Origin:
         return Origin()
     given, auto = _resumed_path(config), config.run.resume == "auto"
     if auto:
+        # First, because "--lr 0.1, but now 0.2" tells more than whatever fails later.
         _refuse_other_flags(config, given)
     if checkpoint.is_named(given):
         origin = _read(given, checked.names)
@@ -177,6 +185,7 @@ def _newest_of_run(given: Path, auto: bool, peers: Sequence[str]) -> Origin:
     if not checkpoints:
         if not auto:
             raise UsageError(f"--resume {given} is not a checkpoint, and {root} has none")
+        # The run was killed before its first checkpoint: where did it start from?
         source = saved.config.run.resume if saved.has_description else None
         if source not in (None, "auto"):
             raise UsageError(
@@ -192,7 +201,7 @@ def _newest_of_run(given: Path, auto: bool, peers: Sequence[str]) -> Origin:
 
 
 def _newest_good(checkpoints: Sequence[Path], peers: Sequence[str]) -> Origin:
-    damage = ""
+    damage = ""  # of the newest one, for the message if none is good
     for path in checkpoints:
         try:
             return _verified(path, peers)
@@ -226,6 +235,7 @@ def _read(path: Path, peers: Sequence[str]) -> Origin:
 
 
 def _verified(path: Path, peers: Sequence[str]) -> Origin:
+    # Before the sha256 of large files: another cohort is the user's mistake, not damage.
     placement = checkpoint.read_state(path).get("placement")
     others = placement.get("ranks") if isinstance(placement, dict) else None
     if isinstance(others, dict) and set(others) != set(peers):
@@ -236,6 +246,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     state = checkpoint.verify(path, peers)
     state.setdefault("starts", {})  # absent from older checkpoints
     state.setdefault("compiled", [])
+    # An untrusted file can have a matching sha256 as well, so every type is checked.
     wrong = [name for name, kind in _STATE_TYPES.items() if not isinstance(state.get(name), kind)]
     if not wrong:
         if not _is_a_placement(state["placement"].get("ranks"), state["world_size"], peers):
@@ -291,10 +302,12 @@ def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
         raise UsageError(f"{origin.path} was written by another version: {error}") from error
     wrong = _without_precision(config.refused_on_resume(saved))
     ours, theirs = run_facts(config, checked), origin.state
+    # Files that flags name may have changed although the flags have not.
     wrong |= {
         name: (value, theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value
     }
     _refuse(origin.path, wrong)
+    # Other versions only warn: a cluster may have been updated in the middle of a long run.
     now, then = versions(), origin.state["versions"]
     other = [f"{name} {version}" for name, version in then.items() if now.get(name) != version]
     if other:
@@ -338,6 +351,7 @@ def with_starts(checked: Checked, origin: Origin) -> Checked:
     """
     if origin.path:
         return dataclasses.replace(checked, starts=origin.state["starts"])
+    # ``check`` read no weights because --resume led to a checkpoint; somebody removed it since.
     read = checked.starts.keys()
     missing = [s.name for s in checked.specs if s.start is not None and s.name not in read]
     if missing:
@@ -358,6 +372,7 @@ def load_peers(origin: Origin, peers: Sequence[Peer], processes: Processes) -> N
         checkpoint.load_peers(origin.path, peers)
     except UnreadableError as error:
         problem = error
+    # All or none: a process that trained on alone would wait for the others until the timeout.
     failed = processes.failed_rank(problem is not None)
     if failed is not None:
         raise UsageError(
