@@ -80,7 +80,7 @@ def _in_memory(images: str | None, channels_last: bool) -> tuple[Callable[[], Ba
 class _Part:
     """The next batches of an endless stream: a block's work, as a loader of that length.
 
-    An epoch goes on from block to block, so that no block pays for the start of workers.
+    An epoch continues from block to block, so that no block pays for the start of workers.
     """
 
     def __init__(self, epoch: Callable[[], Batches]) -> None:
@@ -124,7 +124,7 @@ def pytorch_dml(images: str | None, *, tuned: bool = False, **fast: Any) -> Step
     )
     if fast.get("compiled"):
         # Its trainer keeps the graph of all backward passes but the last, which compiled ones
-        # refuse unless told not to reuse its memory.
+        # refuse unless they may not reuse its memory.
         torch._functorch.config.donated_buffer = False
     batches = _Part(epoch)
     return lambda count: trainer.fit(batches.of(count), epochs=1, verbose=False)

@@ -1,7 +1,7 @@
 """How fast we are: beside others, beside what the machine can do, and as cohorts grow.
 
     python -m benchmarks.speed [--images FOLDER] [--parts others limits growth]
-    python -m benchmarks.speed --write    # tables, plot, README's section, from the readings
+    python -m benchmarks.speed --write    # tables, plot, docs/performance.md, from the readings
 
 Everything of a part is measured in one run, in alternating blocks, each competitor in processes of
 its own that idle while another works. The readings go to benchmarks/speed.json after each block, a

@@ -69,7 +69,6 @@ fastest" is the fastest of its tuned variants. Every row has one process unless 
 
 
 # The names that tests/test_speed.py uses.
-README, readme = PAGE, section
 
 
 def with_section(text: str, section: str) -> str:

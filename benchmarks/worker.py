@@ -1,4 +1,4 @@
-"""A process that measures one thing whenever it is told to, and idles meanwhile.
+"""A process that measures one thing on request, and idles otherwise.
 
     python -m benchmarks.worker '{"kind": ..., "images": ..., "options": {...}, "profiled": false,
         "beside": null}'
@@ -45,11 +45,11 @@ def resident() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
-def blocks(speaks: bool) -> Iterator[list[int]]:
+def blocks(first: bool) -> Iterator[list[int]]:
     """Yield what the first process reads, [lead, steps], in every process, until its input ends."""
     while True:
         word = torch.zeros(2, dtype=torch.int64)
-        if speaks and (line := sys.stdin.readline()):
+        if first and (line := sys.stdin.readline()):
             asked = json.loads(line)
             word = torch.tensor([asked["lead"], asked["steps"]])
         if dist.is_initialized():
@@ -86,7 +86,7 @@ def answering() -> TextIO:
 def main() -> None:
     """Prepare, warm up, then measure block by block."""
     asked: dict[str, Any] = json.loads(sys.argv[1])
-    speaks = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0"
     answers = answering()
     device, imported, started = torch.device("cpu"), resident(), time.perf_counter()
     if asked["profiled"]:
@@ -99,9 +99,9 @@ def main() -> None:
         beside = KINDS[asked["beside"]["kind"]](asked["images"], **asked["beside"]["options"])
         beside(_WARM_UP)
     return_memory()
-    if speaks:
+    if first:
         print(json.dumps(found), file=answers)
-    for lead, count in blocks(speaks):
+    for lead, count in blocks(first):
         steps(lead)
         answer: dict[str, Any] = {"seconds": timed(lambda count=count: steps(count))}
         if beside:
@@ -110,7 +110,7 @@ def main() -> None:
         if asked["profiled"]:  # in steps of their own, as it takes time itself
             answer["operations"] = operations(lambda count=count: steps(count))
         return_memory()
-        if speaks:
+        if first:
             answer["memory_bytes"] = peak_memory(device) - imported
             print(json.dumps(answer), file=answers)
     os._exit(0)  # nothing is left to keep, and threads of the exchange would not end in order

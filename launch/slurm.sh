@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A cohort under SLURM: stopped ahead of the time limit or by pre-emption, queued again, gone on with.
+# A cohort under SLURM: stopped before the time limit or by pre-emption, queued again, resumed.
 #
 #   sbatch launch/slurm.sh RUN_FOLDER --cohort 4 [further flags of train.py]
 #   sbatch --nodes 4 --gpus-per-node 8 launch/slurm.sh RUN_FOLDER --cohort 4 --mixed-precision bf16

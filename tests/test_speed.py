@@ -122,7 +122,7 @@ def test_a_profile_is_sorted_into_kinds_of_work() -> None:
 
 
 def test_the_readmes_section_is_replaced_and_nothing_else() -> None:
-    section = speed_report.readme(made_up())
+    section = speed_report.section(made_up())
     assert row(section, "ours") == ["ours", "64", "4.00 (0.71 to 22.38)", "2.00 (2.00 to 2.00)"]
     assert "| slow" not in section
     assert (
@@ -154,5 +154,5 @@ def test_what_the_tree_says_is_what_its_readings_give() -> None:
         pytest.skip("benchmarks/speed.json was not measured")
     found = json.loads(path.read_text())
     assert (HERE / "speed.md").read_text() == speed_tables.markdown(found)
-    text = speed_report.README.read_text()
-    assert text == speed_report.with_section(text, speed_report.readme(found))
+    text = speed_report.PAGE.read_text()
+    assert text == speed_report.with_section(text, speed_report.section(found))

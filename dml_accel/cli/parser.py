@@ -226,7 +226,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Evaluate trained networks on a data set: top-1, top-5, NLL and calibration of every peer and
     of their ensemble, as in training; accuracy by class and the confusion matrix, as tables and
     a picture. Each network's inputs are prepared as in its training. The classes of the data set
-    must be those of the training, in any order.
+    are matched by name with those of the training: their order is free, and some may be missing.
 
     examples:
       %(prog)s runs/pair                             # on the test split of its own data set

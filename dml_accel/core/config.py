@@ -210,7 +210,7 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """Batches, optimizer and learning rate."""
 
-    title = "optimization"
+    title = "optim"
     changes_result = True
     # The learning rate is a function of the step alone. A schedule that depends on the last step
     # must say so here, because a longer run would then have had other rates from the start.

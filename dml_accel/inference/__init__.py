@@ -1,10 +1,8 @@
-"""Use of trained networks: evaluation, prediction and export.
+"""Trained networks: loading, evaluation, prediction and export.
 
-In reading order:
-
-    load.py        trained peers of a run or a folder, and their networks ready to predict
-    evaluate.py    metrics on a data set, accuracy by class, the confusion matrix
-    predict.py     the likeliest classes of image files
-    onnx.py        a network as an ONNX file, checked against torch
-    export.py      networks as a folder of their own: safetensors for timm, or ONNX
+load      the trained peers of a run or of a folder, ready to predict
+evaluate  metrics on a data set, accuracy by class, the confusion matrix
+predict   the most likely classes of image files
+onnx      a network as an ONNX file, compared with torch
+export    a network in a folder of its own: safetensors for timm, or ONNX
 """

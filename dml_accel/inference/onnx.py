@@ -44,7 +44,8 @@ def require_packages() -> None:
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"--format onnx needs {', '.join(missing)}: pip install 'dml-accel[onnx]'")
+        names = " ".join(missing)
+        raise UsageError(f"--format onnx needs {', '.join(missing)}: pip install {names}")
 
 
 def write_onnx(net: nn.Module, size: int, output: str, path: Path) -> float:

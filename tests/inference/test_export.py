@@ -166,5 +166,5 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         assert cli.main(words) == 2
-        assert "pip install 'dml-accel[onnx]'" in capsys.readouterr().err
+        assert "pip install onnx onnxruntime onnxscript" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
