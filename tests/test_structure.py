@@ -4,7 +4,8 @@ import ast
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 PACKAGE = ROOT / "dml_accel"
 # A package imports only from itself and from those before it.
 ORDER = "core data models distributed mutual training inference analysis cli".split()
@@ -14,10 +15,14 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(path: Path) -> set[str]:
     """Return the modules of ours that a file imports, anywhere in it, as dotted names."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dml_accel"):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -56,12 +61,31 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
     assert not graph, f"these import each other: {sorted(graph)}"
 
 
-def test_every_package_says_what_lives_there() -> None:
+def test_every_package_lists_its_modules_in_the_order_of_their_imports() -> None:
     for package in ORDER:
-        text = (PACKAGE / package / "__init__.py").read_text()
-        names = {path.stem for path in (PACKAGE / package).glob("*.py")} - {"__init__"}
-        for name in names:
-            assert re.search(rf"^ {{4}}{name}\b", text, re.M), f"{package}/__init__.py: {name}"
+        path = PACKAGE / package / "__init__.py"
+        text = ast.get_docstring(parse(path), clean=False) or ""
+        listed = re.findall(r"^ {4}(\w+) {2,}\S", text, re.M)
+        assert sorted(listed) == sorted(one.stem for one in path.parent.glob("[a-z]*.py"))
+        for place, name in enumerate(listed):
+            later = {f"dml_accel.{package}.{one}" for one in listed[place + 1 :]}
+            found = {".".join(one.split(".")[:3]) for one in imported(path.with_stem(name))}
+            assert not found & later, f"{package}/{name} imports from below: {found & later}"
+
+
+def test_a_package_imports_nothing_by_itself() -> None:
+    # So that a light module, such as the configuration, does not import heavy ones beside it.
+    for package in ORDER:
+        (docstring, *rest) = parse(PACKAGE / package / "__init__.py").body
+        assert isinstance(docstring, ast.Expr)
+        assert not rest or package == "cli"
+
+
+def test_the_reference_shares_nothing_with_the_fast_path() -> None:
+    reference = PACKAGE / "mutual/reference.py"
+    assert not imported(reference)
+    for path in modules():
+        assert not any("reference" in name.split(".") for name in imported(path)), path.name
 
 
 def test_train_py_is_short() -> None:

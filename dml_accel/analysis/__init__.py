@@ -2,13 +2,13 @@
 
 In reading order:
 
-    methods.py      named methods, presets, published results
-    runs.py         finished runs below folders: read, and grouped by what can be compared
-    statistics.py   means, intervals and paired differences over seeds; the record of a comparison
-    tables.py       a comparison in tables and words: results.md
-    plots.py        figures from numbers
-    compare.py      every method over the same seeds: one run for each, one table for all
-    probes.py       weight noise, entropy, calibration and disagreement of trained networks
-    figures.py      the figures of a report: which numbers of which runs
-    page.py         the report: one HTML page
+    methods     named methods, presets, and the paper's results
+    runs        finished runs below some folders, in groups that can be compared
+    statistics  means, intervals and paired differences over seeds
+    tables      a comparison as tables and text: results.md
+    plots       figures from numbers
+    compare     train every method with the same seeds, and write one table of all
+    probes      weight noise, entropy, calibration and disagreement of trained networks
+    figures     the figures of a report
+    page        a report of any runs as one self-contained HTML page
 """

@@ -1,8 +1,10 @@
 """The command line: ``dml-accel``, ``python -m dml_accel`` and ``train.py``.
 
-parser     the flags and the help of every command
-inference  evaluate, predict and export
-commands   every command, from its flags to its exit code
+In reading order:
+
+    parser     the flags and the help of every command
+    inference  evaluate, predict and export
+    commands   every command, from its flags to its exit code
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,12 @@
 """What every other package needs: the configuration, errors, files and keyed randomness.
 
-errors    every error that ends a command, with its exit code
-updates   the update schedules: what a step of each costs, and what it goes with
-config    the configuration: cohort, seed and six sections; every field is one flag
-files     write files whole or not at all; read untrusted files up to a limit
-rng       draws that depend on their key only; stratified choice
-tables    tables of results for terminals, Markdown and HTML
-versions  package versions, commit and command line, for the record
+In reading order:
+
+    errors    every error that ends a command, with its exit code
+    updates   the update schedules: what a step of each costs, and what it goes with
+    config    the configuration: cohort, seed and six sections; every field is one flag
+    files     write files whole or not at all; read untrusted files up to a limit
+    rng       draws that depend on their key only; stratified choice
+    tables    tables of results for terminals, Markdown and HTML
+    versions  package versions, commit and command line, for the record
 """

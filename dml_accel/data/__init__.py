@@ -1,4 +1,6 @@
-"""From files to batches: data sets are decoded once, cut into splits, and kept in memory.
+"""Images from files to batches: decoded once, split, and kept in memory.
+
+In reading order:
 
     decode   the images of a split as one array, their labels, and the cache of both
     sources  data sets: from the hub, from a local folder, or scikit-learn's digits

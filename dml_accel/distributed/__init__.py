@@ -1,4 +1,6 @@
-"""Several processes that train as one: how they start, who trains what, what they exchange.
+"""Training on several processes: how they start, who trains what, what they exchange.
+
+In reading order:
 
     launch     how this process was started; what cannot work is refused
     processes  the process group, and its liveness check

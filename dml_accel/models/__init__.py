@@ -1,4 +1,6 @@
-"""Networks before and after training: named, built, optimized, saved and loaded.
+"""Networks: their names, building, optimizers, and the folders of trained ones.
+
+In reading order:
 
     networks     the paper's networks, registered with timm
     spec         --cohort, parsed: one specification per peer

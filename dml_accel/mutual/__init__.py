@@ -1,5 +1,7 @@
 """The method: what peers learn from each other, and one optimizer step of the cohort.
 
+In reading order:
+
     losses     the losses as pure functions
     reference  the same losses and steps as plain loops, for tests only
     metrics    metrics of a cohort as sums and counts

@@ -1,4 +1,6 @@
-"""One run: from its configuration to a finished run folder, in one go or resumed.
+"""One run from its configuration to its folder, uninterrupted or resumed.
+
+In reading order:
 
     loop        the loop over steps, and evaluation
     checkpoint  all state that a run carries: written, verified and read
