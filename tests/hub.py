@@ -1,4 +1,4 @@
-"""A small stand-in for the hub on loopback: one data set or model, the requests that it takes."""
+"""A stand-in for the hub on loopback: one data set or model, and the requests that it gets."""
 
 import contextlib
 import hashlib
