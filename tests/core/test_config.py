@@ -104,15 +104,7 @@ def test_only_compute_and_run_do_not_change_the_result() -> None:
 
 
 def test_every_field_has_a_help_and_every_section_a_text() -> None:
-    assert [group.title for group in flag_groups()] == [
-        "cohort",
-        "data",
-        "optimization",
-        "method",
-        "numerics",
-        "compute",
-        "run",
-    ]
+    assert [group.title for group in flag_groups()] == ["cohort", *SECTIONS]
     for group in flag_groups():
         assert group.text.endswith(".") and "\n" not in group.text
         assert all(field.metadata["help"] for field in group.fields)
