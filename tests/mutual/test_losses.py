@@ -28,7 +28,7 @@ def labels() -> torch.Tensor:
 
 
 def test_golden_values_by_hand() -> None:
-    # p1 = (.9, .1), p2 = (.5, .5), label 0, T = 1; a KL belongs to the peer that is taught.
+    # p1 = (.9, .1), p2 = (.5, .5), label 0, T = 1; a KL belongs to the peer that learns.
     p = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]], dtype=torch.float64)
     losses = mutual_loss(p.log(), torch.tensor([0]))
     ce_1, ce_2 = -math.log(0.9), -math.log(0.5)

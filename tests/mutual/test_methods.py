@@ -171,11 +171,11 @@ def test_mean_prob_trains_as_peers_does_and_mean_logit_does_not(
 def test_a_row_that_is_not_finite_teaches_nobody(logits: torch.Tensor, target: str) -> None:
     logits[1, 2, 5] = math.inf
     own = losses.contributions(logits, 1.0, target)
-    taught = losses.targets(own.sum(0) - own, target)
+    found = losses.targets(own.sum(0) - own, target)
     without = losses.contributions(logits[[0, 2, 3]], 1.0, target)
     right = losses.targets(without.sum(0) - without, target)
-    torch.testing.assert_close(taught.posterior[[0, 2, 3], 2], right.posterior[:, 2])
-    assert taught.teachers[[0, 2, 3], 2].tolist() == [2, 2, 2]
+    torch.testing.assert_close(found.posterior[[0, 2, 3], 2], right.posterior[:, 2])
+    assert found.teachers[[0, 2, 3], 2].tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize("target", ["peers", "mean-prob", "mean-logit"])
@@ -284,12 +284,12 @@ def test_kl_on_labelled_images_only(training: Build) -> None:
 
 
 def test_labelled_images_are_stratified_and_keyed_by_the_seed(training: Build) -> None:
-    def labelled(seed: int) -> torch.Tensor:
-        images = training(labelled_fraction=0.2, seed=seed).data.train
+    def labels(seed: int, fraction: float = 0.2) -> torch.Tensor:
+        images = training(labelled_fraction=fraction, seed=seed).data.train
         return images.rows(0, len(images))[1]
 
-    one, again, other = labelled(0), labelled(0), labelled(1)
-    everyone = training().data.train._labels
+    one, again, other = labels(0), labels(0), labels(1)
+    everyone = labels(0, fraction=1.0)
     assert torch.equal(one, again) and not torch.equal(one, other)
     known = one >= 0
     assert known.sum() == round(0.2 * len(everyone))

@@ -1,4 +1,4 @@
-"""Metrics: each against a value by hand or a plain loop, and free of the batches' sizes."""
+"""Metrics: each against a value by hand or a plain loop, independent of batch sizes."""
 
 import math
 
@@ -75,7 +75,7 @@ def test_equals_a_plain_loop(cohort: tuple) -> None:
         assert metrics["ece"] == pytest.approx(ece)
 
 
-def test_one_peer_agrees_with_nobody_and_is_its_own_ensemble(cohort: tuple) -> None:
+def test_one_peer_has_no_agreement_and_is_its_own_ensemble(cohort: tuple) -> None:
     found = evaluate(cohort[0][:1], cohort[1], [])
     assert found["agreement"] is None
     assert found["ensemble"]["top1"] == found["peers"]["n-0"]["top1"]
