@@ -4,10 +4,10 @@ In reading order:
 
     launch     how this process was started; what cannot work is refused
     processes  the process group, and its liveness check
+    batchnorm  batch norm whose statistics span several processes
     costs      what an image costs a network: operations, memory, time
+    compile    torch.compile: whether it pays, and what happens if it fails
     placement  which processes train which peer, and the collectives between them
     plan       the predicted cost of each placement, and the choice between them
-    batchnorm  batch norm whose statistics span several processes
-    compile    torch.compile: whether it pays, and what happens if it fails
     wrap       a network made ready for training: on its device, compiled, in DDP
 """
