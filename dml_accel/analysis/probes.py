@@ -20,9 +20,10 @@ from dml_accel.core.errors import UsageError
 from dml_accel.core.files import read_json, write_json
 from dml_accel.core.rng import generator
 from dml_accel.data import sources
-from dml_accel.data.batches import ImageSet, prepare
+from dml_accel.data.batches import ImageSet
 from dml_accel.models.peer_folder import load_network, read_peer
 from dml_accel.mutual.metrics import ECE_BINS, calibration_bin, finite
+from dml_accel.training.setup import prepare_images
 
 FILE = "analysis.json"
 NOISE = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05)  # standard deviations
@@ -70,13 +71,8 @@ def analyse(run: Run, images: int) -> dict[str, Any]:
 
 def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any]:
     data, seed = run.config.data, run.config.seed
-    prepared = prepare(
-        _read_images(_without_subset(data)),
-        data,
-        seed=seed,
-        device=torch.device("cpu"),
-        dtype=torch.float64 if run.config.numerics.float64 else torch.float32,
-    )
+    source = _read_images(_without_subset(data))
+    prepared = prepare_images(run.config, source, torch.device("cpu"))
     recorded = run.description["images"]["train"]
     if len(prepared.train) != recorded:
         raise UsageError(

@@ -50,6 +50,32 @@ class Normalisation:
         return cls(tuple(mean.tolist()), tuple(s if s > 0 else 1.0 for s in std.tolist()))
 
 
+@dataclass(frozen=True)
+class ImageFormat:
+    """The images that networks are given.
+
+    Attributes:
+        size: S, pixels per side.
+        dtype: of images and parameters.
+        layout: memory layout of images and weights.
+        device: of both.
+    """
+
+    size: int
+    dtype: torch.dtype
+    layout: torch.memory_format
+    device: torch.device
+
+    def zeros(self, rows: int) -> Tensor:
+        """Return black images [rows, 3, S, S]."""
+        images = torch.zeros(rows, 3, self.size, self.size, dtype=self.dtype, device=self.device)
+        return images.contiguous(memory_format=self.layout)
+
+    def noise(self, rows: int) -> Tensor:
+        """Return random images [rows, 3, S, S]."""
+        return self.zeros(rows).normal_()
+
+
 def slices(rows: int, parts: int) -> list[tuple[int, int]]:
     """Cut ``rows`` rows into consecutive slices (lo, hi) whose sizes differ by at most one."""
     cuts = [rows * i // parts for i in range(parts + 1)]
@@ -320,24 +346,14 @@ def labelled_rows(train: Split, fraction: float, seed: int) -> Tensor | None:
     return stratified(train.labels, round(fraction * len(train)), "labelled images", seed)
 
 
-def prepare(
-    source: Source,
-    data: DataConfig,
-    *,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Data:
+def prepare(source: Source, data: DataConfig, seed: int, format: ImageFormat) -> Data:
     """Split the images of ``source``, measure their mean and deviation, and put them on a device.
 
     Args:
         source: uint8 images; or floating ones, which are neither augmented nor normalised.
         data: splits and augmentation.
         seed: of the run.
-        device: where batches are made.
-        dtype: of the images in a batch.
-        memory_format: of the images in a batch.
+        format: of the images in a batch.
 
     Raises:
         UsageError: see ``training_sizes``.
@@ -347,16 +363,12 @@ def prepare(
     normalisation = Normalisation.identity() if floating else Normalisation.of(train.images)
 
     def image_set(split: Split, labelled: Tensor | None = None) -> ImageSet:
-        options = {"seed": seed, "device": device, "dtype": dtype, "labelled": labelled}
+        options: dict[str, Any] = {"device": format.device, "dtype": format.dtype}
+        options |= {"seed": seed, "labelled": labelled}
         if floating:
             return TensorSet(split, **options)
-        return PixelSet(
-            split,
-            normalisation,
-            augment=data.augmentation,
-            memory_format=memory_format,
-            **options,
-        )
+        options |= {"augment": data.augmentation, "memory_format": format.layout}
+        return PixelSet(split, normalisation, **options)
 
     return Data(
         image_set(train, labelled_rows(train, data.labelled_fraction, seed)),

@@ -20,9 +20,10 @@ from torch import nn
 
 from dml_accel.core.config import OptimConfig
 from dml_accel.core.errors import one_line
+from dml_accel.data.batches import ImageFormat
 from dml_accel.distributed.costs import seconds_of_step
 from dml_accel.distributed.processes import is_out_of_memory
-from dml_accel.models.build import ImageFormat, set_memory_format
+from dml_accel.models.build import set_memory_format
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.spec import PeerSpec
 

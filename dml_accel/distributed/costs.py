@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dml_accel.core.config import OptimConfig
 from dml_accel.core.files import write_json
+from dml_accel.data.batches import ImageFormat
 from dml_accel.data.decode import cache_dir
-from dml_accel.models.build import ImageFormat, parameter_count, set_memory_format
+from dml_accel.models.build import parameter_count, set_memory_format
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.spec import PeerSpec
 

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dml_accel.core.config import OptimConfig
-from dml_accel.data.batches import slices
+from dml_accel.data.batches import ImageFormat, slices
 from dml_accel.distributed.batchnorm import span_group
 from dml_accel.distributed.compile import compiling, or_eager
 from dml_accel.distributed.placement import Placement
-from dml_accel.models.build import ImageFormat, set_memory_format
+from dml_accel.models.build import set_memory_format
 
 # torch 2.15 renamed the argument.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

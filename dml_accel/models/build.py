@@ -3,11 +3,10 @@
 import copy
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dml_accel.core.errors import UsageError, one_line
 from dml_accel.core.rng import key
@@ -127,32 +126,6 @@ def _remedy(spec: PeerSpec, size: int, classes: int) -> str:
 def parameter_count(module: nn.Module) -> int:
     """Return the number of parameters of a network."""
     return sum(weight.numel() for weight in module.parameters())
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """The images that networks are given.
-
-    Attributes:
-        size: S, pixels per side.
-        dtype: of images and parameters.
-        layout: memory layout of images and weights.
-        device: of both.
-    """
-
-    size: int
-    dtype: torch.dtype
-    layout: torch.memory_format
-    device: torch.device
-
-    def zeros(self, rows: int) -> Tensor:
-        """Return black images [rows, 3, S, S]."""
-        images = torch.zeros(rows, 3, self.size, self.size, dtype=self.dtype, device=self.device)
-        return images.contiguous(memory_format=self.layout)
-
-    def noise(self, rows: int) -> Tensor:
-        """Return random images [rows, 3, S, S]."""
-        return self.zeros(rows).normal_()
 
 
 def memory_format(asked: str | None, precision: str, device: torch.device) -> torch.memory_format:

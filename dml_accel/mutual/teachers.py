@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dml_accel.core.errors import UsageError
-from dml_accel.data.batches import Normalisation
+from dml_accel.data.batches import ImageFormat, Normalisation
 from dml_accel.distributed.processes import Processes
-from dml_accel.models.build import ImageFormat, set_memory_format
+from dml_accel.models.build import set_memory_format
 from dml_accel.models.peer_folder import PeerFolder, find_peers, load_network, read_peer
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
-from dml_accel.data.batches import Data, check_batch_size, prepare
+from dml_accel.data.batches import Data, ImageFormat, check_batch_size, prepare
 from dml_accel.data.sources import Source
 from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.compile import Trial
@@ -41,7 +41,7 @@ from dml_accel.distributed.plan import (
 )
 from dml_accel.distributed.processes import Processes
 from dml_accel.distributed.wrap import Wrapper
-from dml_accel.models.build import ImageFormat, build, memory_format, refuse_twins
+from dml_accel.models.build import build, memory_format, refuse_twins
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights
@@ -326,15 +326,7 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
 
 def prepare_images(config: Config, source: Source, device: torch.device) -> Data:
     """Return the splits of a run on a device, in its dtype and memory layout."""
-    images = image_format(config, device)
-    return prepare(
-        source,
-        config.data,
-        seed=config.seed,
-        device=device,
-        dtype=images.dtype,
-        memory_format=images.layout,
-    )
+    return prepare(source, config.data, config.seed, image_format(config, device))
 
 
 def make_cohort(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import (
     Data,
+    ImageFormat,
     ImageSet,
     Normalisation,
     PixelSet,
@@ -44,14 +45,8 @@ def image_set(split: Split, augment: str = "crop-flip", seed: int = 7) -> PixelS
 
 
 def prepared(source: Source, memory_format: torch.memory_format, **changes: object) -> Data:
-    return prepare(
-        source,
-        tiny_config(**changes).data,
-        seed=0,
-        device=CPU,
-        dtype=torch.float64,
-        memory_format=memory_format,
-    )
+    images = ImageFormat(16, torch.float64, memory_format, CPU)
+    return prepare(source, tiny_config(**changes).data, 0, images)
 
 
 def rows_of(images: ImageSet, batch: torch.Tensor, split: Split) -> list[int]:
@@ -282,13 +277,9 @@ def test_a_batch_may_be_all_images_and_not_one_more(digits: Source) -> None:
 def test_floating_images_are_shuffled_and_otherwise_left_as_they_are() -> None:
     generate = torch.Generator().manual_seed(0)
     split = Split(torch.randn(12, 5, 3, generator=generate), torch.arange(12) % 3)
-    data = prepare(
-        Source(split, split, ("a", "b", "c")),
-        tiny_config().data,
-        seed=0,
-        device=CPU,
-        dtype=torch.float64,
-    )
+    source = Source(split, split, ("a", "b", "c"))
+    images = ImageFormat(5, torch.float64, torch.contiguous_format, CPU)
+    data = prepare(source, tiny_config().data, 0, images)
     assert isinstance(data.train, TensorSet) and isinstance(data.test, TensorSet)
     assert data.normalisation == Normalisation.identity()
     images, labels = data.train.batch(0, 12, 0, 12)
