@@ -1,10 +1,12 @@
 """What tests of several packages share: tiny runs, run folders, launched processes."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +102,13 @@ def assert_same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) ->
 # ---------------------------------------------------------------- processes
 
 
-def free_port() -> int:
-    """A port that nobody listens on, so that two runs of the tests do not meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(candidates: Iterable[int] = (0,)) -> int:
+    """A port that nobody listens on, so that two runs of the tests do not meet; 0 is any port."""
+    for port in candidates:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return probe.getsockname()[1]
+    raise OSError("all of the ports are taken")
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -136,9 +140,26 @@ def run_program(
     )
 
 
+def workers(launcher: int) -> dict[int, int]:
+    """The process id of every rank that the process ``launcher`` has started."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            ranks = [int(v[5:]) for v in variables if v.startswith(b"RANK=")]
+            if ranks and parent == launcher:
+                found[ranks[0]] = int(entry.name)
+    return found
+
+
 # ---------------------------------------------------------------- inside a run
 
 COSTS = {"resnet8": 1.0, "wrn_16_2": 2.0, "resnet20": 3.0}
+COSTS |= {"test_efficientnet": 1.0, "test_resnet": 3.0}
 
 
 class Training:

@@ -1,10 +1,10 @@
-"""Kill runs at random moments, go on with them, and compare what they end with.
+"""Kill runs at random moments, resume them, and compare their results.
 
     python -m tests.kills [--kills 50] [--seed 0]
 
-A run of each case goes through undisturbed. Then, again and again, a run is killed (kill -9, the
-whole run or one rank of it) and its command repeated; its weights, buffers and momentum must be
-those of the undisturbed run, bit for bit. Writes benchmarks/kills.json and .md.
+One run of each case is left undisturbed. Then, again and again, a run is killed (kill -9, the whole
+run or one rank of it) and its command repeated; its weights, buffers and momentum must be those of
+the undisturbed run, bit for bit. Writes benchmarks/kills.json and .md.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.measuring import HERE, processor
 from dml_accel.core.versions import commit, versions
-from tests.test_launchers import BIN, ROOT, environment, workers
+from tests.helpers import ROOT, accelerate_launch, environment, run_program, workers
 
 SAVE_EVERY = 7
 WORDS = (
@@ -49,24 +49,17 @@ _PATIENCE = 180.0  # seconds
 
 
 def command(case: str, folder: Path) -> list[str]:
-    """Return the command of a case; the same to start and to go on."""
+    """Return the command of a case; the same one starts and resumes it."""
     processes, placement = CASES[case]
-    launch = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", processes]
-    words = [*(launch if processes > 1 else [sys.executable]), "train.py", *WORDS]
+    launch = accelerate_launch(processes) if processes > 1 else [sys.executable]
+    words = [*launch, "train.py", *WORDS]
     words += ["--placement", placement, "--output-dir", folder, "--resume", "auto"]
     return [str(word) for word in words]
 
 
 def complete(case: str, folder: Path) -> None:
     """Run to the end."""
-    done = subprocess.run(
-        command(case, folder),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=_PATIENCE,
-    )
+    done = run_program(*command(case, folder), timeout=_PATIENCE)
     if done.returncode:
         raise RuntimeError(f"{case} ended with {done.returncode}: {done.stderr[-3000:]}")
 
@@ -81,7 +74,7 @@ def outcome(folder: Path) -> dict[str, str]:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, without one that is torn."""
+    """Return the records of a run, without an incomplete one at the end."""
     found = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         try:
@@ -92,7 +85,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def kill(case: str, folder: Path, phase: str, chance: random.Random) -> dict[str, Any] | None:
-    """Start a run and kill it in a phase; return what was done, None where it was too late."""
+    """Start a run and kill it in a phase; return what was killed, None if it was too late."""
     run = subprocess.Popen(
         command(case, folder),
         cwd=ROOT,
@@ -141,7 +134,7 @@ def _is_there(folder: Path, checkpoints: Path, phase: str, at: int) -> bool:
 
 
 def trial(case: str, phase: str, straight: Path, chance: random.Random) -> dict[str, Any]:
-    """Kill a run, go on with it to the end and compare it with the undisturbed one."""
+    """Kill a run, resume it to the end and compare it with the undisturbed one."""
     with tempfile.TemporaryDirectory() as root:
         folder, done = Path(root) / "run", None
         while done is None:
@@ -158,7 +151,7 @@ def trial(case: str, phase: str, straight: Path, chance: random.Random) -> dict[
 
 
 def holds(one: dict[str, Any]) -> bool:
-    """Whether a killed run ended as it must."""
+    """Whether a killed run ended as it should."""
     lost = one["reached"] - one["resumed"]
     return bool(one["equal"]) and one["resumed"] > 0 and lost <= SAVE_EVERY
 
@@ -207,7 +200,7 @@ def write(trials: list[dict[str, Any]], given: argparse.Namespace) -> None:
         )
     headers = ["case", "kills", *(f"in {phase}" for phase in PHASES), "most steps lost", "held"]
     held = sum(map(holds, trials))
-    text = f"""# Killed and gone on with
+    text = f"""# Killed and resumed
 
 `{command}`: {held} of {len(trials)} runs that were killed (kill -9 of all processes or of one)
 ended with the weights, buffers and momentum of the undisturbed run, bit for bit, from a checkpoint

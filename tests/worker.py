@@ -1,4 +1,4 @@
-"""One process of a parity test: run cases, write what this process found.
+"""One process of a parity test: run cases, and write what this process computed.
 
     accelerate launch --multi_gpu --num_processes N tests/worker.py CASES.json FOLDER
 
@@ -27,29 +27,28 @@ from dml_accel.data import sources
 from dml_accel.data.batches import ImageSet
 from dml_accel.distributed.launch import check_launch
 from dml_accel.distributed.placement import Placement
-from dml_accel.models.spec import Peer
-from dml_accel.mutual import losses
+from dml_accel.mutual.losses import Targets
+from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import Step
 from dml_accel.mutual.teaching import Teaching
-from dml_accel.training import loop as engine
-from tests.conftest import Training
+from dml_accel.training.loop import EvaluationRecord, StepRecord, fit
+from tests.helpers import Training
 
 
-def undetached(
-    _: Placement, logits: torch.Tensor, __: int, ___: Teaching, ____: None
-) -> losses.Targets:
+def undetached(_: Teaching, logits: torch.Tensor, *__: object) -> Targets:
     """Targets that carry gradients: the commonest bug."""
     log_p = logits.log_softmax(-1)
     p, others = log_p.exp(), len(log_p) - 1
     target = (p.sum(0) - p) / others
     negative = (p * log_p).sum(-1)
-    return losses.Targets(target, (negative.sum(0) - negative) / others, None)
+    teachers = torch.full_like(negative, others)
+    return Targets(target, (negative.sum(0) - negative) / others, teachers)
 
 
 def break_it(what: str | None, patch: dict) -> None:
-    """Break the code on purpose, remembering in ``patch`` how to mend it."""
+    """Break the code on purpose; ``patch`` records how to mend it."""
     targets = {
-        "detach": (Placement, "targets", undetached),
+        "detach": (Teaching, "targets", undetached),
         "gradient mean": (Placement, "gradient_scale", property(lambda self: 1)),
         "reversed batch": (ImageSet, "batch", reversed_batch),
         "spoiled": (Step, "forward", spoiled),
@@ -79,7 +78,7 @@ def spoiled(self: Step, peer: Peer, x: torch.Tensor, part: int) -> torch.Tensor:
 
 
 def weights(peer: Peer) -> torch.Tensor:
-    """All that a step may move, running statistics and momentum included."""
+    """All that a step may change, running statistics and momentum included."""
     momentum = [state["momentum_buffer"] for state in peer.optimizer.state.values()]
     return torch.cat(
         [t.flatten().double() for t in [*peer.module.state_dict().values(), *momentum]]
@@ -93,8 +92,8 @@ def keep_first(tensors: dict, name: str, _: object, __: object, logits: torch.Te
 
 def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     """Train as the case says; write gradients of the first step, states, metrics."""
-    training = Training(Config.from_dict(case["config"]), source)
-    peers = sorted(training.peers, key=lambda peer: peer.name)
+    training = Training(Config(**case["config"]), source)
+    peers, placement = training.peers, training.placement
     before = training.states()
     tensors, rates, reductions = {}, [], [0]
 
@@ -110,23 +109,15 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
         peer.module.register_forward_hook(partial(keep_first, tensors, peer.name))
         if isinstance(peer.net, DistributedDataParallel):
             peer.net.register_comm_hook(peer.net.process_group, count)
-    records = engine.fit(
-        training.peers,
-        training.data,
-        training.config,
-        training.placement,
-        teaching=training.teaching,
-        frozen=training.frozen,
-    )
-    for record in records:
-        if isinstance(record, engine.EvaluationRecord):
+    for record in fit(training.cohort, training.data, training.config.run):
+        if isinstance(record, EvaluationRecord):
             metrics = record.test
-        if not isinstance(record, engine.StepRecord):
+        if not isinstance(record, StepRecord):
             continue
         rates.append(record.lr)
         finite = record.losses_KP[:, 0].isfinite().tolist()
-        names = training.placement.names
-        skipped.append([name for name, fine in zip(names, finite, strict=True) if not fine])
+        found = zip(placement.names, finite, strict=True)
+        skipped.append([name for name, is_finite in found if not is_finite])
         for peer in peers:
             if torch.equal(now := weights(peer), previous[peer.name]):
                 unmoved.append([peer.name, record.step])
@@ -141,8 +132,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
             tensors[f"state/{name}/{key}"] = value
             if value.is_floating_point() and key in before[name] and "running" not in key:
                 tensors[f"moved/{name}/{key}"] = (value - before[name][key]).abs().max()
-    placement = training.placement
-    placement.processes.stop_beating()  # the next case has processes of its own
+    placement.processes.stop_heartbeat()  # the next case has processes of its own
     report = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -150,7 +140,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
         "world_size": placement.processes.world_size,
         "kind": placement.kind,
         "ranks": placement.ranks,
-        "rows": placement.rows(training.config.batch_size),
+        "rows": placement.rows(training.config.optim.batch_size),
         "rates": rates,
         "steps": len(rates),
         "reductions": reductions[0],
@@ -172,8 +162,8 @@ def main(cases: str, folder: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     work = json.loads(Path(cases).read_text())
-    configs = [Config.from_dict(case["config"]) for case in work.values()]
-    source = sources.read(configs[0])
+    configs = [Config(**case["config"]) for case in work.values()]
+    source = sources.read(configs[0].data)
     # A few images are enough; 101 to test, so that no number of processes divides them.
     few = {name: getattr(source, name) for name in ("train", "test")}
     source = dataclasses.replace(
@@ -181,7 +171,7 @@ def main(cases: str, folder: str) -> None:
         train=few["train"].select(torch.arange(170)),
         test=few["test"].select(torch.arange(101)),
     )
-    check_launch(configs[0])
+    check_launch(configs[0].numerics, configs[0].compute, configs[0].optim)
     for name, case in work.items():
         patch: dict = {}
         AcceleratorState._reset_state()  # its precision is fixed for good otherwise

@@ -1,8 +1,6 @@
-"""Peers apart, as users start them: what is written, what crosses the wire, a cut link."""
+"""Split runs as users start them: what is written, what is sent, a cut link."""
 
-import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,34 +8,24 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.test_launchers import BIN, config_of, results, run
+from tests.helpers import BIN, accelerate_launch, load, run_program
 
 SMALL = "--dataset digits --image-size 16 --batch-size 9 --lr 0.001".split()
 
 
-@pytest.fixture
-def hosts() -> None:
-    """Skip where no second host can be made."""
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("needs root and iproute2 for network namespaces")
-    if run("ip", "netns", "add", "dml-probe").returncode:
-        pytest.skip("network namespaces cannot be made here")
-    run("ip", "netns", "del", "dml-probe")
-
-
-def test_a_split_run_leaves_what_one_process_leaves(tmp_path: Path) -> None:
+def test_a_split_run_writes_what_one_process_writes(tmp_path: Path) -> None:
     words = [*SMALL, "--cohort", "wrn_16_2", "resnet8*2", "--float64", "--max-steps", "4"]
     words += ["--placement", "split", "--val-fraction", "0.1"]
-    alone = run(sys.executable, "train.py", *words, "--output-dir", tmp_path / "one")
+    alone = run_program(sys.executable, "train.py", *words, "--output-dir", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr[-2000:]
-    launch = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "train.py"]
-    done = run(*launch, *words, "--output-dir", tmp_path / "two")
+    launch = accelerate_launch(2, "train.py")
+    done = run_program(*launch, *words, "--output-dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    one, two = (load(tmp_path / folder / "results.json") for folder in ("one", "two"))
     assert one["placement"]["kind"] == "replicate"
     ranks = {"wrn_16_2-0": [0], "resnet8-0": [1], "resnet8-1": [1]}
     assert two["placement"] == {"kind": "split", "ranks": ranks}
-    assert config_of(tmp_path / "two")["placement"] == "split"
+    assert load(tmp_path / "two/config.json")["config"]["placement"] == "split"
     files = {
         folder: {
             str(path.relative_to(tmp_path / folder)) for path in (tmp_path / folder).rglob("*")
@@ -59,14 +47,14 @@ def test_a_split_run_leaves_what_one_process_leaves(tmp_path: Path) -> None:
     assert one["ensemble"]["nll"] == pytest.approx(two["ensemble"]["nll"], rel=1e-9)
 
 
-def test_auto_says_what_it_chose_and_why(tmp_path: Path) -> None:
+def test_auto_prints_its_choice_and_the_reason(tmp_path: Path) -> None:
     launch = [BIN / "torchrun", "--nproc_per_node", "2", "train.py"]
     words = [*SMALL, "--cohort", "resnet8*2", "--max-steps", "1"]
-    done = run(*launch, *words, "--output-dir", tmp_path / "run")
+    done = run_program(*launch, *words, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("placement: ")]
-    assert len(said) == 1 and "a step predicted" in said[0]
-    found = results(tmp_path / "run")["placement"]
+    assert len(said) == 1 and "per step predicted" in said[0]
+    found = load(tmp_path / "run/results.json")["placement"]
     assert said[0].startswith(f"placement: {found['kind']}, ")
     assert f"Placement {found['kind']}: " in (tmp_path / "run" / "results.md").read_text()
 
@@ -75,7 +63,7 @@ def test_a_peer_that_stays_not_finite_ends_every_process_with_its_name(tmp_path:
     launch = [BIN / "torchrun", "--nproc_per_node", "2", "train.py"]
     words = [*SMALL, "--cohort", "resnet8", "wrn_16_2", "--placement", "split", "--lr", "1e30"]
     words += ["--max-nonfinite", "3", "--output-dir", tmp_path / "run"]
-    done = run(*launch, *words)
+    done = run_program(*launch, *words)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
@@ -85,30 +73,30 @@ def test_a_peer_that_stays_not_finite_ends_every_process_with_its_name(tmp_path:
     assert '"skipped"' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-# ---------------------------------------------------------------- the wire
+# ---------------------------------------------------------------- the network
 
 
 def sent_per_step(folder: Path, *words: str) -> list[float]:
-    """Bytes a step that each of two hosts sends, from the difference of two lengths of a run."""
+    """Bytes per step that each of two hosts sends, from the difference of two lengths of a run."""
     sent = []
     for steps in (5, 20):
         flags = [*words, "--max-steps", str(steps), "--output-dir", str(folder / str(steps))]
-        done = run("bash", "tests/two_hosts.sh", BIN / "accelerate", *flags)
+        done = run_program("bash", "tests/two_hosts.sh", BIN / "accelerate", *flags)
         assert done.returncode == 0, done.stderr[-3000:]
         sent.append([int(n) for n in re.findall(r"sent (\d+) bytes", done.stdout)])
     return [(long - short) / 15 for short, long in zip(*sent, strict=True)]
 
 
 @pytest.mark.parametrize("placement", ["split", "replicate"])
-def test_what_crosses_the_wire_is_what_is_said(hosts: None, tmp_path: Path, placement: str) -> None:
-    # 6,400 logits a step of each of two peers, as with 64 images of 100 classes. Few images are
-    # evaluated: how many packets the logits of many take differs from run to run.
+def test_the_bytes_sent_are_those_predicted(hosts: None, tmp_path: Path, placement: str) -> None:
+    # 6,400 logits per step of each of two peers, as with 64 images of 100 classes. There is no
+    # evaluation between: how many packets its logits take differs from run to run.
     words = "--dataset digits --image-size 8 --batch-size 640 --lr 0.001 --cohort resnet8*2".split()
     words += "--epochs 40 --eval-every 40ep --save-every 40ep --placement".split() + [placement]
     found = sent_per_step(tmp_path, *words)
-    said = results(tmp_path / "20")["sent_bytes_per_step"]
+    predicted = load(tmp_path / "20/results.json")["sent_bytes_per_step"]
     least = {"split": 640 * 10 * 4, "replicate": 2 * 4 * 75_000}[placement]
-    for measured, payload in zip(found, said, strict=True):
+    for measured, payload in zip(found, predicted, strict=True):
         assert payload >= least
         assert payload <= measured <= 1.1 * payload
 
@@ -116,19 +104,12 @@ def test_what_crosses_the_wire_is_what_is_said(hosts: None, tmp_path: Path, plac
 def test_a_cut_link_ends_both_hosts_with_an_error(hosts: None, tmp_path: Path) -> None:
     words = [*SMALL, "--cohort", "resnet8*2", "--placement", "split", "--timeout", "0.2"]
     started = time.monotonic()
-    done = run(
-        "env",
-        f"CUT_WHEN={tmp_path}/run/metrics.jsonl",
-        "bash",
-        "tests/two_hosts.sh",
-        BIN / "accelerate",
-        *words,
-        "--output-dir",
-        tmp_path / "run",
-    )
+    both = ["bash", "tests/two_hosts.sh", BIN / "accelerate", *words]
+    metrics = str(tmp_path / "run/metrics.jsonl")
+    done = run_program(*both, "--output-dir", tmp_path / "run", CUT_WHEN=metrics)
     # 12 seconds of waiting for the other, 10 at most of asking who is left; and the start.
     assert time.monotonic() - started < 90
     assert "exit codes: 1 1" in done.stdout
     for gone in (0, 1):
-        assert done.stderr.count(f"error: rank {gone} no longer answers, so the run ends") == 1
+        assert done.stderr.count(f"error: rank {gone} stopped responding, so the run ends") == 1
     assert '"failed"' in (tmp_path / "run" / "status.json").read_text()
