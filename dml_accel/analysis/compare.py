@@ -22,7 +22,7 @@ from dml_accel.analysis import plots, statistics
 from dml_accel.analysis.methods import changes_of, is_cifar100, refuse
 from dml_accel.analysis.runs import read_run
 from dml_accel.analysis.tables import comparison_markdown, comparison_title
-from dml_accel.core.config import Config, differences_text
+from dml_accel.core.config import Config, differences_text, require
 from dml_accel.core.errors import DivergedError, UsageError
 from dml_accel.core.files import read_json, write_text
 from dml_accel.data import sources
@@ -87,8 +87,10 @@ def plan_runs(
         seeds: how many.
 
     Raises:
-        UsageError: a cohort cannot be parsed, or a method contradicts the configuration.
+        UsageError: there are no seeds, a cohort cannot be parsed, or a method contradicts the
+            configuration.
     """
+    require(seeds >= 1, "seeds", seeds, "at least 1")
     refuse(config, methods)
     labels = [cohort_label([spec.name for spec in parse_cohort(cohort)]) for cohort in cohorts]
     return [
@@ -341,6 +343,7 @@ def _check_cohorts(
                 _refuse_other_starts(SavedRun(Path(root) / planned.folder), checked)
         size = config.data.image_size
         costs[cohort] = float(sum(count(net, size).macs for net in modules.values()))
+        modules.clear()
     return costs
 
 
@@ -462,6 +465,7 @@ class _Trainer:
             ranks = choose_ranks(configs[0], checked, modules, processes, path)
             placement = Placement(processes, ranks, configs[0].numerics.batch_norm)
             seconds += seconds_saved(configs[0], checked, modules, placement, steps)
+            modules.clear()
         return seconds
 
 

@@ -16,7 +16,7 @@ from dml_accel.analysis.statistics import comparison_record
 from dml_accel.core.errors import UsageError
 from dml_accel.core.files import write_text
 from dml_accel.core.tables import render
-from dml_accel.models.peer_folder import read_peer
+from dml_accel.models.timm_config import FILE, read_timm_config
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 
@@ -104,8 +104,10 @@ def _section(runs: Sequence[Run], images: int) -> Section:
 def _recognise_cifar100(run: Run) -> tuple[bool, list[str]]:
     """Return whether a run's images are CIFAR-100's, and a note if its class names are missing."""
     for folder in run.peer_folders.values():
-        with contextlib.suppress(UsageError):  # damaged: the next peer has the same classes
-            return is_cifar100(read_peer(folder).classes), []
+        # From a damaged folder on to the next: all peers have the same classes.
+        with contextlib.suppress(UsageError, KeyError):
+            names = read_timm_config(folder / FILE).content["label_names"]
+            return is_cifar100(names), []
     if run.description["classes"] != 100 or "cifar100" not in run.config.data.dataset:
         return False, []
     text = "There are no weights with class names: taken for CIFAR-100 by the data set's name."

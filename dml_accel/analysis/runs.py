@@ -105,11 +105,11 @@ def read_run(folder: Path, name: str | None = None, method: str | None = None) -
     """
     saved = SavedRun(folder)
     try:
-        description, config = saved.description, saved.config
+        description = saved.description
+        config = Config(**description["config"])
         teachers = description.get("teachers", {}).get("frozen", {})
-        implied = method_of(config, len(description["peers"]), teachers)
+        method = method or method_of(config, len(description["peers"]), teachers)
         name = str(folder) if name is None else name
-        method = method or implied
         return Run(folder, name, method, config, description, saved.results, saved.events)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"the run in {folder} cannot be read: {error}") from error

@@ -95,7 +95,7 @@ def _compare(values: dict[str, Any]) -> int:
     methods, seeds = values.pop("methods"), values.pop("seeds")
     preset = PRESETS.get(values.pop("preset") or "")
     config = Config(**(preset.changes if preset else {}) | values)
-    require(seeds >= 1, "seeds", seeds, "at least 1")
+    require(seeds >= 1, "seeds", seeds, "at least 1")  # also here, before torch is imported
     cohorts = preset.cohorts if preset and "cohort" not in values else (config.cohort,)
     from dml_accel.analysis.compare import compare
     from dml_accel.analysis.tables import comparison_table, comparison_title

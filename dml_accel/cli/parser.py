@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from dml_accel.analysis.methods import DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
 from dml_accel.core.config import flag_groups, flag_types
-from dml_accel.core.errors import UsageError, one_line
+from dml_accel.core.errors import UsageError
 
 # Flags of other commands, and what to use instead.
 _ELSEWHERE = {
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(one_line(ValueError(message)))
+        raise UsageError(" ".join(message.split()))
 
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:

@@ -10,13 +10,15 @@ Sections group the fields by who reads them, and by what they may change:
     compute    devices, processes, speed           same result
     run        files, evaluations, checkpoints     same result
 
-Outside this file the sections are invisible to users: flags, ``config.json`` and the keywords of
-``Config`` are flat.
+Flags, ``config.json`` and the keywords of ``Config`` are flat; a value is read from its section, as
+in ``config.optim.lr``.
 """
 
 import dataclasses
 import functools
 import math
+import numbers
+import os
 import re
 import types
 import typing
@@ -533,7 +535,7 @@ class Config:
     compute: ComputeConfig = ComputeConfig()
     run: RunConfig = RunConfig()
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         known = flag_types()
         unknown = sorted(set(values) - set(known))
         _refuse(
@@ -650,6 +652,15 @@ def flag_types() -> Mapping[str, Any]:
     return {field.name: hints[field.name] for group in flag_groups() for field in group.fields}
 
 
+def _plain(value: Any) -> Any:
+    """Return the plain value of a path, or of a number of numpy's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
+
+
 def _typed(name: str, value: Any) -> Any:
     """Return a value with lists made tuples.
 
@@ -662,6 +673,7 @@ def _typed(name: str, value: Any) -> Any:
             return tuple(value)
     else:
         accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        value = _plain(value)
         if type(value) in accepted or (float in accepted and type(value) is int):
             return value
     words = hint.__name__ if isinstance(hint, type) else str(hint)  # int, or tuple[str, ...]

@@ -85,7 +85,7 @@ def slices(rows: int, parts: int) -> list[tuple[int, int]]:
 class ImageSet:
     """One split on one device: images in an order keyed by the seed, and their labels.
 
-    Subclasses say how images are read; nothing else of them is random or remembered.
+    Subclasses say how images are read; all that is random in them is keyed by seed and epoch.
 
     Args:
         labels: class of each image, [N] int64.
@@ -346,14 +346,14 @@ def labelled_rows(train: Split, fraction: float, seed: int) -> Tensor | None:
     return stratified(train.labels, round(fraction * len(train)), "labelled images", seed)
 
 
-def prepare(source: Source, data: DataConfig, seed: int, format: ImageFormat) -> Data:
+def prepare(source: Source, data: DataConfig, seed: int, images: ImageFormat) -> Data:
     """Split the images of ``source``, measure their mean and deviation, and put them on a device.
 
     Args:
         source: uint8 images; or floating ones, which are neither augmented nor normalised.
         data: splits and augmentation.
         seed: of the run.
-        format: of the images in a batch.
+        images: what the networks are given.
 
     Raises:
         UsageError: see ``training_sizes``.
@@ -363,11 +363,11 @@ def prepare(source: Source, data: DataConfig, seed: int, format: ImageFormat) ->
     normalisation = Normalisation.identity() if floating else Normalisation.of(train.images)
 
     def image_set(split: Split, labelled: Tensor | None = None) -> ImageSet:
-        options: dict[str, Any] = {"device": format.device, "dtype": format.dtype}
+        options: dict[str, Any] = {"device": images.device, "dtype": images.dtype}
         options |= {"seed": seed, "labelled": labelled}
         if floating:
             return TensorSet(split, **options)
-        options |= {"augment": data.augmentation, "memory_format": format.layout}
+        options |= {"augment": data.augmentation, "memory_format": images.layout}
         return PixelSet(split, normalisation, **options)
 
     return Data(

@@ -120,11 +120,16 @@ class Trial:
         """
         kinds = {spec.name: repr((spec.arch, spec.arguments)) for spec in specs}
         named = {kind: name for name, kind in kinds.items()}
-        eager = {kind: self._eager_seconds(modules[name]) for kind, name in named.items()}
-        if steps * sum(eager[kind] for kind in kinds.values()) < _SHORTEST:
+        eager = {
+            kind: self._prepared(modules[name], compiled=False) for kind, name in named.items()
+        }
+        for prepared in eager.values():
+            self._step(*prepared)  # warm-up
+        seconds = {kind: self._step(*prepared) for kind, prepared in eager.items()}
+        if steps * sum(seconds[kind] for kind in kinds.values()) < _SHORTEST:
             _say("the run is too short to repay it")
             return 0.0
-        found = {kind: self._compare(modules[name], name) for kind, name in named.items()}
+        found = {k: self._compare(modules[name], name, eager[k]) for k, name in named.items()}
         before, after = (sum(found[kind][i] for kind in kinds.values()) for i in (0, 1))
         once = sum(seconds for _, _, seconds in found.values())
         _say(
@@ -147,16 +152,11 @@ class Trial:
         images = self._images.noise(self._optim.smallest_micro_batch)
         return seconds_of_step(net, optimizer, images) * self._optim.grad_accum
 
-    def _eager_seconds(self, module: nn.Module) -> float:
-        prepared = self._prepared(module, compiled=False)
-        self._step(*prepared)  # warm-up
-        return self._step(*prepared)
-
-    def _compare(self, module: nn.Module, name: str) -> tuple[float, float, float]:
+    def _compare(
+        self, module: nn.Module, name: str, eager: tuple[nn.Module, torch.optim.Optimizer]
+    ) -> tuple[float, float, float]:
         """Return the seconds of an eager and of a compiled step, and those that compiling took."""
-        eager = self._prepared(module, compiled=False)
-        self._step(*eager)  # warm-up
-        net, optimizer = self._prepared(module, compiled=True)
+        net, optimizer = self._prepared(module, True)
         start = time.perf_counter()
         net = or_eager(net, name, lambda net: self._step(net, optimizer))
         once = time.perf_counter() - start

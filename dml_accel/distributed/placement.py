@@ -48,8 +48,8 @@ class Placement:
     ) -> None:
         self.processes, self.device = processes, processes.device
         self.ranks = {name: list(held) for name, held in ranks.items()}
-        self.names = sorted(self.ranks)
         # Name order everywhere: sums over peers then do not depend on the order of the cohort.
+        self.names = sorted(self.ranks)
         whole = list(range(processes.world_size))
         self._held = [[name for name in self.names if rank in self.ranks[name]] for rank in whole]
         self.mine = self._held[processes.rank]

@@ -1,7 +1,4 @@
-"""The process group of a run, and its liveness check.
-
-Only this file, launch.py and placement.py know what devices, processes and ranks are.
-"""
+"""The process group of a run: collectives of a few bytes, and a liveness check."""
 
 import contextlib
 import os

@@ -87,13 +87,13 @@ def read_trained_peers(path: Path) -> TrainedPeers:
             is not finished, or the peers differ in their classes or image size.
     """
     saved, is_peer = SavedRun(path), (path / WEIGHTS).is_file()
-    is_run = not is_peer and (saved.has_description or saved.status != "")
+    is_run = not is_peer and (saved.has_description or (path / "status.json").exists())
     if is_run and not saved.is_done:
         raise UsageError(
             f"{path} is not finished ({saved.state}): finish it with --resume auto, or name a "
             "peer's folder"
         )
-    # A link may have no name of its own: "." is known by the name of its target.
+    # "." has no name, but the folder that it stands for has one.
     folders = {one.name or one.resolve().name: read_peer(one) for one in find_peers(path)}
     _refuse_different(path, folders)
     first = next(iter(folders.values()))

@@ -69,7 +69,8 @@ def build(
             f"{spec.name} cannot learn from a single image at a time, because its batch norm would "
             "see one value per channel: raise --batch-size or lower --grad-accum"
         )
-    return net.to(dtype)
+    # Not ``to(dtype)``, which would drop the imaginary part of complex buffers.
+    return net.double() if dtype == torch.float64 else net
 
 
 def refuse_twins(modules: Mapping[str, nn.Module]) -> None:

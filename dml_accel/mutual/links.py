@@ -70,11 +70,11 @@ def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> Lin
     try:
         content = read_at_most(path, _LARGEST_FILE).decode()
         lines = [[c.strip() for c in row] for row in csv.reader(io.StringIO(content)) if row]
-    except UnreadableError as error:
+    except (ValueError, csv.Error) as error:
+        unread = isinstance(error, UnreadableError)
+        wrong = str(error) if unread else f"{path} is not a CSV file: {error}"
         known = "full, ring, star:PEER, frozen or the path of a CSV file"
-        raise UsageError(f"--links {error}; write {known}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{where} is not a CSV file: {error}") from error
+        raise UsageError(f"--links {wrong}; write {known}") from error
     if not lines:
         raise UsageError(f"{where} is empty")
     head, rows = lines[0][1:], {line[0]: line[1:] for line in lines[1:]}

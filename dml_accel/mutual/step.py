@@ -149,9 +149,9 @@ class Step:
         scaled = [peer.scaler.scale(one) for peer, one in zip(peers, ones, strict=True)]
         mean.backward(torch.stack(scaled))
 
-    def update(self, peer: Peer, means: Tensor) -> None:
-        """Let a peer take its step, if its loss is finite; ``means`` are its parts, [P]."""
-        peer.update(means[0].isfinite(), self.cohort.optim.clip_norm)
+    def update(self, peer: Peer, finite: Tensor) -> None:
+        """Let a peer take its step, if its loss is ``finite``, a bool on the device."""
+        peer.update(finite, self.cohort.optim.clip_norm)
 
 
 def train_step(
@@ -191,8 +191,9 @@ def _simultaneous(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     means, requested = placement.end_of_step(ours, torch.tensor(requests()))
     means /= step.cohort.optim.batch_size  # [K, P]
     # Every process of a peer sees the same mean, so all of them skip a step, or none does.
+    finite = means[:, 0].isfinite()  # [K]
     for peer in step.peers:
-        step.update(peer, means[placement.names.index(peer.name)])
+        step.update(peer, finite[placement.names.index(peer.name)])
     return means, requested
 
 
@@ -295,7 +296,7 @@ def _turns(step: Step) -> list[int]:
 def _update(step: Step, place: int, sums: Tensor) -> Tensor:
     """Let one peer take its step; return the means over the whole batch of its parts, [P]."""
     means = step.placement.sum_over_rows(sums)[0] / step.cohort.optim.batch_size
-    step.update(step.peers[place], means)
+    step.update(step.peers[place], means[0].isfinite())
     return means
 
 

@@ -95,7 +95,8 @@ def load_teachers(
     """
     teachers = []
     for name, folder in folders.items():
-        net = load_network(folder).requires_grad_(False).to(images.dtype)
+        net = load_network(folder).requires_grad_(False)
+        net = net.double() if images.dtype == torch.float64 else net.float()
         set_memory_format(net, images.layout)
         net = processes.accelerator.prepare_model(net, evaluation_mode=True).eval()
         teachers.append(Teacher(name, folder, net, normalisation))

@@ -86,7 +86,7 @@ def write_together(
         problem = None
         try:
             part()
-        except OSError as error:  # mostly a full disk: all processes must give up together
+        except (OSError, UnreadableError) as error:  # mostly a full disk: all must give up together
             problem = error
         failed = placement.processes.failed_rank(problem is not None)
         if failed is not None:

@@ -160,9 +160,9 @@ def fit(
         losses, requested = train_step(cohort, step, lr, agenda.requests)
         step += 1
         streaks.count(losses)
-        looked = agenda.advance(step, requested, streaks)
+        looks = agenda.advance(step, requested, streaks)
         yield StepRecord(step, (step - 1) // per_epoch, lr, agenda.pauses, losses)
-        if looked:
+        if looks:
             streaks.refuse_diverged(step)
     assert evaluation is not None, "the last step is evaluated"
     _refuse_lost(evaluation.test["peers"])
@@ -221,7 +221,7 @@ class Agenda:
         return [self._stop.requested, *(decides and timer.is_up for timer in timers)]
 
     def advance(self, step: int, requested: Tensor, streaks: "Streaks") -> bool:
-        """Decide what is due after a step; return whether the device was waited for.
+        """Decide what is due after a step; return whether the device may be waited for now.
 
         Args:
             step: optimizer steps taken.

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from dml_accel.core.files import write_text
 from dml_accel.core.tables import percent, render, results_table
 from dml_accel.core.versions import commit, versions
@@ -182,7 +180,7 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
             )
         except OSError as error:
             return error
-        except SafetensorError as error:  # safetensors raises its own kind, also for a full disk
+        except Exception as error:  # safetensors and the card's template raise their own kinds
             return OSError(f"{folder} cannot be written: {error}")
     return None
 

@@ -2,8 +2,8 @@
 
     check          builds the networks; refuses what does not fit them or the images
     choose_ranks   rank 0 chooses who trains which peer, and all processes learn it
-    make_cohort    the peers of this process, wrapped for training
     compiles       whether to compile, as asked or as measured
+    make_cohort    the peers of this process, wrapped for training
 
 ``train.py`` calls them in this order.
 """

@@ -269,7 +269,8 @@ def prepare(
     images = setup.prepare_images(config, checked.source, placement.device)
     parameters = {name: parameter_count(module) for name, module in modules.items()}
     start = origin.start(path / resume.CHECKPOINTS)
-    one_at_a_time = config.compute.low_memory or config.method.kl_weight == 0
+    teaches = config.method.kl_weight > 0 and len(checked.names) + len(checked.frozen) > 1
+    one_at_a_time = config.compute.low_memory or not teaches
     with _explaining_out_of_memory(config, one_at_a_time):
         to_compile = origin.compiled(config, processes.world_size)
         if to_compile is None:
