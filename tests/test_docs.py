@@ -304,14 +304,18 @@ def test_paths_and_modules_exist(page: str) -> None:
 
 
 def test_the_file_tree_is_that_of_the_package() -> None:
-    shown, package = set(), ""
+    shown, package = [], ""
     for line in section("docs/architecture.md", "## Files").splitlines():
         if head := re.match(r" {4}(\w+)/( |$)", line):
             package = head[1]
         elif one := re.match(r" {6}([\w/.]+\.\w+) {2,}\S", line):
-            shown.add(f"{package}/{one[1]}")
+            shown.append(f"{package}/{one[1]}")
     files = [
         path for path in (ROOT / "dml_accel").glob("*/**/*") if path.suffix not in ("", ".pyc")
     ]
     there = {str(path.relative_to(ROOT / "dml_accel")) for path in files}
-    assert shown == {name for name in there if not name.endswith("__init__.py")}
+    assert set(shown) == {name for name in there if not name.endswith("__init__.py")}
+    for package in {name.split("/")[0] for name in shown}:
+        text = (ROOT / "dml_accel" / package / "__init__.py").read_text()
+        order = [f"{package}/{name}.py" for name in re.findall(r"^ {4}(\w+) {2,}\S", text, re.M)]
+        assert order == [name for name in shown if re.match(rf"{package}/\w+\.py$", name)]
