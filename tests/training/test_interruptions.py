@@ -1,4 +1,4 @@
-"""Interruptions of real processes: killed, stopped, started again, gone on with elsewhere."""
+"""Interruptions of real processes: killed, stopped, restarted, resumed by other processes."""
 
 import os
 import random
@@ -14,12 +14,25 @@ from safetensors.torch import load_file
 
 from dml_accel.training import checkpoint
 from tests import kills
-from tests.test_launchers import BIN, ROOT, environment, workers
-from tests.test_launchers import run as run_words
-from tests.test_resume import NAMES, events, load, steps
+from tests.helpers import (
+    BIN,
+    ROOT,
+    accelerate_launch,
+    environment,
+    events,
+    load,
+    run_program,
+    saved_steps,
+    workers,
+)
+from tests.training.interrupting import NAMES
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="needs Linux's /proc"
+)
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+@needs_proc
 @pytest.mark.parametrize(
     ("case", "phase"),
     [
@@ -35,13 +48,10 @@ def test_killed_for_real_at_a_random_moment(tmp_path: Path, case: str, phase: st
 
 
 def slow_run(folder: Path, *words: str) -> list[str]:
-    """A run on two processes that does not end by itself in a test's time."""
-    launch = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", *words]
-    words = ("--cohort", "resnet8", "wrn_16_2", "--dataset", "digits", "--image-size", "16")
-    words += ("--batch-size", "12", "--save-every", "5", "--placement", "split", "--cpu")
-    return [
-        str(w) for w in (*launch, "train.py", *words, "--output-dir", folder, "--resume", "auto")
-    ]
+    """A run on two processes that is far longer than a test."""
+    flags = "--cohort resnet8 wrn_16_2 --dataset digits --image-size 16 --batch-size 12 --cpu "
+    flags += f"--save-every 5 --placement split --resume auto --output-dir {folder}"
+    return accelerate_launch(2, *words, "train.py", *flags.split())
 
 
 def started(words: list[str], folder: Path, step: int) -> subprocess.Popen[str]:
@@ -55,71 +65,60 @@ def started(words: list[str], folder: Path, step: int) -> subprocess.Popen[str]:
         text=True,
     )
     until = time.monotonic() + 90
-    while not any(found >= step for found in steps(folder)):
+    while not any(found >= step for found in saved_steps(folder)):
         assert run.poll() is None and time.monotonic() < until, run.communicate()
         time.sleep(0.05)
     return run
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+@needs_proc
 def test_the_launchers_sigterm_stops_all_processes_at_one_step(tmp_path: Path) -> None:
     run = started(slow_run(tmp_path), tmp_path, 5)
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=25)
     assert said.count("stopped by SIGTERM; the same command") == 1
     status = load(tmp_path / "status.json")
-    assert (status["status"], status["step"]) == ("stopped", steps(tmp_path)[-1])
+    assert (status["status"], status["step"]) == ("stopped", saved_steps(tmp_path)[-1])
     checkpoint.verify(checkpoint.named(tmp_path / "checkpoints")[0], NAMES)
-    # Exactly: what one process makes of that many steps, from where the two have stopped.
     assert events(tmp_path)[-1]["step"] == status["step"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
-def test_restarts_go_on_after_a_crash_and_not_after_a_stop(tmp_path: Path) -> None:
+@needs_proc
+def test_restarts_resume_after_a_crash_and_not_after_a_stop(tmp_path: Path) -> None:
     run = started(slow_run(tmp_path, "--max_restarts", "2"), tmp_path, 5)
     os.kill(workers(run.pid)[1], signal.SIGKILL)
-    until, crashed_at = time.monotonic() + 90, steps(tmp_path)[-1]
+    until, crashed_at = time.monotonic() + 90, saved_steps(tmp_path)[-1]
     while not any(event["event"] == "resume" for event in events(tmp_path)):
         assert run.poll() is None and time.monotonic() < until, run.communicate()
         time.sleep(0.1)
     resumed = next(event for event in events(tmp_path) if event["event"] == "resume")
     assert resumed["step"] >= crashed_at >= 5
-    while steps(tmp_path)[-1] <= resumed["step"]:
+    while saved_steps(tmp_path)[-1] <= resumed["step"]:
         assert run.poll() is None and time.monotonic() < until, run.communicate()
         time.sleep(0.1)
-    os.kill(workers(run.pid)[0], signal.SIGTERM)  # not to the launcher, which would end by it
+    os.kill(workers(run.pid)[0], signal.SIGTERM)  # not to the launcher, which it would end
     _, said = run.communicate(timeout=60)
-    assert "was stopped on request; --resume auto goes on with it" in said
+    assert "was stopped on request; --resume auto resumes it" in said
     assert run.returncode == 0 and load(tmp_path / "status.json")["status"] == "stopped"
     assert len([event for event in events(tmp_path) if event["event"] == "resume"]) == 1
 
 
-def test_a_split_run_goes_on_in_one_process_and_back(tmp_path: Path) -> None:
+def test_a_split_run_is_resumed_by_one_process_and_back(tmp_path: Path) -> None:
     words = "--cohort resnet8 resnet20 --dataset digits --image-size 16 --batch-size 9 --lr 0.001"
     words = [*words.split(), "--float64", "--cpu", "--save-every", "100", "--eval-every", "100"]
     two = [BIN / "torchrun", "--nproc_per_node", "2"]
     split = ["--placement", "split"]
 
-    def go_on(folder: Path, launch: list[Any], to: int, *more: str) -> None:
-        done = run_words(
-            *launch,
-            "train.py",
-            *words,
-            *more,
-            "--max-steps",
-            str(to),
-            "--output-dir",
-            folder,
-            "--resume",
-            "auto",
-        )
+    def resume(folder: Path, launch: list[Any], to: int, *more: str) -> None:
+        flags = [*words, *more, "--max-steps", to, "--output-dir", folder, "--resume", "auto"]
+        done = run_program(*launch, "train.py", *flags)
         assert done.returncode == 0, done.stderr[-2000:]
 
-    go_on(tmp_path / "moved", two, 10, *split)
+    resume(tmp_path / "moved", two, 10, *split)
     assert load(tmp_path / "moved/results.json")["placement"]["kind"] == "split"
-    go_on(tmp_path / "moved", [sys.executable], 20)
-    go_on(tmp_path / "moved", two, 30, *split)
-    go_on(tmp_path / "straight", [sys.executable], 30)
+    resume(tmp_path / "moved", [sys.executable], 20)
+    resume(tmp_path / "moved", two, 30, *split)
+    resume(tmp_path / "straight", [sys.executable], 30)
     for name in ("resnet8-0", "resnet20-0"):
         moved, one = (
             load_file(tmp_path / folder / "checkpoints/step-00000030" / f"{name}.safetensors")
