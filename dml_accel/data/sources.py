@@ -1,7 +1,6 @@
 """Data sets: read from the hub, from a local folder, or scikit-learn's digits."""
 
 import http.client
-import importlib.util
 import sys
 import urllib.error
 import urllib.request
@@ -244,30 +243,15 @@ def _require_column(features: Any, name: str, flag: str, usable: list[str], what
 
 
 def _digits(size: int) -> Source:
-    levels, classes = _digits_of_sklearn()
-    grey = np.rint(levels * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
     images = torch.from_numpy(np.stack([to_rgb(Image.fromarray(g), size) for g in grey]))
-    labels = torch.from_numpy(classes).long()
+    labels = torch.from_numpy(bunch.target).long()
     cut = len(labels) - _DIGITS_TEST_ROWS
     return Source(
         Split(images[:cut], labels[:cut]),
         Split(images[cut:], labels[cut:]),
-        tuple(str(digit) for digit in range(10)),
+        tuple(str(name) for name in bunch.target_names),
     )
-
-
-def _digits_of_sklearn() -> tuple[Any, Any]:
-    """Return scikit-learn's digits, [N, 8, 8] of levels from 0 to 16, and their classes [N].
-
-    Its file is read directly if it is where it used to be: importing scikit-learn takes 1.5 s.
-    """
-    package = importlib.util.find_spec("sklearn")
-    if package is not None and package.origin is not None:
-        file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-        if file.exists():
-            rows = np.loadtxt(file, delimiter=",")
-            return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return bunch.images, bunch.target

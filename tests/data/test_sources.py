@@ -10,7 +10,6 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from dml_accel.core.errors import UsageError
 from dml_accel.data import sources
@@ -72,11 +71,6 @@ def test_digits_are_scikit_learns_and_the_last_360_are_the_test_split() -> None:
     assert (len(found.train), len(found.test), len(found.classes)) == (1437, 360, 10)
     assert found.train.images.shape[1:] == (32, 32, 3)
     assert found.train.images.max() == 255
-    theirs = load_digits()
-    found = sources.read(tiny_config(image_size=8).data)
-    for images, rows in ((found.train, slice(1437)), (found.test, slice(1437, None))):
-        assert images.labels.tolist() == theirs.target[rows].tolist()
-        assert np.array_equal(images.images[..., 0], np.rint(theirs.images[rows] * (255 / 16)))
 
 
 def test_the_real_images_are_read(real_images: Path) -> None:
