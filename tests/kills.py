@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from benchmarks.measuring import HERE, processor
 from dml_accel.core.versions import commit, versions
-from tests.helpers import ROOT, accelerate_launch, environment, run_program, workers
+from tests.helpers import BIN, ROOT, environment, run_program, workers
 
 SAVE_EVERY = 7
 WORDS = (
-    "--cohort resnet8 wrn_16_2 --dataset digits --image-size 16 --train-limit 240 --batch-size 12 "
+    "--cohort resnet8 wrn_16_2 --dataset digits --image-size 8 --train-limit 240 --batch-size 12 "
     f"--epochs 3 --lr 0.05 --save-every {SAVE_EVERY} --eval-every 10 --cpu"
 ).split()
 # name: processes, placement
@@ -51,8 +51,8 @@ _PATIENCE = 180.0  # seconds
 def command(case: str, folder: Path) -> list[str]:
     """Return the command of a case; the same one starts and resumes it."""
     processes, placement = CASES[case]
-    launch = accelerate_launch(processes) if processes > 1 else [sys.executable]
-    words = [*launch, "train.py", *WORDS]
+    launch = [BIN / "torchrun", "--nproc_per_node", processes]
+    words = [*(launch if processes > 1 else [sys.executable]), "train.py", *WORDS]
     words += ["--placement", placement, "--output-dir", folder, "--resume", "auto"]
     return [str(word) for word in words]
 
@@ -101,7 +101,8 @@ def kill(case: str, folder: Path, phase: str, chance: random.Random) -> dict[str
         while not _is_there(folder, checkpoints, phase, at):
             if run.poll() is not None or time.monotonic() > until:
                 return None
-            time.sleep(0.0005)
+            # Often only once a checkpoint could be caught: looking takes time from the run.
+            time.sleep(0.0005 if list(checkpoints.glob("step-*")) else 0.1)
         time.sleep(chance.uniform(0, {"steps": 0.2, "evaluation": 0.1, "writing": 0.015}[phase]))
         ranks = workers(run.pid) or {0: run.pid}
         found = "writing" if list(checkpoints.glob(".new-*")) else phase

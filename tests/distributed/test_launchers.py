@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tests.helpers import (
     free_port,
     load,
     run_program,
+    train,
     workers,
 )
 
@@ -76,8 +76,7 @@ def test_several_processes_print_a_usage_error_once(tmp_path: Path) -> None:
 
 def test_two_hosts_take_the_steps_of_one_process(hosts: None, tmp_path: Path) -> None:
     words = [*TINY, "--float64", "--max-steps", "5"]
-    alone = run_program(sys.executable, "train.py", *words, "--output-dir", tmp_path / "one")
-    assert alone.returncode == 0, alone.stderr[-2000:]
+    assert train(tmp_path / "one", *words) == 0
     both = ["tests/two_hosts.sh", BIN / "accelerate", *words, "--output-dir", tmp_path / "two"]
     done = run_program("bash", *both)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -27,7 +27,7 @@ def cases() -> dict[str, dict[str, Any]]:
     shared = {
         "cohort": ["resnet8", "resnet20"],
         "dataset": real_dataset(),
-        "image_size": 16,
+        "image_size": 8,
         "batch_size": 48,
         "lr": 0.001,
         "max_steps": 30,

@@ -1,14 +1,13 @@
 """Split runs as users start them: what is written, what is sent, a cut link."""
 
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers import BIN, accelerate_launch, load, run_program
+from tests.helpers import BIN, accelerate_launch, load, run_program, train
 
 SMALL = "--dataset digits --image-size 16 --batch-size 9 --lr 0.001".split()
 
@@ -16,8 +15,7 @@ SMALL = "--dataset digits --image-size 16 --batch-size 9 --lr 0.001".split()
 def test_a_split_run_writes_what_one_process_writes(tmp_path: Path) -> None:
     words = [*SMALL, "--cohort", "wrn_16_2", "resnet8*2", "--float64", "--max-steps", "4"]
     words += ["--placement", "split", "--val-fraction", "0.1"]
-    alone = run_program(sys.executable, "train.py", *words, "--output-dir", tmp_path / "one")
-    assert alone.returncode == 0, alone.stderr[-2000:]
+    assert train(tmp_path / "one", *words) == 0
     launch = accelerate_launch(2, "train.py")
     done = run_program(*launch, *words, "--output-dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -13,7 +13,7 @@ from tests.helpers import assert_same_state, load
 
 # 5 steps per epoch; every third step a checkpoint, every fourth an evaluation.
 WORDS = (
-    "--cohort wrn_16_2 resnet8 --dataset digits --image-size 16 --train-limit 45 --batch-size 8 "
+    "--cohort wrn_16_2 resnet8 --dataset digits --image-size 8 --train-limit 45 --batch-size 8 "
     "--epochs 3 --lr 0.05 --lr-step 2 --grad-accum 2 --clip-norm 1 --val-fraction 0.02 "
     "--save-every 3 --eval-every 4 --cpu"
 ).split()

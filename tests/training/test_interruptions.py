@@ -4,10 +4,8 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -23,6 +21,7 @@ from tests.helpers import (
     load,
     run_program,
     saved_steps,
+    train,
     workers,
 )
 from tests.training.interrupting import NAMES
@@ -106,19 +105,18 @@ def test_restarts_resume_after_a_crash_and_not_after_a_stop(tmp_path: Path) -> N
 def test_a_split_run_is_resumed_by_one_process_and_back(tmp_path: Path) -> None:
     words = "--cohort resnet8 resnet20 --dataset digits --image-size 16 --batch-size 9 --lr 0.001"
     words = [*words.split(), "--float64", "--cpu", "--save-every", "100", "--eval-every", "100"]
-    two = [BIN / "torchrun", "--nproc_per_node", "2"]
-    split = ["--placement", "split"]
+    words += ["--resume", "auto"]
 
-    def resume(folder: Path, launch: list[Any], to: int, *more: str) -> None:
-        flags = [*words, *more, "--max-steps", to, "--output-dir", folder, "--resume", "auto"]
-        done = run_program(*launch, "train.py", *flags)
+    def resume_in_two(folder: Path, steps: int) -> None:
+        flags = ["--placement", "split", "--output-dir", folder, *words, "--max-steps", steps]
+        done = run_program(BIN / "torchrun", "--nproc_per_node", "2", "train.py", *flags)
         assert done.returncode == 0, done.stderr[-2000:]
 
-    resume(tmp_path / "moved", two, 10, *split)
+    resume_in_two(tmp_path / "moved", 10)
     assert load(tmp_path / "moved/results.json")["placement"]["kind"] == "split"
-    resume(tmp_path / "moved", [sys.executable], 20)
-    resume(tmp_path / "moved", two, 30, *split)
-    resume(tmp_path / "straight", [sys.executable], 30)
+    assert train(tmp_path / "moved", *words, "--max-steps", "20") == 0
+    resume_in_two(tmp_path / "moved", 30)
+    assert train(tmp_path / "straight", *words, "--max-steps", "30") == 0
     for name in ("resnet8-0", "resnet20-0"):
         moved, one = (
             load_file(tmp_path / folder / "checkpoints/step-00000030" / f"{name}.safetensors")
