@@ -224,7 +224,7 @@ def test_modules_are_trained_as_shown(
     names: dict = {}
     exec(block(page, "dml_accel.learn("), names)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["0", "1", "2", "3", "4"]
+    assert [line.split()[0] for line in lines] == ["1", "2", "3", "4", "5"]
     # Two small networks recognise most digits after five epochs.
     assert names["record"].test["ensemble"]["top1"] > 0.85
     assert list(tmp_path.iterdir()) == []

@@ -253,7 +253,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
 def _add_prediction(parser: argparse.ArgumentParser) -> None:
     """Predict the classes of images: the five most likely classes of each. A run predicts as an
     ensemble, by the mean posterior of its peers. Images are resized to squares as in training;
-    of an animation the first frame is used. A file that cannot be read is named on stderr and
+    only the first frame of an animation is used. A file that cannot be read is named on stderr and
     skipped; the exit code is then 1, or 2 if there was no image at all.
 
     examples:

@@ -89,9 +89,9 @@ def read_trained_peers(path: Path) -> TrainedPeers:
     saved, is_peer = SavedRun(path), (path / WEIGHTS).is_file()
     is_run = not is_peer and (saved.has_description or (path / "status.json").exists())
     if is_run and not saved.is_done:
+        hint = ", or name a peer's folder" if (path / "peers").is_dir() else ""
         raise UsageError(
-            f"{path} is not finished ({saved.state}): finish it with --resume auto, or name a "
-            "peer's folder"
+            f"{path} is not finished ({saved.state}): finish it with --resume auto{hint}"
         )
     # "." has no name, but the folder that it stands for has one.
     folders = {one.name or one.resolve().name: read_peer(one) for one in find_peers(path)}
