@@ -360,7 +360,7 @@ def test_unknown_configuration_lists_the_known() -> None:
 def test_a_value_of_the_wrong_type_is_refused() -> None:
     with pytest.raises(UsageError, match="configuration epochs is '8'; its type must be int"):
         Config(**{"epochs": "8"})
-    assert Config(**{"lr": 1}).lr == 1
+    assert Config(**{"lr": 1}).optim.lr == 1
 
 
 def test_defaults_are_those_of_the_paper() -> None:
