@@ -156,7 +156,7 @@ class Trial:
         self, module: nn.Module, name: str, eager: tuple[nn.Module, torch.optim.Optimizer]
     ) -> tuple[float, float, float]:
         """Return the seconds of an eager and of a compiled step, and those that compiling took."""
-        net, optimizer = self._prepared(module, True)
+        net, optimizer = self._prepared(module, compiled=True)
         start = time.perf_counter()
         net = or_eager(net, name, lambda net: self._step(net, optimizer))
         once = time.perf_counter() - start

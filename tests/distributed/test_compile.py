@@ -196,11 +196,11 @@ def test_auto_weighs_what_compiling_saves(
 ) -> None:
     compared: list[str] = []
 
-    def compare(_: Trial, __: nn.Module, name: str) -> tuple[float, float, float]:
+    def compare(_: Trial, __: nn.Module, name: str, ___: tuple) -> tuple[float, float, float]:
         compared.append(name)
         return 0.1, compiled, 20.0
 
-    monkeypatch.setattr(Trial, "_eager_seconds", lambda *_: 0.1)
+    monkeypatch.setattr(Trial, "_step", lambda *_: 0.1)
     monkeypatch.setattr(Trial, "_compare", compare)
     it = Networks()
     assert it.trial.seconds_saved(it.specs, it.modules, steps) == pytest.approx(saved)
@@ -211,7 +211,8 @@ def test_auto_weighs_what_compiling_saves(
 def test_the_trial_times_both_and_leaves_the_network_as_it_was() -> None:
     it, name = Networks(), "small_for_compiling-0"
     before = {key: value.clone() for key, value in it.modules[name].state_dict().items()}
-    eager, compiled, seconds = it.trial._compare(it.modules[name], name)
+    prepared = it.trial._prepared(it.modules[name], compiled=False)
+    eager, compiled, seconds = it.trial._compare(it.modules[name], name, prepared)
     assert 0 < eager < 5 and 0 < compiled < 5 and seconds > compiled
     assert_same_state(before, it.modules[name].state_dict())
 
