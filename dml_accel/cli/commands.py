@@ -14,12 +14,14 @@ from dml_accel.analysis.methods import PRESETS
 from dml_accel.cli.parser import parse
 from dml_accel.core.config import Config, require
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
-from dml_accel.core.versions import command_line
+from dml_accel.core.versions import command_line, require_packages
 from dml_accel.distributed.launch import launched_processes, launched_rank
 
 # How long a process waits for rank 0 to print an error that all of them have.
 _SECONDS_FOR_RANK_0 = 20.0
 _INTERRUPTED = 130  # as shells report SIGINT
+# What tables and figures over seeds need.
+_ANALYSIS = ("scipy", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +98,7 @@ def _compare(values: dict[str, Any]) -> int:
     preset = PRESETS.get(values.pop("preset") or "")
     config = Config(**(preset.changes if preset else {}) | values)
     require(seeds >= 1, "seeds", seeds, "at least 1")  # also here, before torch is imported
+    require_packages("compare", *_ANALYSIS)
     cohorts = preset.cohorts if preset and "cohort" not in values else (config.cohort,)
     from dml_accel.analysis.compare import compare
     from dml_accel.analysis.tables import comparison_table, comparison_title
@@ -150,6 +153,7 @@ def _report(values: dict[str, Any]) -> int:
             raise UsageError(f"{folder} is not a folder; name a folder of runs")
     if not path.parent.is_dir():
         raise UsageError(f"--to {path}: there is no folder {path.parent}")
+    require_packages("report", *_ANALYSIS)
     from dml_accel.analysis.page import write_page
     from dml_accel.analysis.runs import find_runs
 

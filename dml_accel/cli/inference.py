@@ -10,14 +10,14 @@ from dml_accel.core.config import Config, DataConfig
 from dml_accel.core.errors import UsageError
 from dml_accel.core.files import can_be_made, read_json
 from dml_accel.core.tables import printable
-from dml_accel.core.versions import command_line
+from dml_accel.core.versions import command_line, require_packages
 from dml_accel.data import sources
 from dml_accel.data.decode import Split
 from dml_accel.inference import evaluate as evaluation
+from dml_accel.inference import onnx
 from dml_accel.inference import predict as prediction
 from dml_accel.inference.export import check_target, export, select_peers
 from dml_accel.inference.load import Networks, TrainedPeers, choose_device, read_trained_peers
-from dml_accel.inference.onnx import require_packages
 
 
 def run(command: str, values: dict[str, Any]) -> int:
@@ -38,6 +38,7 @@ def run(command: str, values: dict[str, Any]) -> int:
 
 
 def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
+    require_packages("evaluate", "matplotlib")
     data = _choose_images(peers, values)
     slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(data.dataset).name)
     default = peers.path / "evaluations" / f"{slug}-{data.test_split}"
@@ -154,7 +155,7 @@ class _Files:
 def _export(peers: TrainedPeers, values: dict[str, Any]) -> int:
     target = Path(values["to"]).expanduser()
     if values["format"] == "onnx":
-        require_packages()
+        require_packages("--format onnx", *onnx.PACKAGES)
     chosen, name = select_peers(peers, values["peer"])
     check_target(target)
     print(f"{target}: {export(chosen, name, values['format'], target)}")

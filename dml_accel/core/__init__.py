@@ -8,5 +8,5 @@ In reading order:
     files     write files whole or not at all; read untrusted files up to a limit
     rng       draws that depend on their key only; stratified choice
     tables    tables of results for terminals, Markdown and HTML
-    versions  package versions, commit and command line, for the record
+    versions  package versions, commit and command line; packages that some commands need
 """

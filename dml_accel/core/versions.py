@@ -1,18 +1,56 @@
 """Where results come from: package versions, the commit of the code, the command line."""
 
+import importlib.util
 import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from dml_accel.core.errors import UsageError
 
 _PACKAGES = ("dml-accel", "torch", "torchvision", "accelerate", "datasets", "timm", "safetensors")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that results depend on.
+
+    None for a package that is not installed: datasets, where runs read no data set with it, and
+    this one, where it is run from its checkout.
+    """
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def require_packages(purpose: str, *packages: str) -> None:
+    """Refuse to continue without packages that only some commands need.
+
+    Args:
+        purpose: what needs them, for the message: ``--format onnx``.
+        packages: their names; ``distribution:module`` where the two differ.
+
+    Raises:
+        UsageError: one is not installed.
+    """
+    missing = []
+    for package in packages:
+        name, _, module = package.partition(":")
+        try:
+            found = importlib.util.find_spec(module or name)
+        except ValueError:  # it is being replaced or blocked in sys.modules
+            found = None
+        if found is None:
+            missing.append(name)
+    if missing:
+        names = " ".join(missing)
+        raise UsageError(f"{purpose} needs {', '.join(missing)}: pip install {names}")
 
 
 def commit() -> str | None:

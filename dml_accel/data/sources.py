@@ -14,6 +14,7 @@ from PIL import Image
 
 from dml_accel.core.config import DataConfig
 from dml_accel.core.errors import UsageError
+from dml_accel.core.versions import require_packages
 from dml_accel.data.decode import Split, decoded, to_rgb
 
 _DIGITS_TEST_ROWS = 360
@@ -113,6 +114,7 @@ def _roots(dataset: str) -> list[Path]:
 
 
 def _open(dataset: str, quiet: bool) -> Any:
+    require_packages(f"--dataset {dataset}", "datasets")
     import datasets  # imported late: it takes a second, which digits does not need
 
     try:
@@ -243,6 +245,7 @@ def _require_column(features: Any, name: str, flag: str, usable: list[str], what
 
 
 def _digits(size: int) -> Source:
+    require_packages("--dataset digits", "scikit-learn:sklearn")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

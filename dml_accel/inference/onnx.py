@@ -3,7 +3,6 @@
 Shape letters: K networks, B images, S pixels per side, C classes.
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from dml_accel.core.rng import generator
 FILE = "model.onnx"
 INPUT, LOGITS, LOG_MEAN = "input", "logits", "log_mean_posterior"
 LARGEST_DIFFERENCE = 1e-4  # relative to the largest value
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _MOST_BYTES = 2**31 - 2**24  # a single file of the format holds at most 2 GiB
 _BATCH_SIZES = (1, 2, 5)  # compared with torch; the graph is traced with 2
 
@@ -34,18 +33,6 @@ class Ensemble(nn.Module):
         """Map images [B, 3, S, S] to log probabilities [B, C]."""
         log_p = torch.stack([F.log_softmax(net(x), dim=-1) for net in self.nets])  # [K, B, C]
         return log_p.logsumexp(0) - math.log(len(self.nets))
-
-
-def require_packages() -> None:
-    """Refuse to continue without the packages that write and run ONNX.
-
-    Raises:
-        UsageError: one is not installed.
-    """
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        names = " ".join(missing)
-        raise UsageError(f"--format onnx needs {', '.join(missing)}: pip install {names}")
 
 
 def write_onnx(net: nn.Module, size: int, output: str, path: Path) -> float:

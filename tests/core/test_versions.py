@@ -4,12 +4,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
 from dml_accel.core import versions
+from dml_accel.core.errors import UsageError
 from tests.helpers import ROOT, run_program
 
 
@@ -44,6 +46,24 @@ def test_versions_of_all_that_results_depend_on() -> None:
     assert found["torch"] == torch.__version__.partition("+")[0]
     names = {"python", "dml-accel", "torch", "torchvision", "accelerate", "datasets", "timm"}
     assert set(found) == {*names, "safetensors"}
+
+
+def test_a_package_without_metadata_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_torch(name: str) -> str:
+        if name == "torch":
+            return "2.6.0"
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions, "version", only_torch)
+    found = versions.versions()
+    assert found["torch"] == "2.6.0"
+    assert found["datasets"] is None and found["dml-accel"] is None
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
+    versions.require_packages("this", "torch", "scikit-learn:sklearn")
+    with pytest.raises(UsageError, match="^this needs p, q: pip install p q$"):
+        versions.require_packages("this", "torch", "p", "q:no_such_module")
 
 
 @pytest.mark.parametrize(

@@ -372,3 +372,22 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert config.data.augmentation == "crop-flip"
     assert Config(dataset="digits").data.augmentation == "crop"
     assert math.isclose(optim.weight_decay, 5e-4)
+
+
+# ---------------------------------------------------------------- packages that are not installed
+
+
+def test_digits_are_trained_on_without_the_packages_that_others_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("datasets", "matplotlib"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert train(tmp_path / "run", "--cohort", "resnet8", "--max-steps", "1") == 0
+    (tmp_path / "photos").mkdir()
+    words = ["--cohort", "resnet8*2", "--dataset", str(tmp_path / "photos")]
+    capsys.readouterr()
+    assert cli.main(["train", *words, "--output-dir", str(tmp_path / "new")]) == 2
+    assert "photos needs datasets: pip install datasets" in capsys.readouterr().err
+    assert cli.main(["compare", *words, "--output-dir", str(tmp_path / "new")]) == 2
+    assert "compare needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
