@@ -3,6 +3,7 @@
 In reading order:
 
     launch     how this process was started; what cannot work is refused
+    device     the device of this process, and the versions of what drives it
     processes  the process group, and its liveness check
     batchnorm  batch norm whose statistics span several processes
     costs      what an image costs a network: operations, memory, time

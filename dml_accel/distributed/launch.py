@@ -163,11 +163,24 @@ def _check_gpus() -> None:
             "WORLD_SIZE is set but LOCAL_RANK is not; start with accelerate launch or torchrun"
         )
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if here > gpus:
+    if here > gpus and not _was_given_a_gpu(gpus):
         raise UsageError(
-            f"{here} processes on this machine but {gpus} GPUs; start at most {gpus} "
-            "(--num_processes), or add --cpu to train.py"
+            f"{here} processes on this machine but {gpus} GPU{'s' * (gpus > 1)}; start at most "
+            f"{gpus} (--num_processes), give each its own (srun --gpus-per-task=1), or add --cpu "
+            "to train.py"
         )
+
+
+def _was_given_a_gpu(visible: int) -> bool:
+    """Whether this process sees a GPU of its own, as each task of ``srun --gpus-per-task=1`` does.
+
+    A launcher of torch starts all its processes with one environment, so these would share the GPU.
+    Which GPU it is cannot be known here: every task may call its own 0. NCCL refuses a GPU that two
+    processes use.
+    """
+    environment = os.environ
+    started_alone = "TORCHELASTIC_RUN_ID" not in environment
+    return visible == 1 and started_alone and bool(environment.get("CUDA_VISIBLE_DEVICES"))
 
 
 # ---------------------------------------------------------------- the CPU

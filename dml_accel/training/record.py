@@ -6,6 +6,7 @@ from typing import Any
 from dml_accel.core.files import write_text
 from dml_accel.core.tables import percent, render, results_table
 from dml_accel.core.versions import commit, versions
+from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.plan import StepLoad, predict, this_machine
 from dml_accel.models.peer_folder import write_peer
 from dml_accel.training import trackers
@@ -109,7 +110,7 @@ def run_description(ready: Prepared, command: str) -> dict[str, Any]:
         "teachers": checked.teachers,
         "classes": len(images.classes),
         "images": {"train": len(images.train), "test": len(images.test)},
-        "versions": versions(),
+        "versions": versions() | device_versions(placement.device),
         "command": command,
         "commit": commit(),
         "compiled": ready.compiled,
@@ -144,7 +145,7 @@ def results(
         "agreement": last.test["agreement"],
         "throughput": throughput,
         "peak_memory_bytes": memory,
-        "versions": versions(),
+        "versions": versions() | device_versions(placement.device),
         "sent_bytes_per_step": _sent(ready),
     }
 

@@ -18,6 +18,7 @@ from typing import Any
 from dml_accel.core.config import Config, Differences, differences_text
 from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.core.versions import versions
+from dml_accel.distributed.device import device_versions, own_device
 from dml_accel.distributed.launch import launched_precision, restarts
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes
@@ -307,12 +308,17 @@ def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
         name: (value, theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value
     }
     _refuse(origin.path, wrong)
-    # Other versions only warn: a cluster may have been updated in the middle of a long run.
-    now, then = versions(), origin.state["versions"]
-    other = [f"{name} {version}" for name, version in then.items() if now.get(name) != version]
+    # Others only warn: a cluster may have been updated, or have GPUs of several kinds.
+    now = versions() | device_versions(own_device(config.compute))
+    then = origin.state["versions"]
+    other = [
+        f"{name} {then.get(name) or 'none'}, now {now.get(name) or 'none'}"
+        for name in then | now
+        if then.get(name) != now.get(name)
+    ]
     if other:
         print(
-            f"warning: {origin.path} was written with {', '.join(other)}: results may differ in "
+            f"warning: {origin.path} was written with {'; '.join(other)}: results may differ in "
             "the last bits",
             file=sys.stderr,
         )
@@ -389,7 +395,7 @@ def checkpoint_state(
         "config": config.as_dict(),
         "world_size": placement.processes.world_size,
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
-        "versions": versions(),
+        "versions": versions() | device_versions(placement.device),
         "compiled": compiled,
         "starts": checked.starts,
         **run_facts(config, checked),

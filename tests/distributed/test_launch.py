@@ -10,6 +10,8 @@ from tests.helpers import tiny_config
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 WORKERS = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+HERE = {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}
+OWN_GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # SLURM may call every task's own GPU 0
 
 
 def check_launch(config: Config) -> None:
@@ -18,7 +20,8 @@ def check_launch(config: Config) -> None:
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*ACCELERATE, *WORKERS, "ACCELERATE_USE_CPU"):
+    others = ("ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES")
+    for name in (*ACCELERATE, *WORKERS, *others):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -102,7 +105,11 @@ def test_accepted(monkeypatch: pytest.MonkeyPatch, environment: dict, changes: d
     [
         (0, {"LOCAL_RANK": "0"}, "several processes need CUDA GPUs or the CPU; add --cpu"),
         (2, {}, "start with accelerate launch or torchrun"),
-        (2, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, "3 processes on this machine but 2 GPUs"),
+        (2, HERE, "3 processes on this machine but 2 GPUs; start at most 2"),
+        # torchrun's processes share what they see; so do those that see all of a machine's one GPU.
+        (1, HERE | OWN_GPU | {"TORCHELASTIC_RUN_ID": "a"}, "but 1 GPU; start at most 1"),
+        (1, HERE, r"give each its own \(srun --gpus-per-task=1\)"),
+        (2, HERE | {"CUDA_VISIBLE_DEVICES": "0,1"}, "but 2 GPUs"),
     ],
 )
 def test_processes_need_a_gpu_each(
@@ -115,6 +122,17 @@ def test_processes_need_a_gpu_each(
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         check_launch(tiny_config(cpu=False, float64=False))
+
+
+def test_tasks_that_each_see_a_gpu_of_their_own_are_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (WORKERS | HERE | OWN_GPU).items():
+        monkeypatch.setenv(name, value)
+    check_launch(tiny_config(cpu=False, float64=False))
 
 
 def test_double_precision_is_refused_on_apple_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

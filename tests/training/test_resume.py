@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from dml_accel import cli
-from dml_accel.training import checkpoint, loop, record, setup
+from dml_accel.training import checkpoint, loop, record, resume, setup
 from dml_accel.training import train as training
 from dml_accel.training.run_folder import RunFolder
 from tests.helpers import events, load, saved_steps
@@ -189,6 +189,31 @@ def test_a_run_can_be_made_longer(tmp_path: Path, straight: Path) -> None:
     assert load(tmp_path / "results.json")["steps"] == 8
     assert train(tmp_path) == 0
     assert_same_run(tmp_path, straight)
+
+
+def test_a_run_says_which_gpu_it_used_and_warns_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def on(gpu: str) -> None:
+        found = {"gpu": gpu, "driver": "1"} if gpu else {}
+        for module in (record, resume):
+            monkeypatch.setattr(module, "device_versions", lambda _: found)
+
+    on("A100")
+    assert train(tmp_path, "--max-steps", "1") == 0
+    for file in ("config.json", "results.json", "checkpoints/step-00000001/state.json"):
+        assert load(tmp_path / file)["versions"]["gpu"] == "A100", file
+    assert "gpu A100, driver 1" in (tmp_path / "results.md").read_text()
+    capsys.readouterr()
+    assert train(tmp_path, "--max-steps", "2") == 0
+    assert "warning" not in capsys.readouterr().err
+    on("H100")
+    assert train(tmp_path, "--max-steps", "3") == 0
+    said = capsys.readouterr().err
+    assert "step-00000002 was written with gpu A100, now H100: results may differ" in said
+    on("")
+    assert train(tmp_path, "--max-steps", "4") == 0
+    assert "was written with driver 1, now none; gpu H100, now none:" in capsys.readouterr().err
 
 
 def test_a_run_beyond_the_steps_asked_for_is_left_untouched(
