@@ -6,6 +6,7 @@ placements equal each other, and equals itself bit for bit.
 
 import contextlib
 import copy
+import functools
 import logging
 import sys
 import time
@@ -15,7 +16,8 @@ from statistics import median
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, is_compiled_module
+from accelerate.utils import DynamoBackend
+from accelerate.utils.other import is_compiled_module  # not exported before accelerate 1.10
 from torch import nn
 
 from dml_accel.core.config import OptimConfig
@@ -52,13 +54,29 @@ def _configure(device: torch.device, mode: str) -> None:
     # Dropout draws what it draws in an eager run; its key is set before each forward pass.
     inductor.fallback_random = True
     # Every peer and every size of a micro-batch is a graph: exceeding the limit must not be silent.
-    dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 256, True
-    dynamo.accumulated_recompile_limit = 1024
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # 2.6
+    fails = f"fail_on_{limit.replace('_size', '')}_hit"
+    for name, value in {limit: 256, fails: True, f"accumulated_{limit}": 1024}.items():
+        setattr(dynamo, name, value)
     # Kernels may not be chosen by timing: a resumed run must get the same ones. On a CPU only
     # max-autotune times any, and the flag prevents fusions that save a tenth of a step.
-    inductor.deterministic = device.type != "cpu" or mode != "default"
+    times_kernels = device.type != "cpu" or mode != "default"
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = times_kernels
+    elif times_kernels:
+        _say_that_kernels_are_timed()
     # Without this, machines that have no GPU are told so at every start.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+@functools.cache  # once, for all networks
+def _say_that_kernels_are_timed() -> None:
+    print(
+        f"--compile: torch {torch.__version__} chooses some kernels by timing them: a resumed run "
+        "may differ in its last bits",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def or_eager(net: nn.Module, name: str, attempt: Callable[[nn.Module], object]) -> nn.Module:

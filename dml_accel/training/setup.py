@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_compiled_module
+from accelerate.utils.other import is_compiled_module
 from torch import nn
 
 from dml_accel.core.config import Config

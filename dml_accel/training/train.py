@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_compiled_module
+from accelerate.utils.other import is_compiled_module
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import OutOfMemoryError, StoppedError, UsageError
