@@ -135,6 +135,16 @@ def test_tasks_that_each_see_a_gpu_of_their_own_are_accepted(
     check_launch(tiny_config(cpu=False, float64=False))
 
 
+def test_kernels_are_not_chosen_by_timing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = {"compile": "on", "compile_mode": "max-autotune-no-cudagraphs"}
+    check_launch(tiny_config(**tuned))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="chooses nothing on a GPU.*use reduce-overhead"):
+        check_launch(tiny_config(**tuned, cpu=False))
+    check_launch(tiny_config(compile="on", compile_mode="reduce-overhead", cpu=False))
+
+
 def test_double_precision_is_refused_on_apple_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -39,8 +39,8 @@ needs_proc = pytest.mark.skipif(
     [
         ("laptop_cpu", [], 1, "no"),
         ("cpu_processes", [], 2, "no"),
-        ("one_gpu", [], 1, "bf16"),
-        ("many_gpus", ["--num_processes", "2"], 2, "bf16"),
+        ("one_gpu", [], 1, "no"),
+        ("many_gpus", ["--num_processes", "2", "--mixed_precision", "bf16"], 2, "bf16"),
     ],
 )
 def test_every_launch_file_starts(
