@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dml_accel.core.config import OptimConfig
 from dml_accel.core.files import write_json
 from dml_accel.data.batches import ImageFormat
 from dml_accel.data.decode import cache_dir
+from dml_accel.distributed.launch import launched_processes
 from dml_accel.models.build import parameter_count, set_memory_format
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.spec import PeerSpec
 
 _TIMED_STEPS = 5
-_TIMED_ROWS = 16
+_TIMED_ROWS_ON_A_CPU = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Cost:
         activation_bytes: what the forward pass of one image keeps for the backward pass.
         norms: batch norm layers.
         channels: of all batch norm layers together.
+        operations: that the forward pass starts, without views and allocations.
         seconds: one image's share of a step, if it was timed.
     """
 
@@ -42,7 +45,22 @@ class Cost:
     activation_bytes: int
     norms: int
     channels: int
+    operations: int = 0
     seconds: float | None = None
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operations that reach the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += not (func.is_view or "empty" in func.name())  # neither computes anything
+        return func(*args, **(kwargs or {}))
 
 
 def count(module: nn.Module, image_size: int) -> Cost:
@@ -60,7 +78,7 @@ def count(module: nn.Module, image_size: int) -> Cost:
     module.eval()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = module(image)  # kept alive, so that no address is used twice
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, _Operations() as started, torch.no_grad():
         module(image)
     module.train()
     del logits
@@ -71,6 +89,7 @@ def count(module: nn.Module, image_size: int) -> Cost:
         sum(kept.values()),
         len(layers),
         sum(layer.num_features for layer in layers),
+        started.count,
     )
 
 
@@ -114,17 +133,28 @@ def timed(
     for spec in specs:
         device = images.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        where = (name, torch.get_num_threads(), images, precision, torch.__version__)
+        rows = _timed_rows(device, optim)
+        where = (name, torch.get_num_threads(), images, precision, torch.__version__, rows)
         key = repr((spec.arch, spec.arguments, *where))
         if key not in known:
-            known[key] = _measure(modules[spec.name], optim, precision, images)
+            known[key] = _measure(modules[spec.name], optim, precision, images, rows)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
         found[spec.name] = float(known[key])
     return found
 
 
-def _measure(module: nn.Module, optim: OptimConfig, precision: str, images: ImageFormat) -> float:
+def _timed_rows(device: torch.device, optim: OptimConfig) -> int:
+    """Return how many images are timed: on a CPU each costs the same, and few are faster."""
+    if device.type == "cpu":
+        return _TIMED_ROWS_ON_A_CPU
+    # A GPU computes a few images in the time of many: those that a process has under replicate.
+    return max(1, optim.smallest_micro_batch // launched_processes())
+
+
+def _measure(
+    module: nn.Module, optim: OptimConfig, precision: str, images: ImageFormat, rows: int
+) -> float:
     module = copy.deepcopy(module).to(images.device)
     set_memory_format(module, images.layout)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -133,6 +163,6 @@ def _measure(module: nn.Module, optim: OptimConfig, precision: str, images: Imag
         with torch.autocast(images.device.type, dtype=half, enabled=half is not None):
             return module(x)
 
-    optimizer, x = make_optimizer(module, optim), images.noise(_TIMED_ROWS)
+    optimizer, x = make_optimizer(module, optim), images.noise(rows)
     times = [seconds_of_step(net, optimizer, x) for _ in range(_TIMED_STEPS + 1)]
-    return median(times[1:]) / _TIMED_ROWS  # without the first, which warms up
+    return median(times[1:]) / rows  # without the first, which warms up

@@ -100,8 +100,8 @@ def check_launch(numerics: NumericsConfig, compute: ComputeConfig, optim: OptimC
     _check_precision(numerics, on_cpu)
     if compute.compile_mode.startswith("max-autotune") and not on_cpu:
         raise UsageError(
-            f"--compile-mode {compute.compile_mode} chooses nothing on a GPU: it would time kernels, "
-            "and a resumed run must get the same ones; use reduce-overhead or default"
+            f"--compile-mode {compute.compile_mode} chooses nothing on a GPU: it would time "
+            "kernels, and a resumed run must get the same ones; use reduce-overhead or default"
         )
     if compute.threads and compute.threads > (cores := _cores()):
         raise UsageError(

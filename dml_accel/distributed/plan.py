@@ -19,6 +19,9 @@ from dml_accel.distributed.costs import Cost
 
 _MACS_PER_SECOND_OF_A_THREAD = 40e9
 _MACS_PER_SECOND_OF_A_GPU = 5e12
+# What the host takes to start one operation and its share of autograd, so that a small network on a
+# GPU takes as long for few images as for many: 7 ms a step of ResNet-32. An estimate.
+_SECONDS_TO_START_ON_A_GPU = 20e-6
 _BACKWARD = 2  # a backward pass costs as much as two forward passes
 _COPIES = 3  # parameters, gradients, momentum
 _BUCKET_BYTES = 25e6  # DDP averages gradients in messages of this size
@@ -36,17 +39,19 @@ class Machine:
             default is what a ResNet-32 pair's group batch norm took on gloo with two processes on
             one machine (benchmarks/processes.md).
         macs_per_second: of one process, for networks that were not timed.
+        start: seconds to start one operation; no network computes faster than it is started.
     """
 
     bandwidth: float = 1e9
     latency: float = 1e-3
     macs_per_second: float = _MACS_PER_SECOND_OF_A_THREAD
+    start: float = 0.0
 
 
 def this_machine() -> Machine:
     """Return the rates that are assumed by default."""
     if torch.cuda.is_available():
-        return Machine(1e10, 2e-5, _MACS_PER_SECOND_OF_A_GPU)
+        return Machine(1e10, 2e-5, _MACS_PER_SECOND_OF_A_GPU, _SECONDS_TO_START_ON_A_GPU)
     return Machine(macs_per_second=_MACS_PER_SECOND_OF_A_THREAD * torch.get_num_threads())
 
 
@@ -181,12 +186,14 @@ def predict(
     for name, held in ranks.items():
         cost, width = costs[name], len(held)
         seconds = cost.seconds or (1 + _BACKWARD) * cost.macs / machine.macs_per_second
+        least = (1 + _BACKWARD) * cost.operations * machine.start * len(load.micro_batches)
         if load.low_memory and load.mutual:
-            seconds *= (2 + _BACKWARD) / (1 + _BACKWARD)  # every network predicts twice
+            again = (2 + _BACKWARD) / (1 + _BACKWARD)  # every network predicts twice
+            seconds, least = seconds * again, least * again
         for index, rank in enumerate(held):
             rows = [_length(slices(count, width)[index]) for count in load.micro_batches]
             grouped, messages = _group_bytes(cost, width, load)
-            busy[rank] += sum(rows) * seconds + grouped / machine.bandwidth
+            busy[rank] += max(sum(rows) * seconds, least) + grouped / machine.bandwidth
             busy[rank] += messages * machine.latency
             sent[rank] += grouped
             copies = _COPIES + (width > 1)  # DDP keeps the gradients in buckets as well
@@ -340,6 +347,8 @@ def plan_text(
     if not measured:
         rate = machine.macs_per_second / 1e9
         assumed = f"{rate:.0f} billion multiply-accumulates per second and process"
+    if machine.start:
+        assumed += f", {1e6 * machine.start:.0f} us to start an operation"
     parts.append(
         f"{sum(load.micro_batches)} images of {image_size} pixels per step, {load.classes} "
         f"classes; assumed: {assumed}, {machine.bandwidth / 1e9:g} GB/s, "

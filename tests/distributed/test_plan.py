@@ -10,7 +10,8 @@ import torch
 from dml_accel import cli
 from dml_accel.core.config import Config
 from dml_accel.core.updates import UPDATE_SCHEDULES
-from dml_accel.distributed.costs import Cost, count, timed
+from dml_accel.data.batches import ImageFormat
+from dml_accel.distributed.costs import Cost, _timed_rows, count, timed
 from dml_accel.distributed.plan import (
     Machine,
     StepLoad,
@@ -123,6 +124,21 @@ def test_replicate_sends_gradients_and_batch_statistics() -> None:
     assert found.sent == pytest.approx([gradients + 24] * 2)
 
 
+def test_a_network_is_not_faster_than_the_host_starts_it() -> None:
+    # 12 images at 3 ms each take 36 ms; 4 operations forward, 8 backward at 2 ms each take 24 ms,
+    # and twice that in two micro-batches.
+    cost = Cost(1_000_000, 1000, 50, 0, 0, operations=4)
+    machine = Machine(bandwidth=1e6, latency=1e-3, macs_per_second=1e9, start=2e-3)
+    for config, milliseconds in (
+        (tiny_config(batch_size=12), 36),
+        (tiny_config(batch_size=12, grad_accum=2), 48),
+        (tiny_config(batch_size=12, grad_accum=2, low_memory=True), 64),
+        (tiny_config(batch_size=2), 24),
+    ):
+        found = predict({"a-0": [0]}, {"a-0": cost}, load(config), machine)
+        assert found.busy == pytest.approx([milliseconds / 1e3]), config.optim
+
+
 @pytest.mark.parametrize("peers", [2, 4, 8])
 def test_the_volume_of_summed_posteriors_does_not_grow_with_the_cohort(peers: int) -> None:
     config = tiny_config(batch_size=8, float64=False, exchange="sum")
@@ -179,6 +195,8 @@ def test_a_network_is_counted_by_hand() -> None:
     assert found.macs == 8 * 8 * 4 * 3 * 9 + 4 * 5
     assert found.parameters == 4 * 3 * 9 + 8 + 4 * 5 + 5
     assert (found.norms, found.channels) == (1, 4)
+    # Convolution, batch norm, ReLU, mean and the linear layer: flattening is a view.
+    assert found.operations == 5
     # The image, the outputs of convolution and ReLU, the pooled four: what backward needs.
     least = 4 * (3 * 64 + 2 * 4 * 64 + 4)
     assert least <= found.activation_bytes <= least + 4 * 5 * 4
@@ -197,10 +215,25 @@ def test_times_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         images = image_format(config, torch.device("cpu"))
         return timed([spec], modules, config.optim, "no", images)
 
+    rows = []
+    monkeypatch.setattr(ImageFormat, "noise", lambda self, n: rows.append(n) or self.zeros(n))
     first = measured()
+    assert rows == [16]
     assert first["resnet8-0"] > 0
     assert measured() == first
     assert torch.equal(next(modules[spec.name].parameters()), before)
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "rows"),
+    [("cpu", 1, 16), ("cuda", 1, 32), ("cuda", 4, 8), ("mps", 1, 32)],
+)
+def test_a_gpu_is_timed_with_the_images_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, device: str, processes: int, rows: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    optim = tiny_config(batch_size=64, grad_accum=2).optim
+    assert _timed_rows(torch.device(device), optim) == rows
 
 
 # ---------------------------------------------------------------- the command
