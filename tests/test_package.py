@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT, environment, free_port
 
 # Names of distributions that are imported by another one.
 IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL"}
@@ -81,7 +81,8 @@ def test_it_runs_as_a_module_from_an_environment_of_its_own(
     (packages / "needed.pth").write_text(f"{ours}\n")
     there = run(tmp_path, "-c", "import dml_accel; print(dml_accel.__file__)", python=str(python))
     assert there.strip() == str(packages / "dml_accel/__init__.py")
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port "
+    launch += str(free_port())
     train = "--cohort resnet8*2 --dataset digits --image-size 16 --batch-size 8 --max-steps 2 --cpu"
     words = f"{launch} -m dml_accel train {train} --output-dir run"
     run(tmp_path, *words.split(), python=str(python))
@@ -102,3 +103,17 @@ def test_exactly_what_is_imported_is_required() -> None:
                 imported.add((node.module or "").partition(".")[0])
     imported -= {*sys.stdlib_module_names, "dml_accel", *OPTIONAL}
     assert imported == declared - THROUGH_OTHERS
+
+
+def test_the_lower_bounds_are_the_versions_that_are_tested() -> None:
+    found = ConfigParser()
+    found.read(ROOT / "setup.cfg")
+    sections = [found["options"]["install_requires"], *found["options.extras_require"].values()]
+    bounds = re.findall(r"^([\w-]+)(>=.*)?$", "\n".join(sections[:-1]), re.M)
+    tested = (ROOT / "tests/lower-bounds.txt").read_text()
+    oldest = dict(re.findall(r"^([\w-]+)==(\S+)$", tested, re.M))
+    # The builder and the linters come with any environment in their newest version.
+    for name, bound in bounds:
+        if name not in ("setuptools", "ruff", "mypy"):
+            version = oldest[name]
+            assert version == bound[2:] or version.startswith(f"{bound[2:]}."), name

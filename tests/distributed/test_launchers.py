@@ -47,7 +47,7 @@ def test_every_launch_file_starts(
     tmp_path: Path, file: str, words: list[str], processes: int, precision: str
 ) -> None:
     launch = [BIN / "accelerate", "launch", "--config_file", f"launch/{file}.yaml", *words]
-    launch += ["--main_process_port", "0", "train.py"]
+    launch += ["--main_process_port", str(free_port()), "train.py"]
     done = run_program(*launch, *TINY, "--max-steps", "2", "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]
     found = load(tmp_path / "run/results.json")
