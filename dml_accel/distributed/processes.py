@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dml_accel.core.config import ComputeConfig, NumericsConfig
 from dml_accel.core.errors import ProcessLostError, UsageError
+from dml_accel.distributed.device import own_device
 from dml_accel.distributed.launch import (
     launched_processes,
     launched_rank,
@@ -48,6 +49,7 @@ class Processes:
         # Without an accelerator, several processes must be told to use the CPU; else Accelerate
         # makes each of them a run of its own.
         on_cpu = compute.cpu or (launched > 1 and runs_on_cpu(compute))
+        set_arithmetic(own_device(compute), numerics.tf32)  # before CUDA starts
         try:
             if launched > 1 and restarts():
                 self._join_after_restart(runs_on_cpu(compute))
@@ -73,10 +75,6 @@ class Processes:
                 f"{launched} processes were launched but only {self.world_size} found each other; "
                 "add --cpu to the flags of train.py"
             )
-        if numerics.tf32:
-            torch.set_float32_matmul_precision("high")
-        # The same run must give the same bits twice, so cuDNN may not choose kernels by timing.
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self._closing = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, daemon=True)
         if self.world_size > 1:
@@ -150,7 +148,9 @@ class Processes:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:
-            dist.barrier()
+            # NCCL warns if it has to guess the GPU, and gloo takes none.
+            nccl = "nccl" in dist.get_backend()
+            dist.barrier(device_ids=[self.device.index] if nccl else None)
 
     def group(self, ranks: Sequence[int]) -> Any:
         """Return the process group of some ranks; None for all of them, or for a single one.
@@ -235,6 +235,31 @@ class Processes:
         self._closing.set()
         if self._heartbeat.is_alive():
             self._heartbeat.join()
+
+
+def set_arithmetic(device: torch.device, tf32: bool) -> None:
+    """Let the same run give the same bits twice, in IEEE single precision unless TF32 is asked for.
+
+    It is called before CUDA starts, because cuBLAS reads its workspace from the environment then.
+    Nothing that a CPU computes with is changed.
+
+    Args:
+        device: that the process trains on.
+        tf32: whether matrix products and convolutions may round their factors to TF32.
+    """
+    # cuDNN may not choose kernels by timing.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    if device.type == "cpu":
+        return
+    # torch allows TF32 in convolutions by default. The older of its two interfaces is in all
+    # versions and sets both.
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # An operation that has only a kernel with atomics is named in a warning instead of refused.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling every new tensor with NaN is for finding bugs.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
