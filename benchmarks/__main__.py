@@ -32,6 +32,7 @@ from benchmarks.measuring import (
     HERE,
     IMAGES,
     build_cohort,
+    device,
     image_set,
     noise_data,
     ratio,
@@ -63,7 +64,7 @@ def input_cost(blocks: int) -> dict[str, Any]:
 
 def step_cost(blocks: int, steps: int) -> dict[str, Any]:
     """The whole step of a ResNet-32 pair against its networks' own work on a ready batch."""
-    config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
+    config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=device().type == "cpu")
     names = [spec.name for spec in parse_cohort(config.cohort)]
     placement = Placement(Processes(config.numerics, config.compute), everywhere(names, 1))
     images = noise_data()
@@ -139,7 +140,8 @@ def start_cost(images: Path | None) -> dict[str, Any]:
         label = "fine_label" if "fine_label" in dataset.features else "label"
         image = next(n for n, f in dataset.features.items() if isinstance(f, datasets.Image))
         decoding_s = timed(lambda: decode(dataset, "train", image, 32))
-        command = [sys.executable, "train.py", "--dataset", str(folder / "set"), "--cpu"]
+        command = [sys.executable, "train.py", "--dataset", str(folder / "set")]
+        command += ["--cpu"] if device().type == "cpu" else []
         command += ["--label-column", label, "--cohort", "resnet32*2", "--max-steps", "4"]
         first_steps = []
         for attempt in range(4):  # the first one decodes

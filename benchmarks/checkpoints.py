@@ -24,6 +24,7 @@ from benchmarks.measuring import (
     HERE,
     IMAGES,
     build_cohort,
+    device,
     noise_data,
     surroundings,
     timed,
@@ -41,7 +42,7 @@ _STEPS = 5  # of a block
 
 def measure(blocks: int, root: Path) -> list[tuple[float, float]]:
     """Return the seconds of a step and of a checkpoint, block by block."""
-    config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=True)
+    config = Config(cohort=("resnet32*2",), batch_size=BATCH, cpu=device().type == "cpu")
     names = [spec.name for spec in parse_cohort(config.cohort)]
     placement = Placement(Processes(config.numerics, config.compute), everywhere(names, 1))
     cohort = build_cohort(config, placement, noise_data())

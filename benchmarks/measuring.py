@@ -13,9 +13,11 @@ import torch
 
 from dml_accel.analysis.statistics import summarise
 from dml_accel.core.config import Config
+from dml_accel.core.errors import UsageError
 from dml_accel.core.versions import commit, versions
 from dml_accel.data.batches import Data, ImageSet, Normalisation, PixelSet
 from dml_accel.data.decode import Split
+from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.placement import Placement
 from dml_accel.models.spec import parse_cohort
 from dml_accel.mutual.step import Cohort
@@ -33,11 +35,33 @@ MEMORY_KEPT = {
 }
 
 
+def device() -> torch.device:
+    """Return where benchmarks and tests compute: what DML_TEST_DEVICE names, the CPU by default.
+
+    Raises:
+        UsageError: it names something else than ``cpu``, or than ``cuda`` where torch has a GPU.
+    """
+    name = os.environ.get("DML_TEST_DEVICE", "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"DML_TEST_DEVICE is {name}; it must be cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("DML_TEST_DEVICE is cuda, but torch finds no GPU; unset it")
+    return torch.device(name)
+
+
 def timed(work: Callable[[], Any]) -> float:
-    """Return the seconds that ``work`` takes."""
+    """Return the seconds that ``work`` takes, the GPU's part included."""
+    synchronise()
     start = time.perf_counter()
     work()
+    synchronise()
     return time.perf_counter() - start
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
@@ -86,14 +110,14 @@ def noise(images: int = IMAGES) -> Split:
 
 
 def image_set(split: Split | None = None) -> ImageSet:
-    """Return training images in memory (default: noise)."""
+    """Return training images in the memory of the device (default: noise)."""
     split = split or noise()
     return PixelSet(
         split,
         Normalisation.of(split.images[:100]),
         augment="crop-flip",
         seed=0,
-        device=torch.device("cpu"),
+        device=device(),
         dtype=torch.float32,
     )
 
@@ -134,6 +158,6 @@ def surroundings() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
-        "versions": versions(),
+        "versions": versions() | device_versions(device()),
         "commit": commit(),
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.measuring import BATCH, networks
+from benchmarks.measuring import BATCH, device, networks
 from benchmarks.workloads import Steps, configuration, made_fast, prepared, read
 
 _WORKERS = 2
@@ -117,10 +117,10 @@ def pytorch_dml(images: str | None, *, tuned: bool = False, **fast: Any) -> Step
     epoch, classes = (
         _in_memory(images, fast.get("channels_last", False)) if tuned else _per_image(images)
     )
-    nets = [made_fast(resnet32(num_classes=classes), **fast) for _ in range(2)]
+    nets = [made_fast(resnet32(num_classes=classes).to(device()), **fast) for _ in range(2)]
     optimizers = [torch.optim.SGD(net.parameters(), **_SGD, fused=tuned or None) for net in nets]
     trainer = DMLTrainer(
-        nets, config=DMLConfig(temperature=3.0), device="cpu", optimizers=optimizers
+        nets, config=DMLConfig(temperature=3.0), device=str(device()), optimizers=optimizers
     )
     if fast.get("compiled"):
         # Its trainer keeps the graph of all backward passes but the last, which compiled ones
@@ -134,12 +134,13 @@ def plain_loop(images: str | None) -> Steps:
     """The loop of public ports: every pair's KL, transforms for each image, .item() each step."""
     epoch, classes = _per_image(images)
     config, batches = configuration(images, {}), _Part(epoch)
-    nets = list(networks(config, classes).values())
+    nets = [net.to(device()) for net in networks(config, classes).values()]
     optimizers = [torch.optim.SGD(net.parameters(), **_SGD, nesterov=True) for net in nets]
 
     def steps(count: int) -> None:
         running = [0.0] * len(nets)
         for x, y in batches.of(count):
+            x, y = x.to(device()), y.to(device())
             outputs = [net(x) for net in nets]
             for i, output in enumerate(outputs):
                 kl = sum(

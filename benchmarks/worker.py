@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import rivals, workloads
-from benchmarks.measuring import timed
+from benchmarks.measuring import device, timed
 from benchmarks.workloads import Steps
 from dml_accel.training.progress import peak_memory
 
@@ -48,10 +48,10 @@ def resident() -> int:
 def blocks(first: bool) -> Iterator[list[int]]:
     """Yield what the first process reads, [lead, steps], in every process, until its input ends."""
     while True:
-        word = torch.zeros(2, dtype=torch.int64)
+        word = torch.zeros(2, dtype=torch.int64, device=device())
         if first and (line := sys.stdin.readline()):
             asked = json.loads(line)
-            word = torch.tensor([asked["lead"], asked["steps"]])
+            word = torch.tensor([asked["lead"], asked["steps"]], device=device())
         if dist.is_initialized():
             dist.broadcast(word, 0)
         if word[1] == 0:
@@ -88,7 +88,8 @@ def main() -> None:
     asked: dict[str, Any] = json.loads(sys.argv[1])
     first = os.environ.get("RANK", "0") == "0"
     answers = answering()
-    device, imported, started = torch.device("cpu"), resident(), time.perf_counter()
+    imported = resident() if device().type == "cpu" else 0  # a GPU holds no libraries
+    started = time.perf_counter()
     if asked["profiled"]:
         torch._inductor.config.cpp.enable_kernel_profile = True  # compiled kernels have names, too
     steps = KINDS[asked["kind"]](asked["images"], **asked["options"])
@@ -111,7 +112,7 @@ def main() -> None:
             answer["operations"] = operations(lambda count=count: steps(count))
         return_memory()
         if first:
-            answer["memory_bytes"] = peak_memory(device) - imported
+            answer["memory_bytes"] = peak_memory(device()) - imported
             print(json.dumps(answer), file=answers)
     os._exit(0)  # nothing is left to keep, and threads of the exchange would not end in order
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measuring import BATCH, build_cohort
+from benchmarks.measuring import BATCH, build_cohort, device
 from dml_accel.core.config import Config
 from dml_accel.data import sources
 from dml_accel.data.batches import Data
@@ -38,12 +38,12 @@ _UNDISTURBED = {"eval_every": "1000000", "save_every": "1000000", "timeout": 600
 
 
 def configuration(images: str | None, changes: dict[str, Any]) -> Config:
-    """Return a run of a ResNet-32 pair on the CPU, with changes; ``cohort`` may be a list."""
+    """Return a run of a ResNet-32 pair, with changes; ``cohort`` may be a list."""
     settings: dict[str, Any] = {
         "cohort": ["resnet32*2"],
         "dataset": images or "made",
         "batch_size": BATCH,
-        "cpu": True,
+        "cpu": device().type == "cpu",
         **_UNDISTURBED,
         **changes,
     }
@@ -113,7 +113,7 @@ class HalfPrecision(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, S, S] to logits [B, C]."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16):
             logits: Tensor = self.net(images)
         return logits.float()
 
@@ -158,8 +158,8 @@ def losses_alone(images: str | None, *, peers: int, classes: int) -> Steps:
     config = configuration(None, {"cohort": [f"resnet8*{peers}"]})
     placement = _placed(config)
     teaching = Teaching(config.method, placement.names)
-    logits = torch.randn(peers, BATCH, classes, requires_grad=True)
-    y = torch.randint(0, classes, (BATCH,))
+    logits = torch.randn(peers, BATCH, classes, requires_grad=True, device=placement.device)
+    y = torch.randint(0, classes, (BATCH,), device=placement.device)
 
     def steps(count: int) -> None:
         for _ in range(count):
@@ -173,7 +173,7 @@ def losses_alone(images: str | None, *, peers: int, classes: int) -> Steps:
 def matrix_products(images: str | None, *, bf16: bool = False) -> Steps:
     """Products of two square matrices, the machine's rate of arithmetic."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    a, b = (torch.randn(_SIDE, _SIDE).to(dtype) for _ in range(2))
+    a, b = (torch.randn(_SIDE, _SIDE, device=device()).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
 
     def steps(count: int) -> None:

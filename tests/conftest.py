@@ -10,8 +10,12 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from benchmarks.measuring import device
 from dml_accel.data import sources
 from tests.helpers import Training, free_port, tiny_config
+
+if device().type == "cpu":  # also where there is a GPU, and in the processes that tests start
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measuring import device
 from dml_accel import cli
 from dml_accel.core.config import Config
 from dml_accel.data.batches import Data
@@ -30,7 +31,8 @@ from dml_accel.training.setup import build_networks, make_cohort, prepare_images
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 # Flags of a run of seconds, on real images that need no network.
-DIGITS = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05 --cpu".split()
+DIGITS = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05".split()
+DIGITS += ["--cpu"] if device().type == "cpu" else []
 
 
 def real_dataset() -> str:
@@ -47,7 +49,7 @@ def tiny_config(**changes: object) -> Config:
         "batch_size": 8,
         "lr": 0.05,
         "max_steps": 3,
-        "cpu": True,
+        "cpu": device().type == "cpu",
         "float64": True,
     }
     return Config(**(settings | changes))
@@ -123,7 +125,7 @@ def environment(**changes: str) -> dict[str, str]:
 def accelerate_launch(processes: int, *flags: object) -> list[str]:
     """Return the words that start several processes, on a port of their own (not 29500)."""
     words = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", processes]
-    return [str(word) for word in (*words, "--main_process_port", "0", *flags)]
+    return [str(word) for word in (*words, "--main_process_port", free_port(), *flags)]
 
 
 def run_program(
