@@ -65,6 +65,9 @@ class Placement:
         # Slices are longest for the peer with the fewest processes.
         self._narrowest, self._widest = min(widths), max(widths)
         self.spans_batch_norm = batch_norm == "group" and len(self._members) > 1
+        # On the device once: a list as an index would be copied there, and waited for, every step.
+        places = [self.names.index(name) for name in self.mine]
+        self._places = torch.tensor(places, device=self.device)
 
     # ------------------------------------------------------------ the map
 
@@ -188,7 +191,7 @@ class Placement:
             return ours, requests
         # Zeros for the peers of other processes: the sum then holds every peer once.
         losses = ours.new_zeros(len(self.names), ours.shape[1])  # [K, P]
-        losses[[self.names.index(name) for name in self.mine]] = ours
+        losses.index_copy_(0, self._places, ours)
         both = torch.cat([losses.flatten(), requests.to(losses, non_blocking=True)])
         dist.all_reduce(both)
         return both[: losses.numel()].view_as(losses), both[losses.numel() :]

@@ -63,7 +63,7 @@ def batch_sums(logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
     same = (best[:, None] == best[None]).to(wide).sum(-1)
     return torch.cat(
         [
-            torch.tensor([rows], dtype=wide, device=logits_KBC.device),
+            torch.full((1,), rows, dtype=wide, device=logits_KBC.device),
             hits[..., 0].to(wide).sum(1),
             hits.any(-1).to(wide).sum(1),
             nll.sum(1),
@@ -78,8 +78,18 @@ def _calibration_sums(confidence: Tensor, hit: Tensor) -> Tensor:
     """Return sum over rows of (hit - confidence) in each confidence bin, [K + 1, bins]."""
     bins = calibration_bin(confidence)
     gap = hit.to(confidence.dtype) - confidence
-    sums = torch.zeros(len(confidence), ECE_BINS, dtype=gap.dtype, device=gap.device)
-    return sums.scatter_add_(1, bins, gap)
+    if gap.device.type != "cpu":
+        return sum_in_bins(gap, bins)
+    return torch.zeros(len(gap), ECE_BINS, dtype=gap.dtype).scatter_add_(1, bins, gap)
+
+
+def sum_in_bins(values: Tensor, bins: Tensor) -> Tensor:
+    """Return the sum of the values [K, B] in each bin, [K, ``ECE_BINS``], in a fixed order.
+
+    A GPU's ``scatter_add_`` adds in any order, so that equal runs would differ in the last bits.
+    """
+    places = torch.arange(ECE_BINS, device=bins.device)
+    return torch.where(bins[..., None] == places, values[..., None], 0.0).sum(1)
 
 
 def calibration_bin(confidence: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Teaching:
         self._exchange_dtype = torch.bfloat16 if exchange_dtype == "bf16" else None
         self._teachers = [*names, *frozen]
         self._links: Tensor | None = None
+        self._rows: dict[tuple[int, ...], Tensor] = {}  # of the links, on the device
         if links is not None:
             rows = [[links[k].get(teacher, 0.0) for teacher in self._teachers] for k in names]
             self._links = torch.tensor(rows, dtype=torch.float64)
@@ -135,9 +136,16 @@ class Teaching:
         if self._links is None:
             # O(K): one sum serves every peer, each subtracts itself.
             return targets(everyone.sum(0) - own, self._method.target)
-        self._links = self._links.to(everyone)  # copied once: same device and dtype from then on
-        links = self._links[list(places)]
+        links = self._rows_of(self._links, tuple(places), everyone)
         return targets(torch.einsum("kl,lbc->kbc", links, everyone), self._method.target)
+
+    def _rows_of(self, links: Tensor, places: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return some rows of the links on the device and in the dtype of ``like``."""
+        rows = self._rows.get(places)
+        if rows is None or (rows.device, rows.dtype) != (like.device, like.dtype):
+            # Copied once, so that no step waits for a copy to the device.
+            rows = self._rows[places] = links[list(places)].to(like, non_blocking=True)
+        return rows
 
     # ------------------------------------------------------------ losses
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dml_accel.mutual.metrics import ECE_BINS, batch_sums, finish
+from dml_accel.mutual.metrics import ECE_BINS, batch_sums, finish, sum_in_bins
 
 
 def evaluate(logits: torch.Tensor, labels: torch.Tensor, cuts: list[int]) -> dict:
@@ -88,3 +88,13 @@ def test_a_diverged_peer_gives_null_and_not_nan(cohort: tuple) -> None:
     found = evaluate(logits, cohort[1], [])
     assert found["peers"]["n-1"]["nll"] is None
     assert found["peers"]["n-0"]["nll"] is not None
+
+
+def test_sums_in_bins_are_those_of_a_scatter() -> None:
+    # What GPUs do; a peer that has diverged has bins that are not numbers, and no other peer has.
+    values = torch.rand(3, 40, dtype=torch.float64)
+    values[1, 5] = torch.nan
+    bins = torch.randint(0, ECE_BINS, values.shape)
+    expected = torch.zeros(3, ECE_BINS, dtype=values.dtype).scatter_add_(1, bins, values)
+    found = sum_in_bins(values, bins)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14, equal_nan=True)
