@@ -146,15 +146,72 @@ def _fused_sgd(
         assert options.get(name) is None or options[name].dtype == torch.float32, name
 
 
-def _statistics(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _per_channel(x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[1], dtype=wide), x.new_empty(x.shape[1], dtype=wide)
+    return x.new_empty(x.shape[1], dtype=wide)
+
+
+def _stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    assert _is_dense(x)
+    return _per_channel(x), _per_channel(x)
+
+
+def _gather_stats(
+    x: Tensor,
+    means: Tensor,
+    inverses: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    like = _per_channel(x)
+    assert means.shape == inverses.shape == (len(counts), len(like))
+    assert means.dtype == inverses.dtype == like.dtype
+    # The kernel reads these three as one type.
+    assert counts.dtype == running_mean.dtype == running_var.dtype
+    return _stats(x, eps)
+
+
+def _elemt(x: Tensor, *channels: Any) -> Tensor:
+    _require_channels(x, channels[:-1])
+    return torch.empty_like(x)
+
+
+def _backward_reduce(grad: Tensor, x: Tensor, *channels: Any) -> tuple[Tensor, ...]:
+    _require_channels(x, channels[:3])
+    assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+    assert _is_dense(grad)
+    like = _per_channel(x)
+    return torch.empty_like(like), torch.empty_like(like), *_stats(x, 0.0)
+
+
+def _backward_elemt(grad: Tensor, x: Tensor, *channels: Any) -> Tensor:
+    _require_channels(x, channels[:-1])
+    assert channels[-1].dtype == torch.int32
+    return torch.empty_like(x)
+
+
+def _require_channels(x: Tensor, channels: Sequence[Tensor]) -> None:
+    like = _per_channel(x)
+    assert _is_dense(x)
+    assert all((one.shape, one.dtype) == (like.shape, like.dtype) for one in channels)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 _WITHOUT_A_FAKE: dict[Any, Callable[..., Any]] = {
     aten._fused_sgd_: _fused_sgd,
     aten._amp_foreach_non_finite_check_and_unscale_: lambda *_: None,
     aten._amp_update_scale_: lambda scale, *_: scale,
+    aten.batch_norm_stats: _stats,
+    aten.batch_norm_gather_stats_with_counts: _gather_stats,
+    aten.batch_norm_elemt: _elemt,
+    aten.batch_norm_backward_reduce: _backward_reduce,
+    aten.batch_norm_backward_elemt: _backward_elemt,
 }
 
 
@@ -313,7 +370,7 @@ class FakeTraining:
             set_memory_format(module, format_.layout)
         frozen = [f"frozen-{index}" for index in range(len(config.method.frozen_peers))]
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode:
+        with self.recording():
             made = Placement(processes, ranks, config.numerics.batch_norm)
             self.data = _images(config, format_)
             self.cohort = setup.make_cohort(

@@ -2,11 +2,14 @@
 
 Forward and backward give what a single process would compute on all rows of the group together, for
 slices of any size above zero. torch's SyncBatchNorm works on CUDA only, and converting to it loses
-the activation that timm fuses into its own layers.
+the activation that timm fuses into its own layers. On CUDA the kernels are those of SyncBatchNorm:
+a layer starts a quarter of the operations. ``DML_FUSED_BATCH_NORM=0`` in the environment uses the
+same operations there as everywhere else.
 
 Shape letters: B rows of this process, C channels, W processes of the group.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -57,6 +60,58 @@ class _Normalise(torch.autograd.Function):
         return fixed.sub_(through), grad_weight, grad_bias, None, None
 
 
+class _FusedNormalise(torch.autograd.Function):
+    """The same by CUDA's own kernels, as torch's SyncBatchNorm calls them.
+
+    They update the running statistics, and work with 1 / std in place of the variance.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: Any, momentum: float
+    ) -> Tensor:
+        x = _dense(x)
+        mean, inverse_std = torch.batch_norm_stats(x, layer.eps)
+        count = torch.full_like(mean[:1], x.numel() / x.shape[1])
+        ours = torch.cat([mean, inverse_std, count])
+        table = ours.new_empty(dist.get_world_size(layer.group), len(ours))
+        dist.all_gather(list(table), ours, group=layer.group)
+        means, inverses, counts = table.split([len(mean), len(mean), 1], dim=1)
+        mean, inverse_std = torch.batch_norm_gather_stats_with_counts(
+            x,
+            means,
+            inverses,
+            layer.running_mean,
+            layer.running_var,
+            momentum,
+            layer.eps,
+            counts.flatten().to(layer.running_mean),
+        )
+        ctx.save_for_backward(x, weight, mean, inverse_std, counts.to(torch.int32))
+        ctx.group = layer.group
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, layer.eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std, counts = ctx.saved_tensors
+        grad = _dense(grad)
+        sum_dy, sum_dy_x, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, inverse_std, weight, True, True, True
+        )
+        sums = torch.cat([sum_dy, sum_dy_x])
+        dist.all_reduce(sums, group=ctx.group)
+        sum_dy, sum_dy_x = sums.split(len(mean))
+        grad_x = torch.batch_norm_backward_elemt(
+            grad, x, mean, inverse_std, weight, sum_dy, sum_dy_x, counts
+        )
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x in a layout that the fused kernels read."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
 def _group_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return count per channel [], mean [C] and biased variance [C] of the group's x [B, C, ...].
 
@@ -82,15 +137,17 @@ def _group_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _normalise(layer: Any, x: Tensor) -> Tensor:
     """Normalise with the group's statistics and update the running ones."""
+    layer.num_batches_tracked.add_(1)
+    momentum = layer.momentum
+    if momentum is None:  # a cumulative average
+        momentum = 1 / layer.num_batches_tracked.item()
+    if x.is_cuda and layer.is_fused:
+        y: Tensor = _FusedNormalise.apply(x, layer.weight, layer.bias, layer, momentum)
+        return y
     y, count, mean, var = _Normalise.apply(x, layer.weight, layer.bias, layer.eps, layer.group)
-    if layer.track_running_stats:
-        with torch.no_grad():
-            layer.num_batches_tracked.add_(1)
-            momentum = layer.momentum
-            if momentum is None:  # a cumulative average
-                momentum = 1 / layer.num_batches_tracked.item()
-            layer.running_mean.lerp_(mean.to(layer.running_mean), momentum)
-            layer.running_var.lerp_((var * count / (count - 1)).to(layer.running_var), momentum)
+    with torch.no_grad():
+        layer.running_mean.lerp_(mean.to(layer.running_mean), momentum)
+        layer.running_var.lerp_((var * count / (count - 1)).to(layer.running_var), momentum)
     return y
 
 
@@ -149,3 +206,4 @@ def span_group(net: nn.Module, group: Any) -> None:
         if type(layer) in _SPANNING:
             layer.__class__ = _SPANNING[type(layer)]
             layer.group = group
+            layer.is_fused = os.environ.get("DML_FUSED_BATCH_NORM") != "0"

@@ -1,14 +1,19 @@
 """Batch norm over processes: what is converted, what is refused; test_processes has the values."""
 
+import copy
+import functools
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d
-from torch import nn
+from torch import Tensor, nn
 
 from dml_accel.core.errors import UsageError
+from dml_accel.distributed import batchnorm
 from dml_accel.distributed.batchnorm import (
     GroupBatchNorm2d,
     GroupBatchNormAct2d,
@@ -57,3 +62,136 @@ def test_one_process_keeps_the_native_layers(training: Callable[..., Training]) 
     kinds = {type(layer) for peer in peers for layer in peer.net.modules()}
     assert {nn.BatchNorm2d, BatchNormAct2d} <= kinds
     assert not kinds & {GroupBatchNorm2d, GroupBatchNormAct2d}
+
+
+# ---------------------------------------------------------------- CUDA's fused kernels
+
+
+def stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    return mean, (var + eps).rsqrt()
+
+
+def gather_stats(
+    x: Tensor,
+    means: Tensor,
+    inverses: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    share = (counts / counts.sum())[:, None]
+    mean = (share * means).sum(0)
+    var = (share * (inverses**-2 - eps + (means - mean) ** 2)).sum(0)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * counts.sum() / (counts.sum() - 1), momentum)
+    return mean, (var + eps).rsqrt()
+
+
+def elemt(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float
+) -> Tensor:
+    return wide(weight * inverse) * (x - wide(mean)) + wide(bias)
+
+
+def backward_reduce(
+    grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, *_: bool
+) -> tuple[Tensor, ...]:
+    sum_dy = grad.sum((0, 2, 3))
+    sum_dy_x = (grad * (x - wide(mean))).sum((0, 2, 3))
+    return sum_dy, sum_dy_x, sum_dy_x * inverse, sum_dy
+
+
+def backward_elemt(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    sum_dy: Tensor,
+    sum_dy_x: Tensor,
+    counts: Tensor,
+) -> Tensor:
+    through = wide(sum_dy) + (x - wide(mean)) * wide(inverse**2 * sum_dy_x)
+    return wide(weight * inverse) * (grad - through / counts.sum())
+
+
+def wide(channels: Tensor) -> Tensor:
+    return channels[:, None, None]
+
+
+class Pair:
+    """Two processes as two threads of this one."""
+
+    def __init__(self) -> None:
+        self._all_here = threading.Barrier(2)
+        self._sent: dict[int, Tensor] = {}
+        self._mine = threading.local()
+
+    def run(self, part: Callable[[int], None]) -> None:
+        def work(rank: int) -> None:
+            self._mine.rank = rank
+            part(rank)
+
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(work, rank) for rank in range(2)]:
+                done.result(timeout=20)
+
+    def get_world_size(self, group: object) -> int:
+        return 2
+
+    def _exchange(self, ours: Tensor) -> list[Tensor]:
+        self._sent[self._mine.rank] = ours.clone()
+        self._all_here.wait(timeout=20)
+        found = [self._sent[rank] for rank in range(2)]
+        self._all_here.wait(timeout=20)
+        return found
+
+    def all_gather(self, rows: list[Tensor], ours: Tensor, group: object) -> None:
+        for row, sent in zip(rows, self._exchange(ours), strict=True):
+            row.copy_(sent)
+
+    def all_reduce(self, sums: Tensor, group: object) -> None:
+        sums.copy_(sum(self._exchange(sums)))
+
+
+def test_fused_kernels_give_what_one_process_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernels are written down as plain formulas: what they are given and what becomes of their
+    # results is tested, not the kernels. Slices are uneven.
+    kernels = (stats, elemt, backward_reduce, backward_elemt)
+    for kernel in kernels:
+        monkeypatch.setattr(torch, f"batch_norm_{kernel.__name__}", kernel)
+    monkeypatch.setattr(torch, "batch_norm_gather_stats_with_counts", gather_stats)
+    pair = Pair()
+    monkeypatch.setattr(batchnorm, "dist", pair)
+    x, dy = torch.randn(2, 7, 3, 4, 4, dtype=torch.float64)
+    x += torch.arange(7, dtype=torch.float64).view(7, 1, 1, 1)  # slices differ in mean
+    whole = nn.BatchNorm2d(3).double()
+    nn.init.uniform_(whole.weight)
+    nn.init.uniform_(whole.bias)
+    layers, inputs, outputs = [], [x[:2].clone(), x[2:].clone()], {}
+    for _ in range(2):
+        spanning = nn.Sequential(copy.deepcopy(whole))
+        span_group(spanning, None)
+        layers.append(spanning[0])
+
+    def part(rank: int) -> None:
+        own, layer = inputs[rank].requires_grad_(), layers[rank]
+        y = batchnorm._FusedNormalise.apply(own, layer.weight, layer.bias, layer, 0.1)
+        outputs[rank] = y
+        y.backward(dy[:2] if rank == 0 else dy[2:])
+
+    pair.run(part)
+    x.requires_grad_()
+    y = whole(x)
+    y.backward(dy)
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+    close(torch.cat([outputs[0], outputs[1]]), y)
+    close(torch.cat([one.grad for one in inputs]), x.grad)
+    close(layers[0].weight.grad + layers[1].weight.grad, whole.weight.grad)
+    close(layers[0].bias.grad + layers[1].bias.grad, whole.bias.grad)
+    for layer in layers:
+        close(layer.running_mean, whole.running_mean)
+        close(layer.running_var, whole.running_var)

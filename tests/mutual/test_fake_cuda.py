@@ -132,7 +132,7 @@ def test_checkpoints_come_from_the_device_and_return_to_it(changes: dict[str, An
     [
         (1, {}, 241),
         (1, {"mixed_precision": "bf16", "links": "ring"}, 283),
-        (2, {}, 736),
+        (2, {}, 372),
         (2, SPLIT, 188),
     ],
     ids=str,
@@ -146,6 +146,15 @@ def test_a_step_starts_no_more_operations_than_it_did(
         it = build(processes, **changes)
         _, recorder = it.step()
     assert recorder.launches.total() == most, recorder.launches.most_common()
+
+
+def test_fused_batch_norm_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DML_FUSED_BATCH_NORM", "0")
+    with fake_cuda(2):
+        _, recorder = build(2, cohort=("resnet8",)).step()
+    assert not recorder.waits
+    assert "aten.batch_norm_stats.default" not in recorder.launches
+    assert "aten.var_mean.correction" in recorder.launches
 
 
 # ---------------------------------------------------------------- the watching itself
