@@ -45,8 +45,9 @@ def learn(
     Args:
         modules: by name, each from images to logits [B, K]; trained in place, on the device that
             Accelerate finds. Untrained, unless their weights differ.
-        train: images and labels [N] int64. Images are uint8 [N, H, H, 3], augmented and normalised
-            as ``config`` says, or floating of any shape, such as [N, C, H, W], used as they are.
+        train: images and labels [N] int64, on any device. Images are uint8 [N, H, H, 3], augmented
+            and normalised as ``config`` says, or floating of any shape, such as [N, C, H, W], used
+            as they are.
         test: images of the same kind, and labels, to report on.
         config: see ``train.py --help``; cohort, data set and files have no meaning here.
 
@@ -120,7 +121,7 @@ def _check(
     """
     if not modules:
         raise UsageError("modules is empty; at least one network is needed")
-    splits = {"train": Split(*train), "test": Split(*test)}
+    splits = {"train": _on_host(*train), "test": _on_host(*test)}
     for name, split in splits.items():
         _check_split(name, split, splits["train"].images)
     shape, floating = splits["train"].images.shape[1:], splits["train"].images.is_floating_point()
@@ -147,6 +148,11 @@ def _check(
             check_spanning(module, name)
     refuse_twins(modules)
     return Source(splits["train"], splits["test"], tuple(map(str, range(classes)))), config
+
+
+def _on_host(images: Tensor, labels: Tensor) -> Split:
+    """Return images and labels in the memory of the host, where both are measured and drawn."""
+    return Split(images.cpu(), labels.cpu())
 
 
 def _check_split(name: str, split: Split, like: Tensor) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils.other import is_compiled_module
 
 from dml_accel.core.config import Config
@@ -179,7 +180,7 @@ def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> E
     config, cohort = ready.config, ready.cohort
     state = resume.checkpoint_state(config, ready.checked, ready.placement, ready.compiled)
     try:
-        with _explaining_out_of_memory(config, cohort.one_at_a_time):
+        with _explaining_out_of_memory(_smaller_steps(config, cohort.one_at_a_time)):
             for record in loop.fit(cohort, ready.images, config.run, ready.start, stop):
                 if isinstance(record, CheckpointRecord):
                     _save(ready, record, state)
@@ -209,12 +210,8 @@ def _save(ready: Prepared, record: CheckpointRecord, state: dict[str, Any]) -> N
 
 
 @contextlib.contextmanager
-def _explaining_out_of_memory(config: Config, one_at_a_time: bool) -> Iterator[None]:
-    """Name the flags that need less memory if a tensor cannot be allocated.
-
-    Args:
-        config: of the run.
-        one_at_a_time: whether one network's activations at a time are kept already.
+def _explaining_out_of_memory(remedy: str) -> Iterator[None]:
+    """Say what needs less memory if a tensor cannot be allocated.
 
     Raises:
         OutOfMemoryError: in place of the error of torch or Python.
@@ -224,14 +221,32 @@ def _explaining_out_of_memory(config: Config, one_at_a_time: bool) -> Iterator[N
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        optim, schedule, ways = config.optim, config.method.schedule, []
-        parts, size = 2 * optim.grad_accum, optim.batch_size
-        if not one_at_a_time and not schedule.takes_turns:
-            ways.append("--low-memory keeps one network's activations at a time")
-        if parts <= size and schedule.splits_batches:
-            ways.append(f"--grad-accum {parts} uses smaller micro-batches (another result)")
-        ways.append(f"a --batch-size below {size} needs less (another result)")
-        raise OutOfMemoryError(f"out of memory: {'; '.join(ways)}", prints=True) from error
+        raise OutOfMemoryError(f"out of memory: {remedy}", prints=True) from error
+
+
+def _smaller_steps(config: Config, one_at_a_time: bool) -> str:
+    """Return which flags make a step need less memory.
+
+    Args:
+        config: of the run.
+        one_at_a_time: whether one network's activations at a time are kept already.
+    """
+    optim, schedule, ways = config.optim, config.method.schedule, []
+    parts, size = 2 * optim.grad_accum, optim.batch_size
+    if not one_at_a_time and not schedule.takes_turns:
+        ways.append("--low-memory keeps one network's activations at a time")
+    if parts <= size and schedule.splits_batches:
+        ways.append(f"--grad-accum {parts} uses smaller micro-batches (another result)")
+    ways.append(f"a --batch-size below {size} needs less (another result)")
+    return "; ".join(ways)
+
+
+def _fewer_pixels(config: Config, device: torch.device) -> str:
+    """Return which flags make the images of a run need less memory of a device."""
+    size = config.data.image_size
+    ways = f"an --image-size below {size} or a --train-limit needs less (another result)"
+    elsewhere = "" if device.type == "cpu" else "; --cpu trains in the memory of the host"
+    return f"all images of a run must fit into the memory of {device}: {ways}{elsewhere}"
 
 
 # ---------------------------------------------------------------- what a process trains with
@@ -266,12 +281,13 @@ def prepare(
     ranks = origin.ranks(config.compute.placement, processes.world_size)
     ranks = ranks or setup.choose_ranks(config, checked, modules, processes, path)
     placement = Placement(processes, ranks, config.numerics.batch_norm)
-    images = setup.prepare_images(config, checked.source, placement.device)
+    with _explaining_out_of_memory(_fewer_pixels(config, placement.device)):
+        images = setup.prepare_images(config, checked.source, placement.device)
     parameters = {name: parameter_count(module) for name, module in modules.items()}
     start = origin.start(path / resume.CHECKPOINTS)
     teaches = config.method.kl_weight > 0 and len(checked.names) + len(checked.frozen) > 1
     one_at_a_time = config.compute.low_memory or not teaches
-    with _explaining_out_of_memory(config, one_at_a_time):
+    with _explaining_out_of_memory(_smaller_steps(config, one_at_a_time)):
         to_compile = origin.compiled(config, processes.world_size)
         if to_compile is None:
             if compiled is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dml_accel.core.config import Config
 from dml_accel.training import checkpoint, loop
+from dml_accel.training.learn import _on_host
 from tests.fake_cuda import CUDA, FakeTraining, backward, fake_cuda, fake_tensors
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -107,6 +108,14 @@ def test_evaluation_waits_only_at_its_end(
             sums: Any = loop.evaluate(it.peers, it.data.test, 10, it.cohort.placement)
     assert (sums.device, sums.dtype) == (CUDA, torch.float64)
     assert not recorder.waits
+
+
+def test_learn_takes_tensors_from_a_device() -> None:
+    # Images are measured, and orders drawn, on the host: these would be on two devices there.
+    images, labels = torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    with fake_cuda(), fake_tensors():
+        split = _on_host(images.to(CUDA), labels.to(CUDA))
+    assert {split.images.device.type, split.labels.device.type} == {"cpu"}
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixed_precision": "fp16"}, {"float64": True}], ids=str)

@@ -10,7 +10,7 @@ import torch
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
-from dml_accel.training import loop
+from dml_accel.training import loop, setup
 from tests.helpers import DIGITS, Training, assert_same_state, run_program, train
 
 Build = Callable[..., Training]
@@ -125,6 +125,15 @@ def test_running_out_of_memory_names_the_flags_that_need_less(
     monkeypatch.setattr(loop, "train_step", failing(error))
     assert train(tmp_path, *PAIR, *flags.split()) == 1
     assert re.search(f"^error: out of memory: {says}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_images_that_do_not_fit_name_the_flags_that_need_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup, "prepare_images", failing(torch.OutOfMemoryError("of CUDA")))
+    assert train(tmp_path, *PAIR) == 1
+    says = "^error: out of memory: all images .* memory of cpu: an --image-size below 16 or a --tr"
+    assert re.search(says, capsys.readouterr().err, re.MULTILINE)
 
 
 def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
