@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from dml_accel.analysis.statistics import summarise
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.core.versions import commit, versions
@@ -96,6 +95,8 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
 
     The interval is Student's t over the logarithms of the blocks' ratios.
     """
+    from dml_accel.analysis.statistics import summarise  # scipy is not installed everywhere
+
     logs = [math.log(value / other) for value, other in zip(values, base, strict=True)]
     found = summarise(logs)
     assert found.mean is not None, "there is at least one block"
