@@ -30,10 +30,16 @@ address=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?run this with sbatch}" 
 threads=$((${SLURM_CPUS_PER_TASK:-1} / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
+# Without --signals-to-handle the launcher itself would die of SIGUSR1 and leave its workers behind.
+if ! torchrun --help | grep -q -e --signals; then
+  echo "error: torchrun of this torch does not pass SIGUSR1 on, so a job could not stop in time:" \
+    "use a newer torch" >&2
+  exit 2
+fi
+
 begun=$(mktemp)
 # Pre-emption and scancel send SIGTERM, here too: let the run end by itself.
 trap : TERM
-# Without --signals-to-handle the launcher itself would die of SIGUSR1 and leave its workers behind.
 srun --kill-on-bad-exit=1 bash -c '
   exec torchrun --nnodes "$SLURM_JOB_NUM_NODES" --node_rank "$SLURM_NODEID" \
     --nproc_per_node "$1" --master_addr "$2" --master_port "$3" \

@@ -20,6 +20,7 @@ from dml_accel import cli
 from dml_accel.cli import parser
 from dml_accel.core.config import Config, flag_types
 from dml_accel.models.spec import parse_cohort
+from tests.helpers import needs_onnx_exporter
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = "core data models distributed mutual training inference analysis cli".split()
@@ -132,6 +133,7 @@ def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--placement auto: " in capsys.readouterr().out
 
 
+@needs_onnx_exporter
 def test_photographs_are_used_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +155,7 @@ def test_photographs_are_used_as_shown(
     assert Path("exported/ensemble/model.onnx").exists()
 
 
+@needs_onnx_exporter
 def test_trained_networks_are_used_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from dml_accel.analysis.methods import PRESETS
 from dml_accel.cli.parser import parse
 from dml_accel.core.config import Config, require
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
+from dml_accel.core.host import wait_briefly
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.distributed.launch import launched_processes, launched_rank
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after the program's name (default: this process's).
     """
+    wait_briefly()  # before anything imports torch
     try:
         values = parse(sys.argv[1:] if arguments is None else arguments)
         return _COMMANDS[values.pop("subcommand")](values)

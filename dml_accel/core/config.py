@@ -418,6 +418,11 @@ class ComputeConfig(Section):
         "keep the activations of one network at a time: all predict first, then each predicts "
         "again and is updated; the same result for a third more work",
     )
+    return_memory: bool = flag(
+        False,
+        "return the memory of each step to the system, as glibc does by itself; slower for large "
+        "batches (default: keep it for the next step)",
+    )
     placement: str = flag(
         "auto",
         "with several processes: every peer in each process (replicate), or each peer in one or "

@@ -12,7 +12,9 @@ _HEADERS = ("network", "parameters", "top-1 %", "top-5 %", "NLL (nats)", "ECE %"
 def table(rows: list[list[Any]], headers: Sequence[str], style: str, left: int) -> str:
     """Return a table: the first ``left`` columns are text, the others numbers."""
     align = ["left"] * left + ["right"] * (len(headers) - left)
-    return tabulate(rows, headers, tablefmt=style, colalign=align, disable_numparse=True)
+    # tabulate 0.9 cannot align the columns of a table without rows.
+    given = {"colalign": align} if rows else {}
+    return tabulate(rows, headers, tablefmt=style, disable_numparse=True, **given)
 
 
 def results_table(results: dict[str, Any], style: str = "simple") -> str:

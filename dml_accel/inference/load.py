@@ -141,8 +141,9 @@ def _refuse_different(path: Path, folders: Mapping[str, PeerFolder]) -> None:
 
 def choose_device(cpu: bool) -> torch.device:
     """Return this machine's accelerator; the CPU if it has none, or if ``cpu`` asks for it."""
-    accelerator = None if cpu else torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    if cpu or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 class Networks:

@@ -4,6 +4,7 @@ Shape letters: K networks, B images, S pixels per side, C classes.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ INPUT, LOGITS, LOG_MEAN = "input", "logits", "log_mean_posterior"
 LARGEST_DIFFERENCE = 1e-4  # relative to the largest value
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _MOST_BYTES = 2**31 - 2**24  # a single file of the format holds at most 2 GiB
+# With torch 2.6 no network of a batch of any size can be written; what is between was not tried.
+_EXPORTER_IS_TESTED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 _BATCH_SIZES = (1, 2, 5)  # compared with torch; the graph is traced with 2
 
 
@@ -55,7 +58,10 @@ def write_onnx(net: nn.Module, size: int, output: str, path: Path) -> float:
     if stored > _MOST_BYTES:
         raise UsageError(f"{stored:,} bytes of weights do not fit into one {FILE} (2 GiB)")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # The exporter may be older than the packages that it uses, which a user cannot mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             torch.onnx.export(
                 net,
                 (torch.zeros(2, 3, size, size),),
@@ -70,8 +76,9 @@ def write_onnx(net: nn.Module, size: int, output: str, path: Path) -> float:
     except Exception as error:  # every stage of the exporter raises its own kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
         raise UsageError(
-            f"the network cannot be written as ONNX ({type(error).__name__}: {reason.strip()}); "
-            "use --format safetensors"
+            f"torch {torch.__version__} cannot write the network as ONNX "
+            f"({type(error).__name__}: {reason.strip()}); use --format safetensors"
+            f"{'' if _EXPORTER_IS_TESTED else ', or torch 2.11 or newer'}"
         ) from error
     difference = measure_difference(net, size, path)
     if not difference <= LARGEST_DIFFERENCE:  # NaN, too

@@ -112,7 +112,7 @@ def build_pretrained(
         net = _create(arch, arguments, classes, weights)
     except Exception as error:  # every model family raises its own kinds
         hint = ""
-        if weights.arguments != dict(arguments):
+        if weights.arguments and weights.arguments != dict(arguments):
             text = ",".join(f"{name}={value}" for name, value in weights.arguments.items())
             hint = f"; it was built with [{text}]"
         raise UsageError(

@@ -108,7 +108,8 @@ class Trackers:
                 self._trackers[name] = kind(_PROJECT, *places, **options)
             except Exception as error:  # each tracker raises its own kinds
                 _print_disabled(name, error)
-        self._each(lambda tracker: tracker.start())
+        # The trackers of an older accelerate have started once they exist.
+        self._each(lambda tracker: getattr(tracker, "start", list)())
         if not resumes:
             values = {n: " ".join(v) if isinstance(v, list) else v for n, v in config.items()}
             self._each(lambda tracker: tracker.store_init_configuration(dict(values)))

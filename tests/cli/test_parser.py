@@ -61,6 +61,7 @@ DEFAULTS = {
     "compile_mode": "default",
     "memory_format": None,
     "low_memory": False,
+    "return_memory": False,
     "placement": "auto",
     "measure": False,
     "exchange": "logits",

@@ -62,6 +62,7 @@ OTHER: dict[str, typing.Any] = {
     "compile_mode": "max-autotune",
     "memory_format": "channels_last",
     "low_memory": True,
+    "return_memory": True,
     "placement": "split",
     "measure": True,
     "exchange": "sum",

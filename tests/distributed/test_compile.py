@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_compiled_module
+from accelerate.utils.other import is_compiled_module
 from safetensors.torch import load_file
 from timm.models import register_model
 from torch import Tensor, nn

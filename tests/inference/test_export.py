@@ -18,7 +18,7 @@ from dml_accel.core.errors import UsageError
 from dml_accel.inference import onnx
 from dml_accel.inference.export import select_peers
 from dml_accel.inference.load import Networks, read_trained_peers
-from tests.helpers import load
+from tests.helpers import load, needs_onnx_exporter
 from tests.inference.conftest import CPU, PEERS, logits_of
 
 Captured = pytest.CaptureFixture[str]
@@ -97,6 +97,7 @@ assert not {"torch", "timm", "dml_accel"} & set(sys.modules)
 """
 
 
+@needs_onnx_exporter
 @pytest.mark.parametrize("peer", ["resnet8-0", "ensemble"])
 def test_onnx_alone_computes_what_torch_does(
     run: Path, few: Path, tmp_path: Path, peer: str, capsys: Captured
@@ -143,6 +144,7 @@ def test_the_best_peer_is_that_of_the_validation_split(
         select_peers(read_trained_peers(tmp_path / "run"), "best")
 
 
+@needs_onnx_exporter
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
     run: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

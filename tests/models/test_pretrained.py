@@ -323,8 +323,10 @@ def test_a_run_folder_in_place_of_a_peer_is_refused_with_its_peers(run: Path) ->
 
 
 def test_forgotten_arguments_are_named(tmp_path: Path) -> None:
-    net = timm.create_model("test_vit", num_classes=10, img_size=16, patch_size=4, depth=2)
-    timm.models.save_for_hf(net, tmp_path / "saved", safe_serialization=True)
+    arguments = {"img_size": 16, "patch_size": 4, "depth": 2}
+    net = timm.create_model("test_vit", num_classes=10, **arguments)
+    folder = tmp_path / "saved"
+    timm.models.save_for_hf(net, folder, safe_serialization=True, model_args=arguments)
     text = f"timm:test_vit[img_size=16,patch_size=4,pretrained={tmp_path / 'saved'}]"
     with pytest.raises(UsageError, match=r"it was built with \[.*depth=2.*\]: Error"):
         built(text)
