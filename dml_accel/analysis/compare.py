@@ -407,7 +407,8 @@ class _Trainer:
         folder = None
         if self._folder:
             folder = RunFolder(self._folder.path / planned.folder, "", resumes=True)
-        with folder or contextlib.nullcontext():
+        watching = self._session.processes.watching(folder.fail if folder else None)
+        with folder or contextlib.nullcontext(), watching:
             starts = _needs_start(planned, self._config.run.output_dir)
             checked, modules = check(planned.config, self._source, starts)
             self._refuse_changed_starts(planned, checked)

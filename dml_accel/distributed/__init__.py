@@ -4,7 +4,8 @@ In reading order:
 
     launch     how this process was started; what cannot work is refused
     device     the device of this process, and the versions of what drives it
-    processes  the process group, and its liveness check
+    liveness   which processes are alive, and how a run ends that has lost one
+    processes  the process group, and its small collectives
     batchnorm  batch norm whose statistics span several processes
     costs      what an image costs a network: operations, memory, time
     compile    torch.compile: whether it pays, and what happens if it fails

@@ -1,10 +1,8 @@
-"""The process group of a run: collectives of a few bytes, and a liveness check."""
+"""The process group of a run: collectives of a few bytes, and the end if a process is lost."""
 
 import contextlib
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -25,8 +23,7 @@ from dml_accel.distributed.launch import (
     restarts,
     runs_on_cpu,
 )
-
-_HEARTBEAT_SECONDS = 0.5
+from dml_accel.distributed.liveness import Liveness, Record, connect
 
 
 class Processes:
@@ -59,6 +56,13 @@ class Processes:
                 dynamo_plugin=TorchDynamoPlugin(backend="no"),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
             )
+            self.device: torch.device = self.accelerator.device
+            self.rank: int = self.accelerator.process_index
+            self.world_size: int = self.accelerator.num_processes
+            self._liveness: Liveness | None = None
+            if self.world_size > 1:
+                store = connect(self._timeout)
+                self._liveness = Liveness(self.rank, self.world_size, store)
         except RuntimeError as error:
             if not _is_communication(error):
                 raise
@@ -67,18 +71,11 @@ class Processes:
                 f"minutes ({first_line(error)})",
                 prints=launched_rank() == 0,
             ) from error
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
         if launched != self.world_size:
             raise UsageError(
                 f"{launched} processes were launched but only {self.world_size} found each other; "
                 "add --cpu to the flags of train.py"
             )
-        self._closing = threading.Event()
-        self._heartbeat = threading.Thread(target=self._beat, daemon=True)
-        if self.world_size > 1:
-            self._heartbeat.start()
 
     def _join_after_restart(self, on_cpu: bool) -> None:
         """Join the process group after the launcher has restarted its processes.
@@ -167,57 +164,35 @@ class Processes:
     # ------------------------------------------------------------ liveness
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Turn a failed collective into an error that names the processes that are gone.
+    def watching(self, record: Record | None = None) -> Iterator[None]:
+        """End the run if another process is lost, with an error that names it.
+
+        A failed collective becomes that error. Where the main thread waits in vain instead, the
+        process is ended (see ``liveness``).
+
+        Args:
+            record: writes down why the run has ended, where no exception can.
 
         Raises:
             ProcessLostError: a collective failed, or waited longer than the timeout.
         """
-        try:
+        if self._liveness is None:
             yield
-        except RuntimeError as error:
-            reason = first_line(error)
-            if self.world_size == 1 or not _is_communication(error):
+            return
+        with self._liveness.watching(record):
+            try:
+                yield
+            except ProcessLostError:
                 raise
-            # The launcher is about to stop the remaining processes: first say who is missing.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            gone = self._missing()
-            if not gone:
-                raise
-            names = ", ".join(f"rank {rank}" for rank in gone)
-            left = set(range(self.world_size)) - set(gone)
-            raise ProcessLostError(
-                f"{names} stopped responding, so the run ends ({reason})",
-                prints=self.rank == min(left, default=self.rank),
-            ) from error
-
-    def _beat(self) -> None:
-        """Send heartbeats from a thread of its own, because collectives block the main one."""
-        store: Any = dist.distributed_c10d._get_default_store()
-        count = 0
-        with contextlib.suppress(RuntimeError):  # the store is gone, and everybody with it
-            while not self._closing.wait(_HEARTBEAT_SECONDS):
-                count += 1
-                store.set(f"alive/{self.rank}", str(count))
-
-    def _missing(self) -> list[int]:
-        """Return the ranks whose heartbeat in the launcher's store has stopped."""
-        found: list[int] = [0]  # if the store does not answer: it lives on rank 0's machine
-
-        def look() -> None:
-            with contextlib.suppress(dist.DistError):
-                store: Any = dist.distributed_c10d._get_default_store()
-                names = [f"alive/{rank}" for rank in range(self.world_size)]
-                before = [store.get(name) if store.check([name]) else b"" for name in names]
-                time.sleep(6 * _HEARTBEAT_SECONDS)
-                after = [store.get(name) if store.check([name]) else b"" for name in names]
-                found[:] = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
-
-        # In a thread, because a request to a store behind a broken link never returns.
-        looking = threading.Thread(target=look, daemon=True)
-        looking.start()
-        looking.join(20 * _HEARTBEAT_SECONDS)
-        return found
+            except RuntimeError as error:
+                if not _is_communication(error):
+                    raise
+                # The launcher is about to stop the remaining processes: first say who is missing.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                lost = self._liveness.why_it_failed(first_line(error))
+                if lost is None:
+                    raise
+                raise lost from error
 
     # ------------------------------------------------------------ the end
 
@@ -231,10 +206,9 @@ class Processes:
         self.accelerator.end_training()
 
     def stop_heartbeat(self) -> None:
-        """End the heartbeat thread: a process must not exit while the thread uses the store."""
-        self._closing.set()
-        if self._heartbeat.is_alive():
-            self._heartbeat.join()
+        """Send no more heartbeats: this process has ended in order."""
+        if self._liveness:
+            self._liveness.close()
 
 
 def set_arithmetic(device: torch.device, tf32: bool) -> None:

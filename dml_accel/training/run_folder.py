@@ -307,7 +307,7 @@ class RunFolder(LockedFolder):
             if isinstance(error, StoppedError):
                 self.status("stopped", str(error))
             elif error and (self._started or not isinstance(error, UsageError)):
-                self.status("failed", f"{type(error).__name__}: {error}".rstrip(": "))
+                self.fail(error)
             elif not error:
                 self.status("done")
         if self._follower:
@@ -320,6 +320,10 @@ class RunFolder(LockedFolder):
     def status(self, state: str, reason: str | None = None) -> None:
         """Write status.json: running, stopped, done or failed, why, and the steps taken."""
         self.write("status.json", {"status": state, "reason": reason, "step": self.step})
+
+    def fail(self, error: BaseException) -> None:
+        """Write that the run has failed, and why; any thread may."""
+        self.status("failed", f"{type(error).__name__}: {error}".rstrip(": "))
 
     def follow_with(self, follower: Follower) -> None:
         """Pass every record to a follower from now on, until the folder is closed."""

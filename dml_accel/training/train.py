@@ -80,7 +80,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
             if origin.path:
                 print(f"resuming from {origin.path}", file=sys.stderr, flush=True)
         processes = Processes(config.numerics, config.compute)
-        with processes.watching():
+        with processes.watching(folder.fail if folder and not nothing else None):
             results = None
             if not processes.broadcast_flag(bool(nothing)):
                 session = Session(processes, display, stop, command)

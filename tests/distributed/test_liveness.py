@@ -1,0 +1,109 @@
+"""Who counts as lost: a process that was silent for long while we wait, and nobody else."""
+
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from dml_accel.core.errors import ProcessLostError
+from dml_accel.distributed import liveness
+from dml_accel.distributed.liveness import Liveness, Silence, connect
+
+WAITS = "in a collective"
+
+
+def looks(silence: Silence, beats: list[dict[int, bytes]], positions: list[object]) -> list[int]:
+    """Take several looks; return the ranks that were lost at the last one."""
+    found = [silence.lost(*look) for look in zip(beats, positions, strict=True)]
+    assert not any(found[:-1])
+    return found[-1]
+
+
+def numbers(count: int) -> list[bytes]:
+    return [str(i).encode() for i in range(count)]
+
+
+def test_a_rank_is_lost_after_as_many_looks_in_a_row_without_a_heartbeat() -> None:
+    beats = [{1: beat, 2: b"7"} for beat in numbers(4)]
+    # The first look finds a heartbeat; three more find the same one.
+    assert looks(Silence(3), beats, 4 * [WAITS]) == [2]
+    assert looks(Silence(3), beats[:3], 3 * [WAITS]) == []
+
+
+def test_one_heartbeat_starts_the_count_again() -> None:
+    beats = [{1: beat} for beat in (b"1", b"1", b"1", b"2", b"2", b"2", b"2")]
+    assert looks(Silence(3), beats, 7 * [WAITS]) == [1]
+    assert looks(Silence(3), beats[:6], 6 * [WAITS]) == []
+
+
+def test_a_rank_that_never_sent_a_heartbeat_is_lost_too() -> None:
+    assert looks(Silence(2), 3 * [{1: b""}], 3 * [WAITS]) == [1]
+
+
+def test_nobody_is_lost_while_our_own_main_thread_moves() -> None:
+    moving = list(range(20))
+    silence = Silence(3)
+    assert looks(silence, 20 * [{1: b"1"}], moving) == []
+    # It has stood still since the look before: two more find it there.
+    assert looks(silence, 2 * [{1: b"1"}], 2 * [19]) == []
+    assert looks(silence, [{1: b"1"}], [19]) == [1]
+
+
+def test_a_rank_that_ended_in_order_is_not_lost() -> None:
+    assert looks(Silence(2), 9 * [{1: b"ended"}], 9 * [WAITS]) == []
+
+
+# ---------------------------------------------------------------- two processes, in one
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    """A launcher's store."""
+    yield TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def group(store: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The connection of a process group to the store, wrapped as torch wraps it."""
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.05)  # faster than in a run
+    client = TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+    wrapped = PrefixStore("default_pg", PrefixStore("attempt", client))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: wrapped)
+    return wrapped
+
+
+@pytest.fixture
+def pair(group: Any) -> Iterator[list[Liveness]]:
+    """The liveness of rank 0 and of rank 1."""
+    both = [Liveness(rank, 2, connect(timedelta(seconds=20))) for rank in (0, 1)]
+    yield both
+    for one in both:
+        one.close()
+
+
+def test_all_processes_name_the_lost_ones_and_one_prints(pair: list[Liveness]) -> None:
+    assert pair[0].why_it_failed("a test") is None
+    pair[1].close()
+    first, second = pair[0].why_it_failed("closed"), pair[1].why_it_failed("another")
+    assert isinstance(first, ProcessLostError) and isinstance(second, ProcessLostError)
+    text = "rank 1 stopped responding, so the run ends (closed)"
+    assert str(first) == str(second) == text
+    assert (first.prints, second.prints) == (True, False)
+
+
+def test_heartbeats_go_on_while_the_main_thread_waits_for_the_store(
+    store: Any, group: Any, pair: list[Liveness]
+) -> None:
+    # As it does when NCCL starts. On one connection the heartbeats would wait behind it.
+    waits = threading.Thread(target=group.get, args=("later",))
+    waits.start()
+    try:
+        assert pair[0].why_it_failed("a test") is None
+        assert waits.is_alive()
+    finally:
+        store.set("attempt/default_pg/later", "now")
+        waits.join()
