@@ -10,6 +10,7 @@ Shape letters: B rows of this process, C channels, W processes of the group.
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -202,7 +203,8 @@ def check_spanning(net: nn.Module, name: str) -> None:
 
 def span_group(net: nn.Module, group: Any) -> None:
     """Make every batch norm of ``net`` span ``group``, in place: weights and names stay."""
-    for layer in net.modules():
+    layers: Iterator[Any] = net.modules()
+    for layer in layers:
         if type(layer) in _SPANNING:
             layer.__class__ = _SPANNING[type(layer)]
             layer.group = group

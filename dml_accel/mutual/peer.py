@@ -1,15 +1,14 @@
 """A peer in training: its network, optimizer and loss scaler, and how it takes a step."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
 
 from dml_accel.models.spec import PeerSpec
-
-_Buffers = list[tuple[list[Tensor], Tensor]]
+from dml_accel.mutual.buffers import Buffers
 
 
 @dataclass
@@ -35,7 +34,10 @@ class Peer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     keeps_gradients: bool = False
-    _buffers: _Buffers = field(default_factory=list, init=False)
+    _buffers: Buffers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._buffers = Buffers(self.module, counts=not is_compiled_module(self.net))
 
     @property
     def name(self) -> str:
@@ -52,26 +54,24 @@ class Peer:
             group["lr"] = lr
         # A step that is skipped must leave no trace, but the forward pass moves running statistics
         # before anybody knows whether the loss is finite.
-        self._buffers = self._copy_buffers()
+        self._buffers.begin_step()
 
     def forward(self, x: Tensor, dropout_key: int) -> Tensor:
         """Return logits [B, C] of images [B, 3, S, S], with a graph for the backward pass."""
         torch.manual_seed(dropout_key)
-        return self.net(x)
+        with self._buffers.counting():
+            return self.net(x)
 
     @torch.no_grad()
     def predict(self, x: Tensor, dropout_key: int) -> Tensor:
         """Return the same logits without a graph, by the bare network: DDP expects a backward."""
         torch.manual_seed(dropout_key)
-        return self.module(x)
+        with self._buffers.counting():
+            return self.module(x)
 
-    @contextlib.contextmanager
-    def keeping_buffers(self) -> Iterator[None]:
+    def keeping_buffers(self) -> contextlib.AbstractContextManager[None]:
         """Restore the running statistics at the end, whatever is predicted within."""
-        copied = self._copy_buffers()
-        yield
-        for buffers, before in copied:
-            _set(buffers, before)
+        return self._buffers.keeping()
 
     def update(self, finite: Tensor, clip_norm: float | None) -> None:
         """Take the optimizer's step; if ``finite`` is false, leave everything as it was.
@@ -89,23 +89,4 @@ class Peer:
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for buffers, before in self._buffers:
-            _set(buffers, torch.where(finite, _flat(buffers), before))
-
-    def _copy_buffers(self) -> _Buffers:
-        """Return buffers grouped by dtype, each group with a flat copy: few kernels, not many."""
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in self.module.buffers():
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        return [(same, _flat(same)) for same in by_dtype.values()]
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-@torch.no_grad()
-def _set(buffers: list[Tensor], flat: Tensor) -> None:
-    parts = flat.split([buffer.numel() for buffer in buffers])
-    shaped = [p.view_as(b) for p, b in zip(parts, buffers, strict=True)]
-    torch._foreach_copy_(buffers, shaped)
+        self._buffers.end_step(finite)
