@@ -19,7 +19,7 @@ from tests.fake_cuda import CUDA, FakeTraining, backward, fake_cuda, fake_tensor
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 pytestmark = pytest.mark.skipif(
     TORCH < (2, 15),
-    reason="in torch 2.6, fake CUDA tensors with gradients ask the driver for a stream; 2.15 does not",
+    reason="fake CUDA tensors with gradients ask the driver for a stream in torch 2.6, not in 2.15",
 )
 
 PRECISIONS: list[dict[str, Any]] = [
