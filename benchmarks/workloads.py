@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import BATCH, build_cohort, device
 from dml_accel.core.config import Config
+from dml_accel.core.host import keep_memory
 from dml_accel.data import sources
 from dml_accel.data.batches import Data
 from dml_accel.data.decode import Split
@@ -95,6 +96,8 @@ def training(images: str | None, *, classes: int | None = None, **changes: Any) 
         changes: of the configuration.
     """
     config, placement, data = prepared(images, changes, classes)
+    if not config.compute.return_memory:
+        keep_memory()
     records = fit(build_cohort(config, placement, data), data, config.run)
 
     def steps(count: int) -> None:

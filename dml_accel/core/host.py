@@ -7,7 +7,7 @@ import os
 # Numbers of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD = 64 * 2**20  # bytes
-_SPINS = "10000"
+SPINS = "10000"
 
 
 def keep_memory() -> bool:
@@ -24,7 +24,8 @@ def keep_memory() -> bool:
     # No mappings of their own for large blocks, and never shrink the heap: both as documented, and
     # without the upper limit that M_MMAP_THRESHOLD has in older versions.
     wanted = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD))
-    return all([mallopt(name, value) == 1 for name, value in wanted])
+    accepted = [mallopt(name, value) == 1 for name, value in wanted]
+    return all(accepted)
 
 
 def _is_glibc() -> bool:
@@ -40,4 +41,4 @@ def wait_briefly() -> None:
     from the very thread that the others wait for, at each of thousands of barriers in a step.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -19,6 +19,7 @@ from accelerate.utils.other import is_compiled_module
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import OutOfMemoryError, StoppedError, UsageError
+from dml_accel.core.host import keep_memory
 from dml_accel.data import sources
 from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
 from dml_accel.distributed.placement import Placement
@@ -154,6 +155,8 @@ def run_one(
         CheckpointNotWrittenError: a checkpoint could not be written.
     """
     processes = session.processes
+    if processes.device.type == "cpu" and not config.compute.return_memory:
+        keep_memory()
     progress.forget_peak_memory(processes.device)
     path = Path(processes.broadcast_text(str(folder.path.resolve()) if folder else ""))
     ready = prepare(config, checked, modules, processes, path, origin.agreed(processes), compiled)

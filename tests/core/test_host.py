@@ -52,7 +52,7 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("variables", "spins"),
-    [({}, host._SPINS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, host.SPINS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_openmp_is_told_before_torch_loads_it(variables: dict[str, str], spins: str | None) -> None:
     words = (sys.executable, "train.py", "--cohort", "no_such_network", "--cpu")
@@ -61,4 +61,4 @@ def test_openmp_is_told_before_torch_loads_it(variables: dict[str, str], spins: 
     found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
     if found is None:
         pytest.skip("torch uses another OpenMP than GNU's")
-    assert found[1] == spins if spins else found[1] != host._SPINS
+    assert found[1] == spins if spins else found[1] != host.SPINS
