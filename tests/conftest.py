@@ -3,9 +3,9 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-import datasets
 import huggingface_hub.constants
 import pytest
 import torch
@@ -29,8 +29,9 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("PET_MASTER_PORT", str(free_port()))  # for launchers that tests start
         # Both libraries read these variables when they are imported, which is before this line.
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+        if find_spec("datasets"):
+            patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+            patch.setattr("datasets.config.HF_DATASETS_CACHE", home / "datasets")
         yield
 
 
