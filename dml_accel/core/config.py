@@ -403,7 +403,8 @@ class ComputeConfig(Section):
     )
     compile_mode: str = flag(
         "default",
-        "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune tries more kernels",
+        "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune tries more "
+        "kernels (on a CPU only)",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     )
     memory_format: str | None = flag(

@@ -49,7 +49,7 @@ class Processes:
         set_arithmetic(own_device(compute), numerics.tf32)  # before CUDA starts
         try:
             if launched > 1 and restarts():
-                self._join_after_restart(runs_on_cpu(compute))
+                self._join_after_restart(compute)
             self.accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision=numerics.mixed_precision,
@@ -77,14 +77,15 @@ class Processes:
                 "add --cpu to the flags of train.py"
             )
 
-    def _join_after_restart(self, on_cpu: bool) -> None:
+    def _join_after_restart(self, compute: ComputeConfig) -> None:
         """Join the process group after the launcher has restarted its processes.
 
         The launcher's store still holds the addresses of the processes before, under the names that
         these would use; a prefix keeps the two apart.
         """
+        on_cpu = runs_on_cpu(compute)
         if not on_cpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(own_device(compute))
         store, rank, size = next(rendezvous("env://", timeout=self._timeout))
         dist.init_process_group(
             "gloo" if on_cpu else "nccl",

@@ -20,6 +20,7 @@ from dml_accel.core.files import replacing, write_json
 from dml_accel.core.tables import percent, printable, results_table, table
 from dml_accel.core.versions import versions
 from dml_accel.data.decode import Split
+from dml_accel.distributed.device import device_versions
 from dml_accel.inference.load import BATCH_SIZE, Networks, TrainedPeers
 from dml_accel.models.build import parameter_count
 from dml_accel.mutual.metrics import batch_sums, best_five, finish, log_posteriors, no_sums
@@ -139,7 +140,7 @@ def evaluate(
         "agreement": metrics["agreement"],
         "classes": _accuracy_by_class(peers.classes, counts, hits, names),
         "most_confused": [] if confusion is None else _most_confused(confusion, peers.classes),
-        "versions": versions(),
+        "versions": versions() | device_versions(device),
     }
     return Evaluation(record, confusion, peers.classes)
 
