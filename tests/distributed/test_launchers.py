@@ -158,6 +158,12 @@ def test_a_lost_rank_ends_the_run_with_its_name(tmp_path: Path, death: signal.Si
         ranks = workers(launcher.pid)
         assert sorted(ranks) == [0, 1, 2]
         os.kill(ranks[1], death)
+        deadline = time.monotonic() + 45
+        while alive(ranks[0]) or alive(ranks[2]):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        if death == signal.SIGSTOP:
+            os.kill(ranks[1], signal.SIGKILL)  # the launcher would wait for it for 30 seconds
         _, said = launcher.communicate(timeout=45)
     finally:
         for pid in workers(launcher.pid).values() if not ranks else ranks.values():
