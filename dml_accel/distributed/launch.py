@@ -13,6 +13,8 @@ from dml_accel.core.config import ComputeConfig, NumericsConfig, OptimConfig
 from dml_accel.core.errors import UsageError
 
 _SAME_SIGNAL_SECONDS = 0.5
+# The first whose fused SGD on Apple GPUs obeys ``found_inf``.
+_APPLE_TORCH = (2, 15)
 _PLUGINS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -98,6 +100,7 @@ def check_launch(numerics: NumericsConfig, compute: ComputeConfig, optim: OptimC
     if launched_processes() > 1 and not on_cpu:
         _check_gpus()
     _check_precision(numerics, on_cpu)
+    _check_apple_gpu(on_cpu)
     if compute.compile_mode.startswith("max-autotune") and not on_cpu:
         raise UsageError(
             f"--compile-mode {compute.compile_mode} chooses nothing on a GPU: it would time "
@@ -156,6 +159,20 @@ def _check_precision(numerics: NumericsConfig, on_cpu: bool) -> None:
         raise UsageError("--tf32 needs a CUDA GPU; drop it here")
     if numerics.float64 and not on_cpu and not torch.cuda.is_available():
         raise UsageError("--float64: Apple GPUs have no double precision; add --cpu")
+
+
+def _check_apple_gpu(on_cpu: bool) -> None:
+    import torch
+
+    device = None if on_cpu else torch.accelerator.current_accelerator()
+    if device is None or device.type != "mps":
+        return
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < _APPLE_TORCH:
+        raise UsageError(
+            f"on Apple GPUs the optimizer of torch {torch.__version__} cannot skip a step whose "
+            "loss is not finite; use torch 2.15 or newer, or add --cpu"
+        )
 
 
 def _check_gpus() -> None:

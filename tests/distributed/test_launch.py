@@ -1,5 +1,7 @@
 """What is refused before any process group: ways of starting, plugins, precisions (law 9)."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -143,6 +145,18 @@ def test_kernels_are_not_chosen_by_timing_on_a_gpu(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError, match="chooses nothing on a GPU.*use reduce-overhead"):
         check_launch(tiny_config(**tuned, cpu=False))
     check_launch(tiny_config(compile="on", compile_mode="reduce-overhead", cpu=False))
+
+
+@pytest.mark.parametrize(("version", "refused"), [("2.6.0", True), ("2.15.0", False)])
+def test_apple_gpus_need_an_optimizer_that_skips_steps(
+    monkeypatch: pytest.MonkeyPatch, version: str, refused: bool
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch, "__version__", version)
+    text = "on Apple GPUs the optimizer of torch 2.6.0 cannot skip a step .*; use torch 2.15"
+    with pytest.raises(UsageError, match=text) if refused else contextlib.nullcontext():
+        check_launch(tiny_config(cpu=False, float64=False))
 
 
 def test_double_precision_is_refused_on_apple_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
