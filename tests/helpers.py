@@ -118,7 +118,8 @@ def free_port(candidates: Iterable[int] = (0,)) -> int:
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment without a launcher's variables: one thread, a free port."""
-    launcher = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
+    # Commands that ran in this process have set how its threads wait.
+    launcher = ("ACCELERATE_", "TORCHELASTIC_", "PET_", "GOMP_")
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     clean = {n: v for n, v in os.environ.items() if n not in names and not n.startswith(launcher)}
     # torchrun reads its port from here; accelerate launch does not (see ``accelerate_launch``).
