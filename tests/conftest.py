@@ -18,6 +18,14 @@ if device().type == "cpu":  # also where there is a GPU, and in the processes th
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+# Files that take minutes. They come first: a worker that begins one at the end leaves the other idle.
+LONG = ("test_interruptions.py", "test_launchers.py", "test_split.py", "test_processes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep decoded images and the hub's cache out of the user's home, offline."""
