@@ -18,7 +18,7 @@ if device().type == "cpu":  # also where there is a GPU, and in the processes th
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-# Files that take minutes. They come first: a worker that begins one at the end leaves the other idle.
+# Files that take minutes come first: a worker that begins one at the end leaves the other idle.
 LONG = ("test_interruptions.py", "test_launchers.py", "test_split.py", "test_processes.py")
 
 
