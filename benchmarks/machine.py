@@ -1,6 +1,6 @@
 """What a step costs on a quiet and on a busy machine, by what a run asks of its C libraries.
 
-    python -m benchmarks.machine [--blocks 6]
+    python -m benchmarks.machine [--blocks 4]
 
 Steps of a ResNet-8 pair on noise, with batches of 64 and of 1024; with nothing else to do, and
 beside as many busy processes as there are cores. Each variant has a process of its own, and all
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.machine", description=__doc__.partition("\n\n")[0]
     )
-    parser.add_argument("--blocks", type=int, default=6, help="how many (default: 6)")
+    parser.add_argument("--blocks", type=int, default=4, help="how many (default: 4)")
     given = parser.parse_args()
     cores = os.cpu_count() or 1
     parts = [

@@ -62,9 +62,14 @@ def set_up(folder: Path, oldest: bool) -> Path:
         )
     if found == wanted:
         return python
+    if not stamp.exists() and folder.exists() and any(folder.iterdir()):
+        raise SetUpError(
+            f"{folder} holds what this script did not put there: name another folder with --env"
+        )
     print(f"setting up {folder}: a few minutes the first time", flush=True)
     if not found:  # nothing here, or what an installation that failed has left
         venv.create(folder, with_pip=True, clear=True)
+        stamp.touch()
     install = [python, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[test]"]
     install += ["--constraint", OLDEST_PACKAGES] if oldest else []
     try:
@@ -78,7 +83,7 @@ def set_up(folder: Path, oldest: bool) -> Path:
 def main() -> int:
     """Run one task in the environment; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=AsWritten)
-    parser.add_argument("--env", metavar="FOLDER", help="the environment's folder")
+    parser.add_argument("--env", metavar="FOLDER", help="the environment's folder, in this project")
     parser.add_argument("--oldest", action="store_true", help="with the oldest packages")
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("words", nargs=argparse.REMAINDER, help="passed on")
@@ -95,8 +100,8 @@ def main() -> int:
     if asked.task == "test":
         environment.setdefault("OMP_NUM_THREADS", "1")
     commands = [[python, *command, *asked.words] for command in TASKS[asked.task]]
-    runs = [subprocess.run(command, cwd=ROOT, env=environment) for command in commands]
-    return max(run.returncode for run in runs)
+    codes = [subprocess.run(command, cwd=ROOT, env=environment).returncode for command in commands]
+    return next((code for code in codes if code), 0)
 
 
 if __name__ == "__main__":

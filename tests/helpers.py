@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from benchmarks.measuring import device
@@ -30,8 +29,6 @@ from dml_accel.training import checkpoint
 from dml_accel.training.setup import build_networks, make_cohort, prepare_images
 
 ROOT = Path(__file__).parent.parent
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-needs_onnx_exporter = pytest.mark.skipif(TORCH < (2, 11), reason="torch cannot write these as ONNX")
 BIN = Path(sys.executable).parent
 # Flags of a run of seconds, on real images that need no network.
 DIGITS = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05".split()

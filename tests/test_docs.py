@@ -20,7 +20,7 @@ from dml_accel import cli
 from dml_accel.cli import parser
 from dml_accel.core.config import Config, flag_types
 from dml_accel.models.spec import parse_cohort
-from tests.helpers import needs_onnx_exporter
+from tests.marks import needs_onnx_exporter
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = "core data models distributed mutual training inference analysis cli".split()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, environment, free_port
+from tests.helpers import ROOT, environment, free_port, run_program
 
 # Names of distributions that are imported by another one.
 IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL"}
@@ -105,6 +105,14 @@ def test_exactly_what_is_imported_is_required() -> None:
     assert imported == declared - THROUGH_OTHERS
 
 
+def test_an_environment_is_not_made_in_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    done = run_program(sys.executable, "launch/start.py", "--env", tmp_path, "lint")
+    assert done.returncode == 2
+    assert "holds what this script did not put there" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_the_lower_bounds_are_the_versions_that_are_tested() -> None:
     found = ConfigParser()
     found.read(ROOT / "setup.cfg")
@@ -115,5 +123,5 @@ def test_the_lower_bounds_are_the_versions_that_are_tested() -> None:
     # The builder and the linters come with any environment in their newest version.
     for name, bound in bounds:
         if name not in ("setuptools", "ruff", "mypy"):
-            version = oldest[name]
-            assert version == bound[2:] or version.startswith(f"{bound[2:]}."), name
+            assert oldest[name] == bound[2:] or oldest[name].startswith(f"{bound[2:]}."), name
+            assert "dev" not in oldest[name], "a bound of a release excludes what came before it"

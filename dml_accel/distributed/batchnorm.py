@@ -2,8 +2,8 @@
 
 Forward and backward give what a single process would compute on all rows of the group together, for
 slices of any size above zero. torch's SyncBatchNorm works on CUDA only, and converting to it loses
-the activation that timm fuses into its own layers. On CUDA the kernels are those of SyncBatchNorm:
-a layer starts a quarter of the operations. ``DML_FUSED_BATCH_NORM=0`` in the environment uses the
+the activation that timm fuses into its own layers. On CUDA the kernels are those of SyncBatchNorm,
+which start fewer operations. ``DML_FUSED_BATCH_NORM=0`` in the environment uses the
 same operations there as everywhere else.
 
 Shape letters: B rows of this process, C channels, W processes of the group.

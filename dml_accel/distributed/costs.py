@@ -17,7 +17,6 @@ from dml_accel.core.config import OptimConfig
 from dml_accel.core.files import write_json
 from dml_accel.data.batches import ImageFormat
 from dml_accel.data.decode import cache_dir
-from dml_accel.distributed.launch import launched_processes
 from dml_accel.models.build import parameter_count, set_memory_format
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.spec import PeerSpec
@@ -112,6 +111,7 @@ def timed(
     optim: OptimConfig,
     precision: str,
     images: ImageFormat,
+    processes: int = 1,
 ) -> dict[str, float]:
     """Return the seconds of one image's share of a step of each peer, measured on this machine.
 
@@ -123,6 +123,7 @@ def timed(
         optim: the optimizer.
         precision: mixed precision: ``no``, ``bf16`` or ``fp16``.
         images: what the networks are given, and where they are trained.
+        processes: that share a batch.
     """
     path = cache_dir() / "costs.json"
     try:
@@ -133,7 +134,7 @@ def timed(
     for spec in specs:
         device = images.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        rows = _timed_rows(device, optim)
+        rows = _timed_rows(device, optim, processes)
         where = (name, torch.get_num_threads(), images, precision, torch.__version__, rows)
         key = repr((spec.arch, spec.arguments, *where))
         if key not in known:
@@ -144,12 +145,12 @@ def timed(
     return found
 
 
-def _timed_rows(device: torch.device, optim: OptimConfig) -> int:
+def _timed_rows(device: torch.device, optim: OptimConfig, processes: int) -> int:
     """Return how many images are timed: on a CPU each costs the same, and few are faster."""
     if device.type == "cpu":
         return _TIMED_ROWS_ON_A_CPU
     # A GPU computes a few images in the time of many: those that a process has under replicate.
-    return max(1, optim.smallest_micro_batch // launched_processes())
+    return max(1, optim.smallest_micro_batch // processes)
 
 
 def _measure(

@@ -13,7 +13,7 @@ from dml_accel.core.config import ComputeConfig, NumericsConfig, OptimConfig
 from dml_accel.core.errors import UsageError
 
 _SAME_SIGNAL_SECONDS = 0.5
-# The first whose fused SGD on Apple GPUs obeys ``found_inf``.
+# Older fused SGD on Apple GPUs may ignore or refuse ``found_inf``, by its source; not run there.
 _APPLE_TORCH = (2, 15)
 _PLUGINS = {
     "ACCELERATE_USE_FSDP": "FSDP",

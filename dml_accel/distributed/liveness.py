@@ -30,7 +30,8 @@ LOOK_SECONDS = 2.0
 # it is alive. After 20 seconds it counts as lost. More would be too late: a launcher that has seen
 # a process die kills the others after 30.
 LOOKS = 10
-_LOOKS_FOR_MAIN_THREAD = 2  # to end by itself, once another process has announced a loss
+_LOOKS_FOR_MAIN_THREAD = 3  # to stand still, once another process has announced a loss
+_LOOKS_WITHOUT_STORE = 60
 _SECONDS_TO_ANSWER = 10.0  # a request to a store behind a broken link never returns
 _ENDED = b"ended"
 _LOST = "lost"
@@ -45,6 +46,9 @@ class Silence:
 
     Args:
         looks: in a row without a change, after which a process is lost.
+
+    Attributes:
+        still: looks in a row that found our main thread where it was.
     """
 
     def __init__(self, looks: int) -> None:
@@ -52,7 +56,7 @@ class Silence:
         self._silent: dict[int, int] = {}
         self._beats: dict[int, bytes] = {}
         self._position: object = None
-        self._still = 0
+        self.still = 0
 
     def lost(self, beats: Mapping[int, bytes], position: object) -> list[int]:
         """Take a look; return the ranks that are lost.
@@ -63,13 +67,13 @@ class Silence:
             beats: the newest heartbeat of each rank that is watched.
             position: where our main thread is; equal if it has not moved.
         """
-        self._still = self._still + 1 if position == self._position else 0
+        self.still = self.still + 1 if position == self._position else 0
         self._position = position
         for rank, beat in beats.items():
             silent = beat == self._beats.get(rank) and beat != _ENDED
             self._silent[rank] = self._silent.get(rank, 0) + 1 if silent else 0
         self._beats = dict(beats)
-        if self._still < self._looks:
+        if self.still < self._looks:
             return []
         return [rank for rank in beats if self._silent[rank] >= self._looks]
 
@@ -111,18 +115,32 @@ class Liveness:
         try:
             yield
         finally:
-            self._main, self._record = before
+            with self._deciding:  # who decides right now, decides about this context
+                self._main, self._record = before
+
+    @contextlib.contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Within the context, the main thread does what others do not wait for."""
+        with self._deciding:
+            before, self._main = self._main, None
+        try:
+            yield
+        finally:
+            self._main = before
 
     def why_it_failed(self, reason: str) -> ProcessLostError | None:
         """Return who is lost, after a collective has failed; None if all processes are there.
 
-        From here on the main thread ends this process.
-
         Args:
             reason: of the failure.
+
+        If somebody is lost, the main thread ends this process from here on, and no other does.
         """
         self._deciding.acquire()
-        return self._verdict(reason, ended=True)
+        found = self._verdict(reason, ended=True)
+        if found is None:
+            self._deciding.release()
+        return found
 
     def close(self) -> None:
         """End the threads: a process must not exit while they use the store."""
@@ -133,10 +151,10 @@ class Liveness:
     # ------------------------------------------------------------ the threads
 
     def _beat(self) -> None:
-        """Send heartbeats and receive those of others, until the store is gone."""
+        """Send heartbeats and receive those of others."""
         count, looked = 0, time.monotonic()
-        with contextlib.suppress(RuntimeError):
-            while not self._closing.wait(BEAT_SECONDS):
+        while not self._closing.wait(BEAT_SECONDS):
+            with contextlib.suppress(RuntimeError):  # the next request may succeed again
                 count += 1
                 self._store.set(_key(self._rank), str(count))
                 # A little sooner than the judge, who shall find something new at every look.
@@ -144,23 +162,28 @@ class Liveness:
                     looked = time.monotonic()
                     self._announced = self._store.check([_LOST])
                     self._seen = self._read(self._watched)
+        with contextlib.suppress(RuntimeError):
             self._store.set(_key(self._rank), _ENDED.decode())
 
     def _judge(self) -> None:
         """Judge what was received; in a thread of its own, because the store may not answer."""
-        silence, waited, last = Silence(LOOKS), 0, None
+        silence, last, unanswered = Silence(LOOKS), None, 0
         while not self._closing.wait(LOOK_SECONDS):
             if self._main is None:
-                silence, waited = Silence(LOOKS), 0
+                silence = Silence(LOOKS)
                 continue
             seen = self._seen
-            if self._rank == 0 and seen is last:
-                continue  # the store did not answer, which says nothing about the others
+            # A store that does not answer says little about the others: its launcher may have been
+            # suspended. But it may also be gone, with the machine of rank 0.
+            unanswered = unanswered + 1 if seen is last else 0
+            if unanswered and (self._rank == 0 or unanswered < _LOOKS_WITHOUT_STORE):
+                continue
             last = seen
-            waited = waited + 1 if self._announced else 0
             lost = silence.lost(seen, _position(self._main))
-            if (lost or waited > _LOOKS_FOR_MAIN_THREAD) and self._deciding.acquire(blocking=False):
-                self._end()
+            waits = self._announced and silence.still >= _LOOKS_FOR_MAIN_THREAD
+            if (lost or waits) and self._deciding.acquire(blocking=False):
+                if self._main is not None:  # it has not left the context meanwhile
+                    self._end()
                 self._deciding.release()
 
     def _end(self) -> None:
@@ -174,8 +197,9 @@ class Liveness:
                 # Past sys.stderr, whose lock the main thread may hold; below a progress bar.
                 start = "\n" if os.isatty(2) else ""
                 os.write(2, f"{start}error: {error}\n".encode())
-            if self._record:
-                self._record(error)
+            record = self._record
+            if record:
+                record(error)
         finally:
             os._exit(error.exit_code)  # the main thread cannot raise: it may wait in the device
 
@@ -262,7 +286,10 @@ def _text(who: str, reason: str) -> str:
 
 
 def _position(thread: int) -> list[tuple[int, int]]:
-    """Return where a thread is: the instruction of each of its frames."""
+    """Return where a thread is: the instruction of each of its frames.
+
+    A loop may be found at the same instruction again, so equal positions do not prove a wait.
+    """
     frame, found = sys._current_frames().get(thread), []
     while frame:
         found.append((id(frame), frame.f_lasti))

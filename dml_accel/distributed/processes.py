@@ -189,11 +189,16 @@ class Processes:
                 if not _is_communication(error):
                     raise
                 # The launcher is about to stop the remaining processes: first say who is missing.
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 lost = self._liveness.why_it_failed(first_line(error))
                 if lost is None:
+                    signal.signal(signal.SIGTERM, before)
                     raise
                 raise lost from error
+
+    def looking_away(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context, this process does what others do not wait for."""
+        return self._liveness.looking_away() if self._liveness else contextlib.nullcontext()
 
     # ------------------------------------------------------------ the end
 

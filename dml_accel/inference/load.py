@@ -18,6 +18,7 @@ from torch import Tensor
 from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import PixelSet
 from dml_accel.data.decode import Split
+from dml_accel.distributed.processes import set_arithmetic
 from dml_accel.models.peer_folder import WEIGHTS, PeerFolder, find_peers, load_network, read_peer
 from dml_accel.models.timm_config import FILE
 from dml_accel.training.run_folder import SavedRun
@@ -165,6 +166,7 @@ class Networks:
     def __init__(self, peers: TrainedPeers, device: torch.device) -> None:
         self.names = list(peers.folders)
         self._device, self._folders = device, list(peers.folders.values())
+        set_arithmetic(device, tf32=bool(peers.config.get("tf32")))  # as in training
         self.modules = [load_network(folder).requires_grad_(False) for folder in self._folders]
         if device.type == "mps":  # MPS has no double precision
             self.modules = [module.float() for module in self.modules]

@@ -56,12 +56,14 @@ class Buffers:
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
         """Put back at the end of the context what the buffers were before it."""
-        groups = self._groups or self._current()
+        groups = self._current()
         for group in groups:
             group.after.take(group.tensors)
-        yield
-        for group in groups:
-            group.after.put(group.tensors)
+        try:
+            yield
+        finally:
+            for group in groups:
+                group.after.put(group.tensors)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:

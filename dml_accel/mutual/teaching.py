@@ -144,7 +144,7 @@ class Teaching:
         rows = self._rows.get(places)
         if rows is None or (rows.device, rows.dtype) != (like.device, like.dtype):
             # Copied once, so that no step waits for a copy to the device.
-            rows = self._rows[places] = links[list(places)].to(like, non_blocking=True)
+            rows = self._rows[places] = links[list(places)].to(like, non_blocking=like.is_cuda)
         return rows
 
     # ------------------------------------------------------------ losses

@@ -101,7 +101,8 @@ def _records(
             )
             for record in fit(cohort, images, config.run):
                 if not isinstance(record, CheckpointRecord):
-                    yield record
+                    with processes.looking_away():  # the caller may keep it as long as they like
+                        yield record
             processes.free_networks()
             processes.close()
     finally:

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,6 +244,7 @@ class RunFolder(LockedFolder):
         self._metrics: TextIO | None = None
         self._started = False
         self._follower: Follower | None = None
+        self._writing_status = threading.Lock()
         super().__init__(path, label)
 
     def _refuse_content(self) -> None:
@@ -319,7 +321,8 @@ class RunFolder(LockedFolder):
 
     def status(self, state: str, reason: str | None = None) -> None:
         """Write status.json: running, stopped, done or failed, why, and the steps taken."""
-        self.write("status.json", {"status": state, "reason": reason, "step": self.step})
+        with self._writing_status:
+            self.write("status.json", {"status": state, "reason": reason, "step": self.step})
 
     def fail(self, error: BaseException) -> None:
         """Write that the run has failed, and why; any thread may."""

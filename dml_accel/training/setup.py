@@ -276,7 +276,8 @@ def choose_ranks(
     if processes.rank == 0:
         costs = checked.costs
         if config.compute.measure:
-            costs = _with_times(costs, checked.specs, modules, config, processes.device)
+            size = processes.world_size
+            costs = _with_times(costs, checked.specs, modules, config, processes.device, size)
         classes = len(checked.source.classes)
         ranks, why = _choose(config, costs, processes.world_size, classes, this_machine())
         print(f"placement: {why}", file=sys.stderr, flush=True)
@@ -292,9 +293,10 @@ def _with_times(
     modules: Modules,
     config: Config,
     device: torch.device,
+    world_size: int,
 ) -> dict[str, Cost]:
     precision, images = launched_precision(config.numerics), image_format(config, device)
-    seconds = timed(specs, modules, config.optim, precision, images)
+    seconds = timed(specs, modules, config.optim, precision, images, world_size)
     return {name: dataclasses.replace(cost, seconds=seconds[name]) for name, cost in costs.items()}
 
 
@@ -314,7 +316,7 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
         device = torch.device("cpu")
         if not config.compute.cpu and torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator() or device
-        costs = _with_times(costs, specs, modules, config, device)
+        costs = _with_times(costs, specs, modules, config, device, world_size)
     _, why = _choose(config, costs, world_size, classes, machine)
     load, compute = StepLoad.of(config, classes), config.compute
     both = predict_both(costs, world_size, load, machine)

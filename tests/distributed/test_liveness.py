@@ -1,5 +1,6 @@
 """Who counts as lost: a process that was silent for long while we wait, and nobody else."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -69,7 +70,7 @@ def store() -> Iterator[Any]:
 @pytest.fixture
 def group(store: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The connection of a process group to the store, wrapped as torch wraps it."""
-    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.05)  # faster than in a run
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.1)  # faster than in a run
     client = TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
     wrapped = PrefixStore("default_pg", PrefixStore("attempt", client))
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: wrapped)
@@ -107,3 +108,62 @@ def test_heartbeats_go_on_while_the_main_thread_waits_for_the_store(
     finally:
         store.set("attempt/default_pg/later", "now")
         waits.join()
+
+
+# ---------------------------------------------------------------- when the process is ended
+
+
+@pytest.fixture
+def exits(group: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The exit codes with which the process would have been ended, within three short looks."""
+    found: list[int] = []
+    monkeypatch.setattr(liveness, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(liveness, "LOOKS", 3)
+    monkeypatch.setattr(liveness.os, "_exit", found.append)
+    return found
+
+
+@pytest.mark.parametrize("place", ["waits", "looks away", "has left"])
+def test_the_process_is_ended_only_while_its_main_thread_waits(
+    exits: list[int], place: str
+) -> None:
+    said: list[ProcessLostError] = []
+    alone = Liveness(0, 2, connect(timedelta(seconds=20)))  # rank 1 never appears
+    with contextlib.ExitStack() as stack:
+        if place != "has left":
+            stack.enter_context(alone.watching(said.append))
+        if place == "looks away":
+            stack.enter_context(alone.looking_away())
+        threading.Event().wait(3)
+    alone.close()
+    assert bool(exits) == (place == "waits")
+    assert set(exits) <= {1} and all("rank 1 stopped" in str(error) for error in said)
+    assert len(said) == len(exits)
+
+
+def test_an_announced_loss_ends_a_process_once_its_main_thread_stands_still(
+    exits: list[int], pair: list[Liveness], store: Any
+) -> None:
+    store.set("alive-0/lost", "1 rank 7 stopped responding")
+    with pair[0].watching(None):
+        # Another instruction at each look: it works, and waits for nobody.
+        exec("import time\n" + 20 * "time.sleep(0.1)\n", {})
+        assert not exits
+        threading.Event().wait(2)
+        assert exits
+
+
+@pytest.mark.parametrize("looks", [3, 10**6])
+def test_a_store_that_does_not_answer_counts_only_after_longer(
+    exits: list[int], monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    def refuse(self: Liveness, ranks: object) -> None:
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(liveness, "_LOOKS_WITHOUT_STORE", looks)
+    monkeypatch.setattr(Liveness, "_read", refuse)
+    alone = Liveness(1, 2, connect(timedelta(seconds=20)))
+    with alone.watching(None):
+        threading.Event().wait(3)
+    alone.close()
+    assert bool(exits) == (looks == 3)

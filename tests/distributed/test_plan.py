@@ -229,11 +229,10 @@ def test_times_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     [("cpu", 1, 16), ("cuda", 1, 32), ("cuda", 4, 8), ("mps", 1, 32)],
 )
 def test_a_gpu_is_timed_with_the_images_of_a_process(
-    monkeypatch: pytest.MonkeyPatch, device: str, processes: int, rows: int
+    device: str, processes: int, rows: int
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
     optim = tiny_config(batch_size=64, grad_accum=2).optim
-    assert _timed_rows(torch.device(device), optim) == rows
+    assert _timed_rows(torch.device(device), optim, processes) == rows
 
 
 # ---------------------------------------------------------------- the command

@@ -18,8 +18,9 @@ from dml_accel.core.errors import UsageError
 from dml_accel.inference import onnx
 from dml_accel.inference.export import select_peers
 from dml_accel.inference.load import Networks, read_trained_peers
-from tests.helpers import load, needs_onnx_exporter
+from tests.helpers import load
 from tests.inference.conftest import CPU, PEERS, logits_of
+from tests.marks import needs_onnx_exporter
 
 Captured = pytest.CaptureFixture[str]
 

@@ -1,5 +1,6 @@
 """Trained peers are read, or refused with the reason."""
 
+import dataclasses
 import fcntl
 import json
 import shutil
@@ -9,9 +10,10 @@ import pytest
 
 from dml_accel import cli
 from dml_accel.core.errors import UsageError
-from dml_accel.inference.load import read_trained_peers
+from dml_accel.inference import load as inference_load
+from dml_accel.inference.load import Networks, read_trained_peers
 from tests.helpers import load
-from tests.inference.conftest import PEERS
+from tests.inference.conftest import CPU, PEERS
 
 Captured = pytest.CaptureFixture[str]
 
@@ -90,3 +92,14 @@ def test_help_shows_examples(command: str, capsys: Captured) -> None:
         cli.main([command, "--help"])
     assert done.value.code == 0
     assert f"dml-accel {command} runs/pair" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_networks_compute_with_the_arithmetic_of_their_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tf32: bool
+) -> None:
+    found = []
+    monkeypatch.setattr(inference_load, "set_arithmetic", lambda device, tf32: found.append(tf32))
+    peers = read_trained_peers(run)
+    Networks(dataclasses.replace(peers, config={**peers.config, "tf32": tf32}), CPU)
+    assert found == [tf32]
