@@ -7,8 +7,8 @@ import os
 # Numbers of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD = 64 * 2**20  # bytes
-# A thousand looks, some ten microseconds; benchmarks/machine.md has what they cost on a quiet machine
-# and save on a busy one.
+# A thousand looks, some ten microseconds: benchmarks/machine.md has what they cost on a quiet
+# machine and save on a busy one.
 SPINS = "1000"
 
 
