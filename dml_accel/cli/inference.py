@@ -13,11 +13,12 @@ from dml_accel.core.tables import printable
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.data import sources
 from dml_accel.data.decode import Split
+from dml_accel.distributed.device import choose_device
 from dml_accel.inference import evaluate as evaluation
 from dml_accel.inference import onnx
 from dml_accel.inference import predict as prediction
 from dml_accel.inference.export import check_target, export, select_peers
-from dml_accel.inference.load import Networks, TrainedPeers, choose_device, read_trained_peers
+from dml_accel.inference.load import Networks, TrainedPeers, read_trained_peers
 
 
 def run(command: str, values: dict[str, Any]) -> int:

@@ -29,6 +29,13 @@ def _version(name: str) -> str | None:
         return None
 
 
+def torch_release() -> tuple[int, ...]:
+    """Return the first two numbers of torch's version: (2, 15)."""
+    import torch
+
+    return tuple(map(int, torch.__version__.split(".")[:2]))
+
+
 def require_packages(purpose: str, *packages: str) -> None:
     """Refuse to continue without packages that only some commands need.
 

@@ -11,11 +11,16 @@ from dml_accel.distributed.launch import launched_processes, runs_on_cpu
 _SECONDS_TO_ANSWER = 20
 
 
+def choose_device(cpu: bool) -> torch.device:
+    """Return this machine's accelerator; the CPU if it has none, or if ``cpu`` asks for it."""
+    if cpu or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def own_device(compute: ComputeConfig) -> torch.device:
     """Return the device that this process trains on; it can be asked before a group exists."""
-    if runs_on_cpu(compute):
-        return torch.device("cpu")
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = choose_device(runs_on_cpu(compute))
     if device.type != "cuda":
         return device
     # As Accelerate counts: a process that sees a single GPU calls it 0, whatever its local rank.

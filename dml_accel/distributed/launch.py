@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from dml_accel.core.config import ComputeConfig, NumericsConfig, OptimConfig
 from dml_accel.core.errors import UsageError
+from dml_accel.core.versions import torch_release
 
 _SAME_SIGNAL_SECONDS = 0.5
 # Older fused SGD on Apple GPUs may ignore or refuse ``found_inf``, by its source; not run there.
@@ -167,8 +168,7 @@ def _check_apple_gpu(on_cpu: bool) -> None:
     device = None if on_cpu else torch.accelerator.current_accelerator()
     if device is None or device.type != "mps":
         return
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if version < _APPLE_TORCH:
+    if torch_release() < _APPLE_TORCH:
         raise UsageError(
             f"on Apple GPUs the optimizer of torch {torch.__version__} cannot skip a step whose "
             "loss is not finite; use torch 2.15 or newer, or add --cpu"

@@ -140,13 +140,6 @@ def _refuse_different(path: Path, folders: Mapping[str, PeerFolder]) -> None:
                 )
 
 
-def choose_device(cpu: bool) -> torch.device:
-    """Return this machine's accelerator; the CPU if it has none, or if ``cpu`` asks for it."""
-    if cpu or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 class Networks:
     """The networks of trained peers on a device, in evaluation mode.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dml_accel.core.errors import UsageError
 from dml_accel.core.rng import generator
+from dml_accel.core.versions import torch_release
 
 FILE = "model.onnx"
 INPUT, LOGITS, LOG_MEAN = "input", "logits", "log_mean_posterior"
@@ -21,7 +22,7 @@ LARGEST_DIFFERENCE = 1e-4  # relative to the largest value
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _MOST_BYTES = 2**31 - 2**24  # a single file of the format holds at most 2 GiB
 # With torch 2.6 no network of a batch of any size can be written; what is between was not tried.
-_EXPORTER_IS_TESTED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+_EXPORTER_IS_TESTED = torch_release() >= (2, 11)
 _BATCH_SIZES = (1, 2, 5)  # compared with torch; the graph is traced with 2
 
 

@@ -27,6 +27,7 @@ from dml_accel.data.sources import Source
 from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.compile import Trial
 from dml_accel.distributed.costs import Cost, count, timed
+from dml_accel.distributed.device import choose_device
 from dml_accel.distributed.launch import launched_precision, launched_processes
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import (
@@ -313,9 +314,7 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
     modules = build_networks(config, specs, classes)
     costs = _count_all(config, modules)
     if config.compute.measure:
-        device = torch.device("cpu")
-        if not config.compute.cpu and torch.accelerator.is_available():
-            device = torch.accelerator.current_accelerator() or device
+        device = choose_device(config.compute.cpu)
         costs = _with_times(costs, specs, modules, config, device, world_size)
     _, why = _choose(config, costs, world_size, classes, machine)
     load, compute = StepLoad.of(config, classes), config.compute

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dml_accel.core.config import Config
+from dml_accel.core.versions import torch_release
 from dml_accel.training import checkpoint, loop
 from dml_accel.training.learn import _on_host
 from tests.fake_cuda import CUDA, FakeTraining, backward, fake_cuda, fake_tensors
 
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+TORCH = torch_release()
 pytestmark = pytest.mark.skipif(
     TORCH < (2, 15),
     reason="fake CUDA tensors with gradients ask the driver for a stream in torch 2.6, not in 2.15",
