@@ -15,10 +15,14 @@ _TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 
 
 def public_name(dataset: str) -> str:
-    """Return the name of a data set without its local path, which is private."""
+    """Return the name of a data set as a card shows it, without its local path, which is private.
+
+    Bytes of a folder's name that are not UTF-8 become question marks.
+    """
     folder = Path(dataset).expanduser()
     # Links are not resolved: the link's own name is the one that its owner chose.
-    return Path(os.path.abspath(folder)).name if folder.is_dir() else dataset
+    name = Path(os.path.abspath(folder)).name if folder.is_dir() else dataset
+    return name.encode(errors="replace").decode()
 
 
 def peer_card(

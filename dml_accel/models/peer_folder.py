@@ -50,6 +50,8 @@ class PeerFolder:
         image_size: pixels per side of its inputs.
         normalisation: of its inputs.
         sha256: of model.safetensors.
+        grey_bits: how many of the 16 bits of a 16-bit grey image hold its levels; None if the
+            network saw no such images.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class PeerFolder:
     image_size: int
     normalisation: Normalisation
     sha256: str
+    grey_bits: int | None = None
 
 
 # ---------------------------------------------------------------- reading
@@ -107,6 +110,7 @@ def read_peer(path: Path) -> PeerFolder:
             image_size=int(size[1]),
             normalisation=Normalisation(_three(cfg["mean"]), _three(cfg["std"])),
             sha256=sha256,
+            grey_bits=config.grey_bits,
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UsageError(f"{file} does not describe a network as timm does: {error!r}") from error
@@ -212,6 +216,7 @@ def write_peer(
     steps: int,
     teachers: list[str],
     distilled: bool = False,
+    grey_bits: int | None = None,
 ) -> None:
     """Write the three files of a trained peer.
 
@@ -227,6 +232,8 @@ def write_peer(
         steps: optimizer steps taken.
         teachers: whom it learned from; empty if it learned alone.
         distilled: whether none of the teachers was updated.
+        grey_bits: how many of the 16 bits of a 16-bit grey image hold its levels; None if the
+            network saw no such images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned, because the format refuses tensors that share memory (tied weights).
@@ -240,6 +247,7 @@ def write_peer(
         classes=classes,
         normalisation=normalisation,
         image_size=image_size,
+        grey_bits=grey_bits,
     )
     card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled)
     card.save(folder / CARD)

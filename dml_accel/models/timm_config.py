@@ -3,6 +3,7 @@
 Files are untrusted: their size is limited, and every value that is used is checked.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from dml_accel.data.batches import Normalisation
 from dml_accel.models.spec import PeerSpec
 
 FILE = "config.json"
+# Entries that timm does not know and leaves alone.
+OURS, GREY_BITS = "dml_accel", "grey_bits"
+_DEPTHS = range(9, 17)  # bits: an image of fewer has 8-bit levels
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class TimmConfig:
         classes: how many classes it has; 0 if the file does not say.
         arguments: what timm builds the network with.
         content: the whole file.
+        grey_bits: see ``write_timm_config``.
     """
 
     path: Path
@@ -34,6 +39,7 @@ class TimmConfig:
     classes: int
     arguments: dict[str, Any]
     content: dict[str, Any]
+    grey_bits: int | None
 
 
 def read_timm_config(path: Path) -> TimmConfig:
@@ -49,7 +55,20 @@ def read_timm_config(path: Path) -> TimmConfig:
         raise UsageError(f"{path} does not describe a network as timm does")
     if classes < 0:
         raise UsageError(f"{path} has num_classes {classes}; it must be above 0")
-    return TimmConfig(path, arch, classes, dict(arguments), content)
+    return TimmConfig(path, arch, classes, dict(arguments), content, _grey_bits(path, content))
+
+
+def _grey_bits(path: Path, content: Mapping[str, Any]) -> int | None:
+    ours = content.get(OURS, {})
+    found = ours.get(GREY_BITS) if isinstance(ours, dict) else ours
+    if found is None:
+        return None
+    if type(found) is not int or found not in _DEPTHS:
+        raise UsageError(
+            f"{path}: {OURS}.{GREY_BITS} is {found!r}; it must be an integer from {_DEPTHS[0]} to "
+            f"{_DEPTHS[-1]}"
+        )
+    return found
 
 
 def write_timm_config(
@@ -60,6 +79,7 @@ def write_timm_config(
     classes: tuple[str, ...],
     normalisation: Normalisation,
     image_size: int,
+    grey_bits: int | None = None,
 ) -> None:
     """Write how to build a network and how to prepare its input.
 
@@ -70,10 +90,12 @@ def write_timm_config(
         classes: class names, in label order.
         normalisation: of its inputs.
         image_size: pixels per side of its inputs.
+        grey_bits: how many of the 16 bits of a 16-bit grey image hold its levels; None if the
+            network saw no such images.
     """
     known: Any = module.pretrained_cfg
     heads = {name: known[name] for name in ("first_conv", "classifier") if known.get(name)}
-    content = {
+    content: dict[str, Any] = {
         "architecture": spec.arch,
         "num_classes": len(classes),
         "num_features": getattr(module, "num_features", None),
@@ -92,4 +114,6 @@ def write_timm_config(
             **heads,
         },
     }
+    if grey_bits is not None:
+        content[OURS] = {GREY_BITS: grey_bits}
     write_json(path, content)
