@@ -1,8 +1,15 @@
-"""What a run asks of the C and OpenMP libraries of its machine; results do not depend on it."""
+"""The surroundings of a process: folders for caches, and its C and OpenMP libraries.
+
+Results do not depend on any of it.
+"""
 
 import contextlib
 import ctypes
 import os
+from pathlib import Path
+
+from dml_accel.core.errors import UsageError
+from dml_accel.core.files import can_be_made
 
 # Numbers of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -10,6 +17,60 @@ _TOP_PAD = 64 * 2**20  # bytes
 # A thousand looks, some ten microseconds: benchmarks/machine.md has what they cost on a quiet
 # machine and save on a busy one.
 SPINS = "1000"
+_HUB_CACHES = ("HF_HUB_CACHE", "HF_DATASETS_CACHE")
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home directory in place of ``~``.
+
+    Raises:
+        UsageError: that home directory cannot be found.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path}: there is no such home directory; write the path out") from error
+
+
+def cache_dir() -> Path | None:
+    """Return the folder of decoded images: ``$DML_CACHE``, else ``~/.cache/dml_accel``.
+
+    An empty ``DML_CACHE`` is as good as none. Without a home directory there is no such folder:
+    None, never one that is called ``~``.
+    """
+    try:
+        return expanded(os.environ.get("DML_CACHE") or "~/.cache/dml_accel")
+    except UsageError:
+        return None
+
+
+def forget_empty_variables() -> None:
+    """Unset what is set to nothing; call it before the hub's libraries are imported.
+
+    They would take an empty name for the current folder.
+    """
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", *_HUB_CACHES):
+        if os.environ.get(name) == "":
+            del os.environ[name]
+
+
+def require_hub_cache() -> None:
+    """Make sure that the hub's libraries have a folder to keep files in.
+
+    Raises:
+        UsageError: they would make a folder that is called ``~``, or cannot make theirs.
+    """
+    if all(os.environ.get(name) for name in _HUB_CACHES):
+        return
+    remedy = "set HF_HOME to a folder for them, and DML_CACHE to one for decoded images"
+    try:
+        folder = expanded(
+            os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        )
+    except UsageError as error:
+        raise UsageError(f"there is no home directory for files from the hub: {remedy}") from error
+    if not folder.exists() and not can_be_made(folder):
+        raise UsageError(f"files from the hub cannot be kept in {folder}: {remedy}")
 
 
 def keep_memory() -> bool:

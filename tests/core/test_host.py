@@ -1,12 +1,15 @@
 """What a run asks of the C and OpenMP libraries."""
 
 import os
+import pwd
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from dml_accel.core import host
+from dml_accel.core.errors import UsageError
 from tests.helpers import run_program
 
 needs_glibc = pytest.mark.skipif(not host._is_glibc(), reason="the C library is not glibc")
@@ -15,6 +18,7 @@ needs_glibc = pytest.mark.skipif(not host._is_glibc(), reason="the C library is 
 BLOCK = """
 import ctypes, re
 from dml_accel.core import host
+from dml_accel.core.errors import UsageError
 {setting}
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -62,3 +66,74 @@ def test_openmp_is_told_before_torch_loads_it(variables: dict[str, str], spins: 
     if found is None:
         pytest.skip("torch uses another OpenMP than GNU's")
     assert found[1] == spins if spins else found[1] != host.SPINS
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A process without HOME whose user has no entry in the password file."""
+
+    def getpwuid(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    for name in ("HOME", "DML_CACHE", "HF_HOME", "XDG_CACHE_HOME", *host._HUB_CACHES):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"DML_CACHE": "/here"}, "/here"),
+        ({"DML_CACHE": "~/here", "HOME": "/me"}, "/me/here"),
+        ({"DML_CACHE": "", "HOME": "/me"}, "/me/.cache/dml_accel"),
+        ({"HOME": "/me"}, "/me/.cache/dml_accel"),
+        ({}, None),
+        ({"DML_CACHE": ""}, None),
+        ({"DML_CACHE": "~/here"}, None),
+    ],
+)
+def test_the_folder_of_decoded_images(
+    homeless: pytest.MonkeyPatch, variables: dict[str, str], folder: str | None
+) -> None:
+    for name, value in variables.items():
+        homeless.setenv(name, value)
+    assert host.cache_dir() == (folder and Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("variables", "fault"),
+    [
+        ({}, "there is no home directory"),
+        ({"HF_HOME": "~/hf"}, "there is no home directory"),
+        ({"HOME": "/proc/none"}, "cannot be kept in /proc/none/.cache"),
+        ({"HF_HOME": "/proc/none"}, "cannot be kept in /proc/none"),
+        ({"HF_HUB_CACHE": "/a"}, "there is no home directory"),
+        ({"HF_HUB_CACHE": "/a", "HF_DATASETS_CACHE": "/b"}, None),
+        ({"HF_HOME": "/proc"}, None),  # what is there may be read, writable or not
+    ],
+)
+def test_files_from_the_hub_need_a_folder(
+    homeless: pytest.MonkeyPatch, variables: dict[str, str], fault: str | None
+) -> None:
+    # As a user that may not write everywhere would see it.
+    homeless.setattr(host, "can_be_made", lambda folder: not str(folder).startswith("/proc"))
+    for name, value in variables.items():
+        homeless.setenv(name, value)
+    if fault is None:
+        host.require_hub_cache()
+    else:
+        with pytest.raises(UsageError, match=f"{fault}.*HF_HOME.*DML_CACHE"):
+            host.require_hub_cache()
+
+
+def test_an_empty_variable_is_none(homeless: pytest.MonkeyPatch) -> None:
+    homeless.setenv("HF_HOME", "")
+    homeless.setenv("XDG_CACHE_HOME", "/cache")
+    host.forget_empty_variables()
+    assert ("HF_HOME" in os.environ, os.environ["XDG_CACHE_HOME"]) == (False, "/cache")
+
+
+def test_a_home_that_is_not_there_is_named(homeless: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="~/runs: there is no such home directory"):
+        host.expanded("~/runs")
