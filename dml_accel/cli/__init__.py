@@ -16,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after the program's name (default: this process's).
     """
+    from dml_accel.core.streams import open_missing
+
+    open_missing()  # before other imports open files
     from dml_accel.cli import commands
 
     return commands.main(arguments)

@@ -3,6 +3,7 @@
 Each command imports what it needs when it runs: torch takes seconds, and usage errors need none.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -14,13 +15,24 @@ from dml_accel.analysis.methods import PRESETS
 from dml_accel.cli.parser import parse
 from dml_accel.core.config import Config, require
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
-from dml_accel.core.host import wait_briefly
+from dml_accel.core.host import (
+    expanded,
+    forget_empty_variables,
+    ignoring_hangup,
+    wait_briefly,
+)
+from dml_accel.core.streams import drain, only_displayed, write_every_letter
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.distributed.launch import launched_processes, launched_rank
 
 # How long a process waits for rank 0 to print an error that all of them have.
 _SECONDS_FOR_RANK_0 = 20.0
 _INTERRUPTED = 130  # as shells report SIGINT
+# Their results are what they print; those of the other commands are in files.
+_PRINT_RESULTS = ("evaluate", "plan", "predict")
+_TRAIN = ("train", "compare")
+# Flags that name files or folders, beside --dataset, which may name one of the hub.
+_PATHS = {"folders", "frozen_peers", "links", "output_dir", "resume", "source", "to"}
 # What tables and figures over seeds need.
 _ANALYSIS = ("scipy", "matplotlib")
 
@@ -31,10 +43,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after the program's name (default: this process's).
     """
+    forget_empty_variables()
     wait_briefly()  # before anything imports torch
+    write_every_letter()
+    with only_displayed("stderr"):
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
-        values = parse(sys.argv[1:] if arguments is None else arguments)
-        return _COMMANDS[values.pop("subcommand")](values)
+        values = _parsed(arguments)
+        command = values.pop("subcommand")
+        with contextlib.ExitStack() as contexts:
+            if command not in _PRINT_RESULTS:
+                contexts.enter_context(only_displayed("stdout"))
+            # A launcher ends with its terminal, and asks its processes to stop.
+            if command in _TRAIN and launched_processes() == 1:
+                contexts.enter_context(ignoring_hangup())
+            code = _COMMANDS[command](values)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         _print_for_all(str(error))
         return error.exit_code
@@ -46,22 +74,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, DivergedError) and launched_rank():
             time.sleep(_SECONDS_FOR_RANK_0)  # all processes have this error; rank 0 prints it
         return _leave(error.exit_code)
-    except BrokenPipeError:  # whoever reads our output has stopped, so nothing is left to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _leave(1)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, BrokenPipeError):  # whoever reads our output has stopped
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return _leave(1)
     except KeyboardInterrupt:
         if launched_rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
         return _leave(_INTERRUPTED)
+    finally:
+        drain(sys.stdout)
+
+
+def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the values of all flags that are given; a shell leaves ``--to=~/x`` to us."""
+    values = parse(arguments)
+    for name in _PATHS & values.keys():
+        if isinstance(values[name], str):
+            values[name] = _without_tilde(values[name])
+        elif values[name]:
+            values[name] = [_without_tilde(path) for path in values[name]]
+    return values
+
+
+def _without_tilde(path: str) -> str:
+    return str(expanded(path)) if path.startswith("~") else path
 
 
 def _leave(code: int) -> int:
     """End this process if others may be gone: an orderly exit would wait for them."""
     if launched_processes() > 1:
-        sys.stdout.flush()
+        drain(sys.stdout)
         os._exit(code)
     return code
 
@@ -148,7 +191,7 @@ def _plan(values: dict[str, Any]) -> int:
 
 def _report(values: dict[str, Any]) -> int:
     require(values["analyse"] >= 0, "analyse", values["analyse"], "at least 0")
-    folders = [Path(folder).expanduser() for folder in values["folders"]]
+    folders = [Path(folder) for folder in values["folders"]]
     path = Path(values["to"] or folders[0] / "report.html")
     for folder in folders:
         if not folder.is_dir():
@@ -171,7 +214,7 @@ def _use(command: str) -> Callable[[dict[str, Any]], int]:
     def run(values: dict[str, Any]) -> int:
         if launched_processes() > 1:
             raise UsageError(f"{command} runs in a single process; start it without a launcher")
-        path = Path(values["source"]).expanduser()
+        path = Path(values["source"])
         if not path.is_dir():
             raise UsageError(f"{path} is not a folder; name a run, or peers/<name> of one")
         from dml_accel.cli import inference

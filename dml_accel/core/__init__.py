@@ -7,6 +7,7 @@ In reading order:
     config    the configuration: cohort, seed and six sections; every field is one flag
     files     write files whole or not at all; read untrusted files up to a limit
     locks     locks on files, and file systems that have none
+    streams   standard streams that are closed, gone or full, or lack letters
     host      the surroundings of a process: folders for caches, C and OpenMP libraries
     rng       draws that depend on their key only; stratified choice
     tables    tables of results for terminals, Markdown and HTML

@@ -6,6 +6,9 @@ Results do not depend on any of it.
 import contextlib
 import ctypes
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from dml_accel.core.errors import UsageError
@@ -71,6 +74,19 @@ def require_hub_cache() -> None:
         raise UsageError(f"there is no home directory for files from the hub: {remedy}") from error
     if not folder.exists() and not can_be_made(folder):
         raise UsageError(f"files from the hub cannot be kept in {folder}: {remedy}")
+
+
+@contextlib.contextmanager
+def ignoring_hangup() -> Iterator[None]:
+    """Within the context, closing the terminal does not end this process, as with ``nohup``."""
+    if threading.current_thread() is not threading.main_thread():  # only it can handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def keep_memory() -> bool:

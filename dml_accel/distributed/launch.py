@@ -25,7 +25,9 @@ _PLUGINS = {
 
 
 class Stop:
-    """A request to stop the run: SIGTERM, SIGINT or SIGUSR1.
+    """A request to stop the run: SIGTERM, SIGINT or SIGUSR1; of several processes also SIGHUP.
+
+    A launcher passes the SIGHUP of its terminal on and ends. A process alone ignores it.
 
     Within the context the first signal is recorded, and the run acts on it between two steps; a
     second signal ends the process at once.
@@ -35,6 +37,7 @@ class Stop:
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    _OF_LAUNCHERS = (signal.SIGHUP,)
 
     def __init__(self) -> None:
         self.signal = ""
@@ -48,7 +51,8 @@ class Stop:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only it can handle signals
-            self._handlers = {one: signal.signal(one, self._receive) for one in self._SIGNALS}
+            signals = self._SIGNALS + self._OF_LAUNCHERS * (launched_processes() > 1)
+            self._handlers = {one: signal.signal(one, self._receive) for one in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
