@@ -24,7 +24,7 @@ print(found.fileno(), file=found)
 found.flush()
 print("shown"), print("shown", file=sys.stderr), sys.stdin.isatty()
 os.write(2, b"from a library")
-os.system("echo from a child >&2")
+assert os.system("echo from a child; echo to number 2 >&2") == 0
 """
 
 
