@@ -9,7 +9,7 @@ import difflib
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from dml_accel.analysis.methods import DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
@@ -24,6 +24,11 @@ _ELSEWHERE = {
 }
 
 
+# Of two names, from 0 to 1 as ``difflib`` counts it: above this one is a slip of the other.
+_ALIKE = 0.82
+_MOST_HINTS = 3
+
+
 class _Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line."""
 
@@ -34,10 +39,15 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the values of all flags that are given, and the ``subcommand``.
 
+    Without any argument this prints the help and ends the process, as ``--help`` does.
+
     Raises:
         UsageError: an argument is unknown; the text names the nearest flag.
     """
     parser, commands = _parser()
+    if not arguments:
+        parser.print_help()
+        parser.exit()
     parsed, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         command, name = parsed.subcommand, unknown[0].split("=")[0]
@@ -48,12 +58,23 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(
                 f"{command}: unexpected argument {unknown[0]}; see --help, and what must be quoted"
             )
-        # Compared without dashes, or any two short flags would look alike.
-        flags = {flag.strip("-"): flag for flag in commands[command]._option_string_actions}
-        near = difflib.get_close_matches(name.strip("-"), flags, n=1, cutoff=0.5)
-        hint = f"did you mean {flags[near[0]]}?" if near else "see --help"
+        near = _near(name, commands[command]._option_string_actions)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"see {command} --help"
         raise UsageError(f"unknown argument {unknown[0]}: {hint}")
     return vars(parsed)
+
+
+def _near(name: str, flags: Iterable[str]) -> list[str]:
+    """Return the flag that a name misspells, or the few that it begins.
+
+    A flag that merely shares letters with it would mislead.
+    """
+    # Compared without dashes, or any two short flags would look alike.
+    bare = name.strip("-").replace("_", "-")
+    known = {flag.strip("-"): flag for flag in flags}
+    misspelt = difflib.get_close_matches(bare, known, n=1, cutoff=_ALIKE)
+    begun = [flag for flag in known if flag.startswith(bare)]
+    return [known[flag] for flag in misspelt or (begun if len(begun) <= _MOST_HINTS else ())]
 
 
 def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:

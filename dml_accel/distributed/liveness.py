@@ -196,7 +196,8 @@ class Liveness:
             if error.prints:
                 # Past sys.stderr, whose lock the main thread may hold; below a progress bar.
                 start = "\n" if os.isatty(2) else ""
-                os.write(2, f"{start}error: {error}\n".encode())
+                with contextlib.suppress(OSError):  # nobody may be there to read it
+                    os.write(2, f"{start}error: {error}\n".encode(errors="replace"))
             record = self._record
             if record:
                 record(error)

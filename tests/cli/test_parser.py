@@ -109,13 +109,12 @@ def flags_in(text: str) -> list[str]:
 
 # ---------------------------------------------------------------- at once
 
-HELP = [["--help"], *([command, "--help"] for command in COMMANDS)]
+HELP = [[], ["--help"], *([command, "--help"] for command in COMMANDS)]
 USAGE = {
-    "no command": ([], "the following arguments are required: COMMAND"),
     "an unknown command": (["trian"], "invalid choice: 'trian' (choose from"),
     "an unknown flag": (["train", "--epoch", "3"], "--epoch: did you mean --epochs?"),
     "a flag with a value": (["train", "--epoch=3"], "--epoch=3: did you mean --epochs?"),
-    "a flag like no other": (["train", "--qqq"], "unknown argument --qqq: see --help"),
+    "a flag like no other": (["train", "--qqq"], "unknown argument --qqq: see train --help"),
     "a word that is not quoted": (["train", "resnet8"], "train: unexpected argument resnet8"),
     "a bad number": (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     "a fraction": (["train", "--epochs", "1.5"], "argument --epochs: invalid int value: '1.5'"),
@@ -168,7 +167,7 @@ def run_light(words: list[str]) -> tuple[int, str, str]:
     return code, out, done.stderr
 
 
-@pytest.mark.parametrize("words", HELP, ids=" ".join)
+@pytest.mark.parametrize("words", HELP, ids=lambda words: " ".join(words) or "nothing")
 def test_help_is_printed_at_once(words: list[str]) -> None:
     code, out, err = run_light(words)
     assert (code, err) == (0, "")
@@ -182,6 +181,30 @@ def test_a_usage_error_is_one_line_at_once(case: str) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1
     assert said in err
+
+
+@pytest.mark.parametrize(
+    ("unknown", "hint"),
+    [
+        ("--batchsize", "did you mean --batch-size?"),
+        ("--batch_size", "did you mean --batch-size?"),
+        ("--weight-deacy", "did you mean --weight-decay?"),
+        ("--lr-steps", "did you mean --lr-step?"),
+        ("--batch", "did you mean --batch-size or --batch-norm?"),
+        ("--save", "did you mean --save-every?"),
+        ("--output", "did you mean --output-dir?"),
+        # Flags of other programs, which ours are not like.
+        ("--no-such-optimizer", "see train --help"),
+        ("--beta-smoothing", "see train --help"),
+        ("--workers", "see train --help"),
+        ("--devices", "see train --help"),
+        ("-x", "see train --help"),
+    ],
+)
+def test_a_hint_names_what_was_meant_or_nothing(unknown: str, hint: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(["train", unknown, "1"])
+    assert str(error.value) == f"unknown argument {unknown}: {hint}"
 
 
 def test_a_command_that_works_imports_torch() -> None:
