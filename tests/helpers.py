@@ -76,6 +76,12 @@ def load(path: Path) -> Any:
     return _strict(path.read_text())
 
 
+def status_of(folder: Path) -> dict[str, Any]:
+    """The entries of a run's status.json that do not change with the time and place."""
+    found = load(folder / "status.json")
+    return {name: found[name] for name in ("status", "reason", "step")}
+
+
 def events(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl."""
     return [_strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

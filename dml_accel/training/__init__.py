@@ -5,7 +5,8 @@ In reading order:
     loop        the loop over steps, and evaluation
     checkpoint  all state that a run carries: written, verified and read
     trackers    records for TensorBoard and other trackers
-    run_folder  the folder of a run: lock, records, status; how a saved one is read
+    status      status.json: written while a run runs, read when it may have been killed
+    run_folder  the folder of a run: lock and records; how a saved one is read
     progress    expected cost, throughput, the progress bar
     setup       validate a run, choose a placement, put its cohort together
     resume      what a run resumes from, and what is refused

@@ -1,8 +1,13 @@
 """What a run writes to its folder: description, records, results and peers."""
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dml_accel.core.errors import one_line
 from dml_accel.core.files import write_text
 from dml_accel.core.tables import percent, render, results_table
 from dml_accel.core.versions import commit, versions
@@ -45,6 +50,7 @@ class Recorder:
     def take(self, record: Record) -> None:
         """Write the next record of training."""
         if isinstance(record, StepRecord):
+            self._folder.has_taken(record.step)
             window = self._windows.add(record)
             self._display.step(window)
             if window is not None:
@@ -88,9 +94,12 @@ class Recorder:
         batches = config.method.schedule.batches_per_step(len(cohort.placement.names))
         throughput = self._windows.throughput(config.optim.batch_size * batches)
         content = results(self._ready, last, throughput, memory)
-        text = results_markdown(content, config.data.dataset, self._command)
-        write_text(self._folder.path / "results.md", text)
-        self._trackers.text("results", text, last.step)
+        try:
+            text = results_markdown(content, config.data.dataset, self._command)
+            write_text(self._folder.path / "results.md", text)
+            self._trackers.text("results", text, last.step)
+        except Exception as error:  # results must not be lost for a table of them
+            print(f"warning: results.md cannot be written: {one_line(error)}", file=sys.stderr)
         self._folder.write("results.json", content)  # last, because it marks the run as done
         return content
 
@@ -109,6 +118,8 @@ def run_description(ready: Prepared, command: str) -> dict[str, Any]:
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "teachers": checked.teachers,
         "classes": len(images.classes),
+        "class_names": list(images.classes),
+        "normalisation": dataclasses.asdict(images.normalisation),
         "images": {"train": len(images.train), "test": len(images.test)},
         "versions": versions() | device_versions(placement.device),
         "command": command,
@@ -130,6 +141,7 @@ def results(
         "device": str(placement.device),
         "mixed_precision": placement.processes.mixed_precision,
         "world_size": placement.processes.world_size,
+        "threads": torch.get_num_threads(),
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "peers": [
             {

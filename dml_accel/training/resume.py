@@ -25,10 +25,9 @@ from dml_accel.distributed.processes import Processes
 from dml_accel.mutual.peer import Peer
 from dml_accel.training import checkpoint
 from dml_accel.training.loop import Start
-from dml_accel.training.run_folder import SavedRun
+from dml_accel.training.run_folder import CHECKPOINTS, SavedRun
 from dml_accel.training.setup import Checked
 
-CHECKPOINTS = "checkpoints"
 # What a run adds to a checkpoint's state.json, with the type of each value.
 _STATE_TYPES = {
     "config": dict,

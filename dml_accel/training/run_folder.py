@@ -1,7 +1,7 @@
 """The folder of a run: its lock, its records and its status; and how a saved one is read.
 
     config.json      the configuration, versions and command
-    status.json      running, stopped, done or failed
+    status.json      running, stopped, done or failed, and the last sign of life; see status.py
     metrics.jsonl    one record per line
     results.json     the last evaluation, written last
     checkpoints/     see checkpoint.py
@@ -13,12 +13,11 @@ appear whole or not at all, except metrics.jsonl, which grows by flushed lines.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import socket
-import threading
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +25,91 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
 from dml_accel.core.config import Config
-from dml_accel.core.errors import StoppedError, UsageError
+from dml_accel.core.errors import StoppedError, UsageError, one_line
 from dml_accel.core.files import read_json, write_json, write_text
-from dml_accel.training.trackers import FOLDER
+from dml_accel.core.locks import Lock, lock
+from dml_accel.core.tables import printable
+from dml_accel.training import checkpoint
+from dml_accel.training.status import FILE as STATUS
+from dml_accel.training.status import (
+    LOCK,
+    RUNNING,
+    StatusFile,
+    is_alive,
+    is_beating,
+    read_status,
+    writer_of,
+)
+from dml_accel.training.trackers import FOLDER, LOGS
 
-_MARKS_OF_A_RUN = ("config.json", "status.json", "checkpoints")
-_FILES_OF_A_RUN = (*_MARKS_OF_A_RUN, "metrics.jsonl", "results.json", "peers", FOLDER)
+CHECKPOINTS = "checkpoints"
+_FILES_OF_A_RUN = (
+    *("config.json", STATUS, CHECKPOINTS, "metrics.jsonl", "results.json", "peers"),
+    FOLDER,
+)
+# What schedulers and shells put into a folder before a run starts there.
+_LOGS = (".out", ".err", ".log", ".txt", ".sh")
+
+
+def mark_of_a_run(path: Path) -> str:
+    """Return the file by which a folder shows that it holds a run, finished or not; empty if none.
+
+    A run writes one of these before anything else. Many other programs write a file or folder of
+    such a name.
+    """
+    for name, keys in (("config.json", {"config", "versions"}), (STATUS, {"status", "step"})):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            content = (path / name).read_bytes()
+            try:
+                found = json.loads(content)
+            except ValueError:  # what a power failure leaves
+                return name
+            if isinstance(found, dict) and keys <= found.keys():
+                return name
+    return CHECKPOINTS if checkpoint.named(path / CHECKPOINTS) else ""
+
+
+def refuse_foreign(path: Path, lacks: str) -> None:
+    """Refuse a folder that holds files, other than hidden ones, logs and our lock.
+
+    Args:
+        path: of the folder.
+        lacks: what it does not hold, for the message.
+
+    Raises:
+        UsageError: the text names some of the files.
+    """
+    if not path.is_dir():
+        return
+    found = sorted(entry.name for entry in path.iterdir() if not _is_harmless(entry))
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        names = printable(", ".join(found[:3]))
+        raise UsageError(
+            f"--output-dir {path} holds {names}{more} but {lacks}; name another folder"
+        )
+
+
+def _is_harmless(entry: Path) -> bool:
+    if entry.name.startswith(".") or entry.name in (LOCK, LOGS, "lost+found"):
+        return True
+    return entry.suffix in _LOGS and entry.is_file()
+
+
+def refuse_inside(path: Path, dataset: str | None) -> None:
+    """Refuse a folder within that of a data set, which the next command would read with it.
+
+    Raises:
+        UsageError: see above.
+    """
+    if dataset in (None, "digits"):  # they have no folder
+        return
+    folder = Path(dataset).expanduser()
+    if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"--output-dir {path} lies in the folder of the data set, {folder}, and would change "
+            "it: name a folder elsewhere"
+        )
 
 
 class LockedFolder:
@@ -40,13 +118,17 @@ class LockedFolder:
     Args:
         path: of the folder; None for a new ``runs/<time>-<label>``.
         label: see above.
+        dataset: what a new folder must not lie in, if it is a folder.
+        part: of a folder that is locked already.
 
     Raises:
         UsageError: the folder is in use, holds what must not be overwritten, or cannot be created.
     """
 
-    def __init__(self, path: str | Path | None, label: str) -> None:
-        self._given = path is not None
+    def __init__(
+        self, path: str | Path | None, label: str, dataset: str | None = None, part: bool = False
+    ) -> None:
+        self._given, self._dataset, self._part = path is not None, dataset, part
         self.path = Path(path or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}")
         try:
             self._refuse_early()
@@ -60,6 +142,8 @@ class LockedFolder:
         """Refuse what entering would refuse, as far as can be told without writing."""
         if self._given:
             self._refuse_content()
+        else:
+            refuse_inside(self.path, self._dataset)
         parent = self.path
         while not parent.exists() and parent != parent.parent:
             parent = parent.parent
@@ -89,21 +173,48 @@ class LockedFolder:
     def __enter__(self) -> Self:
         try:
             self._make()
-            self._lock = open(self.path / "run.lock", "a+")
         except OSError as error:
             raise self._cannot_be_made(error.strerror) from error
+        path = self.path / LOCK
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = open(path, "a+")
         except OSError as error:
+            raise UsageError(
+                f"{path} cannot be opened: {error.strerror}; it shows that a process uses the "
+                "folder: name another --output-dir"
+            ) from error
+        try:
+            self._take_lock()
+            self._refuse_early()  # another run may have used the folder since the first check
+        except UsageError:
+            self._lock.close()
+            raise
+        with contextlib.suppress(OSError):  # on a full disk the lock has no name
+            os.ftruncate(self._lock.fileno(), 0)
+            name = f"process {os.getpid()} on {socket.gethostname()}\n"
+            os.write(self._lock.fileno(), name.encode())
+        return self
+
+    def _take_lock(self) -> None:
+        became, words = lock(self._lock, wait=False)
+        if became is Lock.OURS:
+            return
+        if became is Lock.ANOTHERS:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise UsageError(f"--output-dir {self.path} is in use by {holder}") from error
-        self._refuse_early()  # another run may have used the folder since the first check
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
-        return self
+            raise UsageError(f"--output-dir {self.path} is in use by {holder}")
+        found, seen = read_status(self.path), ""
+        if is_beating(found) and found.get("pid") != os.getpid():
+            seen = writer_of(found)
+            if found.get("host") == socket.gethostname():
+                raise UsageError(f"--output-dir {self.path} is in use by {seen}")
+        if not self._part:
+            print(
+                f"warning: {self.path} cannot be locked (its file system has no flock: {words}): "
+                f"make sure that no other process writes there{f', such as {seen}' * bool(seen)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __exit__(
         self,
@@ -130,19 +241,26 @@ class SavedRun:
 
     @property
     def status(self) -> str:
-        """The status in status.json; empty if there is none."""
-        return str(self._status().get("status", ""))
+        """The status in status.json, empty if there is none; but done if there are results.
+
+        Raises:
+            UsageError: results.json cannot be accessed.
+        """
+        found = str(read_status(self.path).get("status", ""))
+        # A run that is killed after it has written its results cannot say so.
+        return "done" if found in ("", RUNNING) and self.is_done else found
 
     @property
     def state(self) -> str:
         """How far the run has come, in words; a killed run could not write that itself."""
-        found = self._status()
-        status, step = str(found.get("status", "")) or "not started", found.get("step")
-        if status == "running":
-            with contextlib.suppress(OSError), open(self.path / "run.lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                status = "interrupted"  # nobody holds the lock
-        return f"{status} at step {step}" if isinstance(step, int) else status
+        words, found = self.status or "not started", read_status(self.path)
+        seen = ""
+        if words == RUNNING and not is_alive(self.path):
+            words = "interrupted"
+            if "heartbeat" in found:
+                seen = f", last sign of life {found['heartbeat']}"
+        step = found.get("step")
+        return (f"{words} at step {step}" if isinstance(step, int) else words) + seen
 
     @property
     def is_done(self) -> bool:
@@ -204,16 +322,9 @@ class SavedRun:
         """
         path = self.path / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from error
-
-    def _status(self) -> dict[str, Any]:
-        """Return the content of status.json; empty if it cannot be read."""
-        try:
-            return read_json(self.path / "status.json")
-        except UsageError:
-            return {}
 
 
 class Follower(Protocol):
@@ -233,43 +344,61 @@ class RunFolder(LockedFolder):
         path: the folder, or None for a new one.
         label: see ``LockedFolder``.
         resumes: whether a run in the folder is resumed, not refused.
+        dataset, part: see ``LockedFolder``.
 
     Raises:
-        UsageError: also if the folder holds a run already.
+        UsageError: also if the folder holds a run already, or files of something else.
     """
 
-    def __init__(self, path: str | Path | None, label: str, resumes: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path | None,
+        label: str,
+        resumes: bool = False,
+        dataset: str | None = None,
+        part: bool = False,
+    ) -> None:
         self._resumes = resumes
-        self.step = 0
         self._metrics: TextIO | None = None
         self._started = False
         self._follower: Follower | None = None
-        self._writing_status = threading.Lock()
-        super().__init__(path, label)
+        super().__init__(path, label, dataset, part)
+        self._status = StatusFile(self.path)
 
     def _refuse_content(self) -> None:
-        # A run writes one of these before anything else.
-        is_run = any((self.path / name).exists() for name in _MARKS_OF_A_RUN)
-        if self._resumes and is_run:
-            return
-        for trace in _FILES_OF_A_RUN:
-            if not (self.path / trace).exists():
-                continue
-            if self._resumes:
-                raise UsageError(
-                    f"--output-dir {self.path} holds {trace} but no run that could be resumed; "
-                    "name another folder"
-                )
+        mark = mark_of_a_run(self.path)
+        if mark and not self._resumes:
             raise UsageError(
-                f"--output-dir {self.path} already holds a run ({trace}); name a new folder, or "
+                f"--output-dir {self.path} already holds a run ({mark}); name a new folder, or "
                 "resume the run with --resume auto"
             )
+        if not mark:
+            what = "no run that could be resumed" if self._resumes else "no run"
+            refuse_foreign(self.path, what)
+            refuse_inside(self.path, self._dataset)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._status = StatusFile(self.path)  # the folder may have got another name
+        return self
+
+    @property
+    def has_records(self) -> bool:
+        """Whether an earlier attempt has recorded anything."""
+        return (self.path / "metrics.jsonl").exists()
 
     def set_running(self, step: int) -> None:
         """Set the status to running, if an earlier attempt has left another one."""
-        if (self.path / "status.json").exists():
-            self.step, self._started = step, True
-            self.status("running")
+        if (self.path / STATUS).exists():
+            self._status.step, self._started = step, True
+            self.status(RUNNING)
+
+    def set_done(self) -> None:
+        """Correct the status of a run that was killed between its results and its status."""
+        found = read_status(self.path)
+        if found.get("status") == RUNNING and SavedRun(self.path).is_done:
+            with contextlib.suppress(UsageError), self:  # it may be in use, or not writable
+                self._status.step = found.get("step", 0)
 
     def begin(self, step: int | None, again: bool) -> None:
         """Open the records of a run that has taken ``step`` steps.
@@ -282,21 +411,25 @@ class RunFolder(LockedFolder):
                 any case; the records hold its evaluations.
             again: whether the evaluation of that step is repeated.
         """
-        self.step, self._started = step or 0, True
-        self.status("running")
+        self._status.step, self._started = step or 0, True
+        self.status(RUNNING)
         path, fewer = self.path / "metrics.jsonl", ("results.json", "results.md")
         for trace in _FILES_OF_A_RUN if step is None else fewer:
-            if trace == "status.json":
+            if trace == STATUS:
                 continue  # it marks the folder as a run, should we be interrupted here
             if (self.path / trace).is_dir():
                 shutil.rmtree(self.path / trace)
             else:
                 (self.path / trace).unlink(missing_ok=True)
         if path.exists():
-            lines = [line for line in path.read_text(errors="replace").split("\n") if line]
+            lines = [
+                line
+                for line in path.read_text(encoding="utf-8", errors="replace").split("\n")
+                if line
+            ]
             kept = [line for line in lines if _is_before(line, step or 0, again)]
             write_text(path, "".join(line + "\n" for line in kept))
-        self._metrics = open(path, "a")  # noqa: SIM115
+        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def __exit__(
         self,
@@ -304,14 +437,18 @@ class RunFolder(LockedFolder):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # A refused run has not started, and a full disk must not hide why a run has ended.
-        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
-            if isinstance(error, StoppedError):
-                self.status("stopped", str(error))
-            elif error and (self._started or not isinstance(error, UsageError)):
-                self.fail(error)
-            elif not error:
-                self.status("done")
+        # A refused run has not started; and whatever happens to one that has written its results,
+        # it is done.
+        is_done = False
+        with contextlib.suppress(UsageError):
+            is_done = self._metrics is not None and SavedRun(self.path).is_done
+        if is_done or not error:
+            self.status("done")
+        elif isinstance(error, StoppedError):
+            self.status("stopped", str(error))
+        elif error and (self._started or not isinstance(error, UsageError)):
+            self.fail(error)
+        self._status.close()
         if self._follower:
             self._follower.close()
         with contextlib.suppress(OSError):
@@ -320,13 +457,19 @@ class RunFolder(LockedFolder):
         super().__exit__(kind, error, trace)
 
     def status(self, state: str, reason: str | None = None) -> None:
-        """Write status.json: running, stopped, done or failed, why, and the steps taken."""
-        with self._writing_status:
-            self.write("status.json", {"status": state, "reason": reason, "step": self.step})
+        """Write status.json: running, stopped, done or failed, and why; warn if that fails."""
+        problem = self._status.set(state, reason)
+        if problem:
+            print(f"warning: {self.path / STATUS}: {one_line(problem)}", file=sys.stderr)
 
     def fail(self, error: BaseException) -> None:
         """Write that the run has failed, and why; any thread may."""
-        self.status("failed", f"{type(error).__name__}: {error}".rstrip(": "))
+        # Without a warning: the main thread may hold the lock of stderr.
+        self._status.set("failed", f"{type(error).__name__}: {error}".rstrip(": "))
+
+    def has_taken(self, step: int) -> None:
+        """Count the steps, for status.json."""
+        self._status.step = step
 
     def follow_with(self, follower: Follower) -> None:
         """Pass every record to a follower from now on, until the folder is closed."""
@@ -334,7 +477,7 @@ class RunFolder(LockedFolder):
 
     def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and flush it."""
-        self.step = step
+        self._status.step = step
         line = {"event": event, "step": step, "epoch": epoch, "time": round(time.time(), 3)}
         assert self._metrics, "begin comes first"
         self._metrics.write(json.dumps(line | values, allow_nan=False) + "\n")

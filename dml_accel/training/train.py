@@ -31,7 +31,7 @@ from dml_accel.training.loop import CheckpointRecord, EvaluationRecord
 from dml_accel.training.progress import Display
 from dml_accel.training.record import Recorder, write_peers
 from dml_accel.training.resume import Origin
-from dml_accel.training.run_folder import RunFolder, explaining_stop
+from dml_accel.training.run_folder import CHECKPOINTS, RunFolder, explaining_stop
 from dml_accel.training.setup import Checked, Modules, Prepared
 
 
@@ -59,7 +59,8 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     in_place = resume.resumes_in_place(config)
     folder = None
     if first:
-        folder = RunFolder(config.run.output_dir, cohort_label(names), resumes=in_place)
+        where, label = config.run.output_dir, cohort_label(names)
+        folder = RunFolder(where, label, in_place, dataset=config.data.dataset)
     source = sources.read(config.data, quiet=not first)
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
     work = progress.workload(config, source)
@@ -80,6 +81,13 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
             folder.set_running(origin.state.get("step", 0))
             if origin.path:
                 print(f"resuming from {origin.path}", file=sys.stderr, flush=True)
+            elif folder.has_records:
+                print(
+                    "no checkpoint yet: starting from step 0; what the interrupted attempt has "
+                    f"recorded in {folder.path} is replaced",
+                    file=sys.stderr,
+                    flush=True,
+                )
         processes = Processes(config.numerics, config.compute)
         with processes.watching(folder.fail if folder and not nothing else None):
             results = None
@@ -87,7 +95,8 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
                 session = Session(processes, display, stop, command)
                 results = run_one(session, config, checked, modules, folder, origin or Origin())
             processes.close()
-    if nothing:
+    if folder and nothing:
+        folder.set_done()
         print(nothing, file=sys.stderr)
     return (folder.path, results) if folder and results else None
 
@@ -203,7 +212,7 @@ def _save(ready: Prepared, record: CheckpointRecord, state: dict[str, Any]) -> N
     # A checkpoint that a stop asks for while a peer loses steps replaces no sound one.
     keep = ready.config.run.keep_checkpoints if not any(record.lost.values()) else None
     checkpoint.write_together(
-        ready.path / resume.CHECKPOINTS,
+        ready.path / CHECKPOINTS,
         record.step,
         ready.cohort.peers,
         state | {"lost": record.lost},
@@ -287,7 +296,7 @@ def prepare(
     with _explaining_out_of_memory(_fewer_pixels(config, placement.device)):
         images = setup.prepare_images(config, checked.source, placement.device)
     parameters = {name: parameter_count(module) for name, module in modules.items()}
-    start = origin.start(path / resume.CHECKPOINTS)
+    start = origin.start(path / CHECKPOINTS)
     teaches = config.method.kl_weight > 0 and len(checked.names) + len(checked.frozen) > 1
     one_at_a_time = config.compute.low_memory or not teaches
     with _explaining_out_of_memory(_smaller_steps(config, one_at_a_time)):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dml_accel.training.run_folder import RunFolder
 from tests import helpers
-from tests.helpers import assert_same_state, load
+from tests.helpers import assert_same_state, load, status_of
 
 # 5 steps per epoch; every third step a checkpoint, every fourth an evaluation.
 WORDS = (
@@ -45,7 +45,7 @@ def assert_same_run(folder: Path, straight: Path) -> None:
         assert_same_state(*map(load_file, last))
     for part in ("peers", "ensemble", "agreement", "steps"):
         assert load(folder / "results.json")[part] == load(straight / "results.json")[part]
-    assert load(folder / "status.json") == {"status": "done", "reason": None, "step": 15}
+    assert status_of(folder) == {"status": "done", "reason": None, "step": 15}
 
 
 def on_call(
@@ -71,6 +71,7 @@ def killed(folder: Path, owner: Any, name: str, call: int, *words: str) -> None:
 
     def leave(self: RunFolder, *_: object) -> None:
         """Close the files as the system does: a killed process does not write its status."""
+        self._status.close()
         self._lock.close()
         if self._metrics:
             self._metrics.close()

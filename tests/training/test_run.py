@@ -21,7 +21,7 @@ from dml_accel.training.progress import Windows
 from dml_accel.training.run_folder import RunFolder
 from dml_accel.training.setup import prepare_images
 from tests import helpers
-from tests.helpers import DIGITS, events, load, run_program
+from tests.helpers import DIGITS, events, load, run_program, status_of
 
 TINY = [*DIGITS, "--max-steps", "20"]
 
@@ -115,7 +115,7 @@ def test_the_configuration_repeats_the_run(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_status_is_done(run: Path) -> None:
-    assert load(run / "status.json") == {"status": "done", "reason": None, "step": 20}
+    assert status_of(run) == {"status": "done", "reason": None, "step": 20}
 
 
 def test_results_md_shows_the_table_and_the_command(run: Path) -> None:
@@ -306,8 +306,8 @@ def test_a_failure_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(RuntimeError):
         train(tmp_path, "--cohort", "resnet8")
-    status = load(tmp_path / "status.json")
-    assert status == {"status": "failed", "reason": "RuntimeError: out of luck", "step": 0}
+    failed = {"status": "failed", "reason": "RuntimeError: out of luck", "step": 0}
+    assert status_of(tmp_path) == failed
 
 
 # ---------------------------------------------------------------- the programs

@@ -12,7 +12,7 @@ import torch
 from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import Step
 from dml_accel.training import checkpoint, loop, record, setup
-from tests.helpers import events, load, run_program, saved_steps
+from tests.helpers import events, load, run_program, saved_steps, status_of
 from tests.training.interrupting import WORDS, assert_same_run, content, on_call, train
 
 # ---------------------------------------------------------------- asked to stop
@@ -54,7 +54,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     assert said.splitlines()[-1] == f"stopped by {number.name}; {remedy}"
     assert "Traceback" not in said
     reason = f"stopped by {number.name}"
-    assert load(tmp_path / "status.json") == {"status": "stopped", "reason": reason, "step": step}
+    assert status_of(tmp_path) == {"status": "stopped", "reason": reason, "step": step}
     assert saved_steps(tmp_path)[-1] == step
     assert train(tmp_path) == 0
     assert [e["step"] for e in events(tmp_path) if e["event"] == "resume"] == [step]
