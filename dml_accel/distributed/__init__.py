@@ -2,14 +2,15 @@
 
 In reading order:
 
-    launch     how this process was started; what cannot work is refused
-    device     the device of this process, and the versions of what drives it
-    liveness   which processes are alive, and how a run ends that has lost one
-    processes  the process group, and its small collectives
-    batchnorm  batch norm whose statistics span several processes
-    costs      what an image costs a network: operations, memory, time
-    compile    torch.compile: whether it pays, and what happens if it fails
-    placement  which processes train which peer, and the collectives between them
-    plan       the predicted cost of each placement, and the choice between them
-    wrap       a network made ready for training: on its device, compiled, in DDP
+    launch       how this process was started; what cannot work is refused
+    device       the device of this process, and the versions of what drives it
+    liveness     which processes are alive, and how a run ends that has lost one
+    accelerator  an accelerator of HF Accelerate that belongs to one run
+    processes    the process group, and its small collectives
+    batchnorm    batch norm whose statistics span several processes
+    costs        what an image costs a network: operations, memory, time
+    compile      torch.compile: whether it pays, and what happens if it fails
+    placement    which processes train which peer, and the collectives between them
+    plan         the predicted cost of each placement, and the choice between them
+    wrap         a network made ready for training: on its device, compiled, in DDP
 """

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from dml_accel.core.config import ComputeConfig, NumericsConfig
 from dml_accel.core.errors import ProcessLostError, UsageError
+from dml_accel.distributed.accelerator import OwnAccelerator
 from dml_accel.distributed.device import own_device
 from dml_accel.distributed.launch import (
     launched_processes,
@@ -47,10 +47,11 @@ class Processes:
         # makes each of them a run of its own.
         on_cpu = compute.cpu or (launched > 1 and runs_on_cpu(compute))
         set_arithmetic(own_device(compute), numerics.tf32)  # before CUDA starts
+        self._owns_group = not dist.is_initialized()
         try:
             if launched > 1 and restarts():
                 self._join_after_restart(compute)
-            self.accelerator = Accelerator(
+            self.accelerator = OwnAccelerator(
                 cpu=on_cpu,
                 mixed_precision=numerics.mixed_precision,
                 dynamo_plugin=TorchDynamoPlugin(backend="no"),
@@ -207,9 +208,11 @@ class Processes:
         self.accelerator.free_memory()
 
     def close(self) -> None:
-        """Leave the process group in order."""
+        """Leave the process group in order; it stays if it was there before."""
         self.stop_heartbeat()
-        self.accelerator.end_training()
+        if self._owns_group:
+            self.accelerator.end_training()
+        self.accelerator.release()
 
     def stop_heartbeat(self) -> None:
         """Send no more heartbeats: this process has ended in order."""
