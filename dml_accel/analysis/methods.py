@@ -160,7 +160,7 @@ def all_published() -> tuple[Published, ...]:
     def pair(row: dict[str, str], name: str) -> tuple[float, float]:
         return float(row[f"{name} 1"]), float(row[f"{name} 2"])
 
-    with open(Path(__file__).with_name("published.csv"), newline="") as file:
+    with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         return tuple(
             Published(
                 row["source"],

@@ -21,7 +21,7 @@ from dml_accel.core.host import (
     ignoring_hangup,
     wait_briefly,
 )
-from dml_accel.core.streams import drain, only_displayed, write_every_letter
+from dml_accel.core.streams import choose_encodings, drain, only_displayed
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.distributed.launch import launched_processes, launched_rank
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     forget_empty_variables()
     wait_briefly()  # before anything imports torch
-    write_every_letter()
+    choose_encodings()
     with only_displayed("stderr"):
         return _run(sys.argv[1:] if arguments is None else arguments)
 

@@ -1,5 +1,6 @@
 """Write files whole or not at all; read untrusted files up to a size limit."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -29,9 +30,32 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file in UTF-8, whole or not at all; see ``as_utf8``."""
     with replacing(path) as temporary:
-        temporary.write_text(content)
+        temporary.write_text(as_utf8(content), encoding="utf-8")
+
+
+def as_utf8(text: str) -> str:
+    r"""Return a text that UTF-8 can write.
+
+    Names of files are bytes to the system: those that are not UTF-8 become ``\udce9`` and the like.
+    """
+    return text.encode(errors="backslashreplace").decode()
+
+
+def text_of(path: Path, content: bytes) -> str:
+    """Return the text of a file that people write: UTF-8, with or without a mark at its start.
+
+    Raises:
+        UnreadableError: it is in another encoding.
+    """
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content
+    try:
+        if not wide:
+            return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{path} is not in UTF-8 ({error}); save it as UTF-8") from error
+    raise UnreadableError(f"{path} is in UTF-16, or not a text; save it as UTF-8")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -27,8 +27,12 @@ def open_missing() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
-def write_every_letter() -> None:
-    r"""Print what an encoding lacks as ``\u732b`` instead of ending with an error."""
+def choose_encodings() -> None:
+    r"""Print what an encoding lacks as ``\u732b``; read lists as the system names its files."""
+    with contextlib.suppress(OSError):  # it has been read from
+        if hasattr(sys.stdin, "reconfigure"):
+            names = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
+            sys.stdin.reconfigure(encoding=names[0], errors=names[1])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams have no encoding to choose
             stream.reconfigure(errors="backslashreplace")

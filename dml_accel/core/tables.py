@@ -51,4 +51,4 @@ def render(template: Path, *, html: bool = False, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(template.read_text()).render(**values)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)

@@ -1,5 +1,6 @@
 """What an image costs a network: operations, memory and time, counted or timed on this machine."""
 
+import contextlib
 import copy
 import json
 import time
@@ -15,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dml_accel.core.config import OptimConfig
 from dml_accel.core.files import write_json
+from dml_accel.core.host import cache_dir
 from dml_accel.data.batches import ImageFormat
-from dml_accel.data.decode import cache_dir
 from dml_accel.models.build import parameter_count, set_memory_format
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.spec import PeerSpec
 
+_KEPT = "costs.json"
 _TIMED_STEPS = 5
 _TIMED_ROWS_ON_A_CPU = 16
 
@@ -125,11 +127,10 @@ def timed(
         images: what the networks are given, and where they are trained.
         processes: that share a batch.
     """
-    path = cache_dir() / "costs.json"
-    try:
-        known: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
+    folder = cache_dir()
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((folder / _KEPT).read_text(encoding="utf-8")) if folder else {}
     found = {}
     for spec in specs:
         device = images.device
@@ -139,8 +140,10 @@ def timed(
         key = repr((spec.arch, spec.arguments, *where))
         if key not in known:
             known[key] = _measure(modules[spec.name], optim, precision, images, rows)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, known)
+            with contextlib.suppress(OSError):  # then they are measured again next time
+                if folder:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_json(folder / _KEPT, known)
         found[spec.name] = float(known[key])
     return found
 

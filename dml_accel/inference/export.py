@@ -153,7 +153,7 @@ def _copy_ensemble(peers: TrainedPeers, folder: Path) -> str:
     for name in peers.folders:
         (folder / name).mkdir()
         _copy_peer(peers, name, folder / name)
-    _card(peers, ENSEMBLE, "ensemble").save(folder / CARD)
+    write_text(folder / CARD, str(_card(peers, ENSEMBLE, "ensemble")))
     return f"{len(peers.folders)} networks as {', '.join(peers.folders)}"
 
 
@@ -166,7 +166,7 @@ def _copy_peer(peers: TrainedPeers, name: str, folder: Path) -> None:
         card = read_at_most(source / CARD, _LARGEST_CARD)
         write_text(folder / CARD, card.decode(errors="replace"))
     except UnreadableError:  # there is none
-        _card(peers.only(name), name, "timm").save(folder / CARD)
+        write_text(folder / CARD, str(_card(peers.only(name), name, "timm")))
 
 
 def _write_onnx(peers: TrainedPeers, name: str, nets: list[nn.Module], folder: Path) -> str:
@@ -183,7 +183,7 @@ def _write_onnx(peers: TrainedPeers, name: str, nets: list[nn.Module], folder: P
     path = folder / onnx.FILE
     difference = onnx.write_onnx(net, peers.image_size, output, path)
     write_json(folder / FILE, _onnx_config(peers, folders[0], output))
-    _card(peers, name, "onnx").save(folder / CARD)
+    write_text(folder / CARD, str(_card(peers, name, "onnx")))
     return (
         f"{name} as {onnx.FILE} ({path.stat().st_size:,} bytes); largest difference to torch "
         f"{difference:.1e} of the largest value"

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
+from dml_accel.core.files import as_utf8
 from dml_accel.models.build import parameter_count
 from dml_accel.models.spec import PeerSpec
 
@@ -17,12 +18,12 @@ _TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 def public_name(dataset: str) -> str:
     """Return the name of a data set as a card shows it, without its local path, which is private.
 
-    Bytes of a folder's name that are not UTF-8 become question marks.
+    Bytes of a folder's name that are not UTF-8 become escapes, as in every text.
     """
     folder = Path(dataset).expanduser()
     # Links are not resolved: the link's own name is the one that its owner chose.
     name = Path(os.path.abspath(folder)).name if folder.is_dir() else dataset
-    return name.encode(errors="replace").decode()
+    return as_utf8(name)
 
 
 def peer_card(

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dml_accel.core.errors import UsageError, one_line
-from dml_accel.core.files import replacing
+from dml_accel.core.files import replacing, write_text
 from dml_accel.data.batches import Normalisation
 from dml_accel.models.build import image_problem
 from dml_accel.models.model_card import peer_card
@@ -250,4 +250,4 @@ def write_peer(
         grey_bits=grey_bits,
     )
     card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled)
-    card.save(folder / CARD)
+    write_text(folder / CARD, str(card))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dml_accel.core.errors import UnreadableError, UsageError
-from dml_accel.core.files import read_at_most
+from dml_accel.core.files import read_at_most, text_of
 
 LinkWeights = Mapping[str, Mapping[str, float]]
 _LARGEST_FILE = 2**20  # bytes
@@ -68,7 +68,7 @@ def _refuse_frozen(links: str, frozen: Sequence[str]) -> None:
 def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> LinkWeights:
     where = f"--links {path}"
     try:
-        content = read_at_most(path, _LARGEST_FILE).decode()
+        content = text_of(path, read_at_most(path, _LARGEST_FILE))
         lines = [[c.strip() for c in row] for row in csv.reader(io.StringIO(content)) if row]
     except (ValueError, csv.Error) as error:
         unread = isinstance(error, UnreadableError)

@@ -114,7 +114,7 @@ class Trackers:
             values = {n: " ".join(v) if isinstance(v, list) else v for n, v in config.items()}
             self._each(lambda tracker: tracker.store_init_configuration(dict(values)))
         if step is not None and (folder / "metrics.jsonl").exists() and self._trackers:
-            for line in (folder / "metrics.jsonl").read_text().splitlines():
+            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
                 if record["step"] == step or not resumes:
                     self.take(record)

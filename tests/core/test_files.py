@@ -13,6 +13,7 @@ from dml_accel.core.files import (
     read_at_most,
     read_json,
     replacing,
+    text_of,
     write_json,
     write_text,
 )
@@ -45,6 +46,19 @@ def test_a_new_file_does_not_exist_before_it_is_whole(tmp_path: Path) -> None:
         temporary.write_text("half")
         assert not (tmp_path / "new").exists()
     assert names(tmp_path) == ["new"]
+
+
+def test_a_text_is_utf_8_and_names_that_are_not_do_not_end_it(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9") + " caf\u00e9 \u732b"
+    write_text(tmp_path / "text", name)
+    assert (tmp_path / "text").read_bytes() == b"caf\\udce9 caf\xc3\xa9 \xe7\x8c\xab"
+    write_json(tmp_path / "json", {"name": name})
+    assert read_json(tmp_path / "json") == {"name": name}
+
+
+@pytest.mark.parametrize("content", [b"caf\xc3\xa9", b"\xef\xbb\xbfcaf\xc3\xa9"])
+def test_a_mark_at_the_start_of_a_text_is_no_part_of_it(content: bytes) -> None:
+    assert text_of(Path("list"), content) == "caf\u00e9"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import pytest
 
-from dml_accel.core.streams import drain, only_displayed, open_missing, write_every_letter
+from dml_accel.core.streams import drain, only_displayed, open_missing, choose_encodings
 
 # Which standard streams are closed at the start, as a shell writes it.
 CLOSED = ["2>&-", ">&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-"]
@@ -107,7 +107,7 @@ def test_letters_that_an_encoding_lacks_are_shown_by_number(
 ) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding))
-    write_every_letter()
+    choose_encodings()
     for stream in (sys.stdout, sys.stderr):
         print("café 猫 \udce9", end="", file=stream, flush=True)
         assert stream.buffer.getvalue().decode(encoding) == shown

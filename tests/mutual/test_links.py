@@ -35,6 +35,16 @@ def test_a_matrix_is_read_by_name(tmp_path: Path) -> None:
     assert weights["b-0"]["c-0"] == 1.0 and not any(weights["a-0"].values())
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_matrix_from_windows_is_the_same(start: str, end: str, tmp_path: Path) -> None:
+    lines = [",b-0,a-0,c-0", "c-0,1,0.5,0", "a-0,1,0,0", "b-0,0,0,1"]
+    path = tmp_path / "links.csv"
+    path.write_bytes((start + "".join(line + end for line in lines)).encode())
+    weights = read_links(str(path), NAMES, [])
+    assert weights["c-0"] == {"b-0": 1.0, "a-0": 0.5, "c-0": 0.0}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -49,9 +59,11 @@ def test_a_matrix_is_read_by_name(tmp_path: Path) -> None:
             ",a-0,b-0,c-0\na-0,0,0,0\nb-0,0,0,0\nc-0,0,0,0\n",
             "all weights are 0; for independent training use --kl-weight 0",
         ),
-        ("\0\xff", "is not a CSV file|it is not text|first line"),
+        ("\0\xff", "is in UTF-16, or not a text; save it as UTF-8"),
+        ("\xff\xfe,\0a\0", "is in UTF-16, or not a text; save it as UTF-8"),
+        (",caf\xe9\n", "is not in UTF-8 .*; save it as UTF-8"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_a_file_that_is_not_a_matrix_is_refused_in_one_line(
     tmp_path: Path, text: str, said: str
