@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dml_accel.core.errors import UsageError
-from dml_accel.core.files import replacing, write_json
+from dml_accel.core.files import as_utf8, replacing, write_json
 from dml_accel.core.tables import percent, printable, results_table, table
 from dml_accel.core.versions import versions
 from dml_accel.data.decode import Split
@@ -217,7 +217,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         rows = [[name, *line] for name, line in zip(classes, counts, strict=True)]
         with (
             replacing(folder / MATRIX) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8", errors="replace") as file,
+            open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
         ):
             csv.writer(file).writerows([["class \\ taken for", *classes], *rows])
         with replacing(folder / FIGURE) as temporary, warnings.catch_warnings():
@@ -277,7 +277,7 @@ def confusion_figure(counts: Sequence[Sequence[int]], classes: Sequence[str]) ->
     if len(classes) <= _MOST_NAMED:
         size = 9 if len(classes) <= 30 else 6
         # Names may be untrusted, and "$" would begin a formula.
-        names = [name.replace("$", r"\$")[:24] for name in classes]
+        names = [as_utf8(name).replace("$", r"\$")[:24] for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
         axes.set_yticks(range(len(names)), names, fontsize=size)
     if len(classes) <= _MOST_COUNTED:

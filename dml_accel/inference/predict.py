@@ -3,6 +3,7 @@
 Shape letters: B images of a batch, S pixels per side, C classes.
 """
 
+import codecs
 import csv
 import glob
 import io
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from dml_accel.core.errors import UnreadableError, UsageError
-from dml_accel.core.files import read_at_most
+from dml_accel.core.files import as_utf8, read_at_most
 from dml_accel.core.tables import printable, table
 from dml_accel.data.decode import bounded_pixels, opened, to_rgb
 from dml_accel.inference.load import BATCH_SIZE, Networks
@@ -27,6 +28,9 @@ from dml_accel.mutual.metrics import best_five, log_posteriors
 FORMATS = ("table", "jsonl", "csv")
 CSV_HEADER = "image,rank,class,index,probability\n"
 _LARGEST_FILE = 2**28  # bytes: Pillow reads some formats whole before it checks their header
+
+# How a list in UTF-16 begins, in the encoding of names of files.
+_UTF16 = tuple(os.fsdecode(mark) for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 OnError = Callable[[str, str], None]  # receives a name and why it cannot be used
 
@@ -56,16 +60,34 @@ def find_images(words: Iterable[str], stdin: Iterable[str], on_error: OnError) -
         words: files, folders (all images below them, sorted), globs, or ``-`` for ``stdin``.
         stdin: one file or folder per line.
         on_error: called for a word that stands for no file.
+
+    Raises:
+        UsageError: what is read from ``stdin`` is no such list.
     """
     for word in words:
         if word == "-":
-            lines = (line.rstrip("\n") for line in stdin)
-            yield from _expand_folders((line for line in lines if line), on_error)
+            yield from _expand_folders(_listed(stdin), on_error)
         elif os.path.lexists(word):
             yield from _expand_folders([word], on_error)
         else:
             matches = sorted(glob.glob(word, recursive=True))
             yield from _expand_folders(matches or [word], on_error)
+
+
+def _listed(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the names of a list, without what Windows writes around them."""
+    for number, line in enumerate(lines):
+        if "\0" in line or (not number and line.startswith(_UTF16)):
+            raise UsageError(
+                "the list on stdin is in UTF-16 or separated by zero bytes; write one name per "
+                "line, in UTF-8"
+            )
+        name = line.removesuffix("\n")
+        if not os.path.lexists(name):  # a name may end like this
+            name = name.removesuffix("\r")
+            name = name.removeprefix("\ufeff") if not number else name
+        if name:
+            yield name
 
 
 def _expand_folders(paths: Iterable[str], on_error: OnError) -> Iterator[str]:
@@ -198,5 +220,4 @@ def predictions_lines(
             for rank, (index, p) in enumerate(ranked, 1):
                 row = (one.image, rank, classes[index], index, p)
                 csv.writer(content, lineterminator="\n").writerow(row)
-    # A file name is bytes to the system, and need not be valid UTF-8.
-    return content.getvalue().encode("utf-8", "replace").decode()
+    return as_utf8(content.getvalue())

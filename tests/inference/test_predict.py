@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from dml_accel import cli
+from dml_accel.core.errors import UsageError
 from dml_accel.inference.load import Networks, read_trained_peers
-from dml_accel.inference.predict import read_image
+from dml_accel.inference.predict import find_images, read_image
 from tests.data.test_decode import forged
 from tests.helpers import load
 from tests.inference.conftest import CPU, SIZE
@@ -71,6 +72,35 @@ def test_files_folders_globs_and_stdin(
     _, rows, _ = predict(capsys, str(run), *words)
     expected = [files[2], *files, files[1], files[0], files[3]]
     assert [one["image"] for one in rows] == expected
+
+
+def test_a_list_from_windows_names_the_same_files(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png\r", "caf\udce9.png"):
+        (tmp_path / name).touch()
+    a, b, cafe = (f"{tmp_path}/{name}" for name in ("a.png", "b.png", "caf\udce9.png"))
+    missing: list[str] = []
+
+    def found(text: str) -> list[str]:
+        return list(find_images(["-"], io.StringIO(text), lambda name, _: missing.append(name)))
+
+    assert found(f"{a}\r\n\r\n{a}\n{b}\r\n{cafe}\r\n") == [a, a, f"{b}\r", cafe]
+    assert found(f"\ufeff{a}\r\n{a}") == [a, a]
+    assert not missing and found(f"\ufeff{tmp_path}/x\r\n") == [] and missing == [f"{tmp_path}/x"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a.png\n".encode("utf-16"),
+        "\u732b".encode("utf-16"),
+        "a\n".encode("utf-16-be"),
+        b"a.png\0b.png\0",
+    ],
+)
+def test_a_list_that_is_no_list_is_refused_in_one_line(content: bytes) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(content), errors="surrogateescape")
+    with pytest.raises(UsageError, match="UTF-16 or separated by zero bytes; write one name per"):
+        list(find_images(["-"], lines, pytest.fail))
 
 
 def test_formats(run: Path, few: Path, capsys: Captured) -> None:
