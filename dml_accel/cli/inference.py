@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dml_accel.distributed.device import choose_device
 from dml_accel.inference import evaluate as evaluation
 from dml_accel.inference import onnx
 from dml_accel.inference import predict as prediction
+from dml_accel.inference.checkpoints import read_checkpoint_peers
 from dml_accel.inference.export import check_target, export, select_peers
 from dml_accel.inference.load import Networks, TrainedPeers, read_trained_peers
 
@@ -31,8 +33,14 @@ def run(command: str, values: dict[str, Any]) -> int:
     Raises:
         UsageError: the input does not allow it; the text says why.
     """
-    peers = read_trained_peers(Path(values["source"]).expanduser())
-    return {"evaluate": _evaluate, "predict": _predict, "export": _export}[command](peers, values)
+    path, asked = Path(values["source"]).expanduser(), values["checkpoint"]
+    use = {"evaluate": _evaluate, "predict": _predict, "export": _export}[command]
+    if asked is None:
+        return use(read_trained_peers(path), values)
+    with tempfile.TemporaryDirectory() as scratch:
+        peers = read_checkpoint_peers(path, asked, Path(scratch))
+        print(peers.note, file=sys.stderr, flush=True)
+        return use(peers, values)
 
 
 # ---------------------------------------------------------------- evaluate
@@ -42,7 +50,8 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
     require_packages("evaluate", "matplotlib")
     data = _choose_images(peers, values)
     slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(data.dataset).name)
-    default = peers.path / "evaluations" / f"{slug}-{data.test_split}"
+    at = "" if peers.step is None else f"-step-{peers.step:08d}"
+    default = peers.path / "evaluations" / f"{slug}-{data.test_split}{at}"
     folder = Path(values["to"]).expanduser() if values["to"] else default
     _check_folder(folder, data)
     device = choose_device(values["cpu"])
@@ -53,10 +62,12 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
         "dataset": data.dataset,
         "split": data.test_split,
         "command": command_line(),
+        **({"step": peers.step, "checkpoint": peers.note} if peers.note else {}),
     }
     result = evaluation.evaluate(peers, networks, split, device, origin)
     evaluation.write_evaluation(result, folder)
-    print(f"{len(split):,} images of {data.dataset} ({data.test_split})\n")
+    by = f", by {peers.note}" if peers.note else ""
+    print(f"{len(split):,} images of {data.dataset} ({data.test_split}){by}\n")
     print(evaluation.evaluation_text(result.record))
     written = [name for name in evaluation.FILES if (folder / name).exists()]
     print(f"\nfiles: {folder}/ {', '.join(written)}")

@@ -255,6 +255,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
       %(prog)s runs/pair/peers/resnet8-0 --dataset digits --to digits-of-resnet8
     """
     _add_source(parser, "RUN|PEER")
+    _add_checkpoint(parser)
     parser.add_argument("--dataset", metavar="TEXT", help="as for train (default: that of the run)")
     for name, text in (
         ("image-column", "column of images (default: the only image column)"),
@@ -290,6 +291,7 @@ def _add_prediction(parser: argparse.ArgumentParser) -> None:
         help="files, folders or quoted globs; - reads names from stdin, one per line",
     )
     parser.add_argument("--peer", metavar="NAME", help="use only this peer of the run")
+    _add_checkpoint(parser)
     parser.add_argument(
         "--format",
         choices=("table", "jsonl", "csv"),
@@ -317,6 +319,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a peer's name, best (by validation accuracy) or ensemble (default: the only peer)",
     )
+    _add_checkpoint(parser)
     parser.add_argument("--to", metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument(
         "--format",
@@ -329,6 +332,15 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_source(parser: argparse.ArgumentParser, name: str) -> None:
     text = "a run folder, or peers/<name> of one"
     parser.add_argument("source", metavar=name, help=text)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        metavar="latest|STEP|PATH",
+        help="use the networks of a checkpoint of RUN, which need not be finished: the newest good "
+        "one, that of a step, or its path (default: the trained peers of a finished run)",
+    )
 
 
 def _add_cpu(parser: argparse.ArgumentParser) -> None:

@@ -2,9 +2,10 @@
 
 In reading order:
 
-    load      the trained peers of a run or of a folder, ready to predict
-    evaluate  metrics on a data set, accuracy by class, the confusion matrix
-    predict   the most likely classes of image files
-    onnx      a network as an ONNX file, compared with torch
-    export    a network in a folder of its own: safetensors for timm, or ONNX
+    load         the trained peers of a run or of a folder, ready to predict
+    checkpoints  the same from a checkpoint, of a run that may not be finished
+    evaluate     metrics on a data set, accuracy by class, the confusion matrix
+    predict      the most likely classes of image files
+    onnx         a network as an ONNX file, compared with torch
+    export       a network in a folder of its own: safetensors for timm, or ONNX
 """

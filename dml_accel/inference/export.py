@@ -62,9 +62,9 @@ def _best_peer(peers: TrainedPeers) -> str:
         val = peers.results_by_peer.get(name, {}).get("val")
         if not isinstance(val, dict) or not isinstance(val.get("top1"), int | float):
             raise UsageError(
-                f"--peer {BEST} chooses by validation accuracy, but {peers.path} has none (the "
-                "test split is for reporting): train with --val-fraction 0.1, or name a peer: "
-                f"{', '.join(peers.folders)}"
+                f"--peer {BEST} chooses by validation accuracy, but {peers.path} has none"
+                f"{f' at {peers.note}' if peers.note else ''} (the test split is for reporting): "
+                f"train with --val-fraction 0.1, or name a peer: {', '.join(peers.folders)}"
             )
         nll = val.get("nll")
         scores[name] = (val["top1"], -nll if isinstance(nll, int | float) else -math.inf)
@@ -244,7 +244,7 @@ def _card(peers: TrainedPeers, name: str, usage: str) -> ModelCard:
     return model_card(
         name,
         f"{what}{f', trained on `{dataset}`' if dataset else ''}, for {len(peers.classes)} classes "
-        f"and images of {size} x {size} pixels.",
+        f"and images of {size} x {size} pixels{f': {peers.note}' if peers.note else ''}.",
         metrics=metrics if is_complete else None,
         dataset=dataset,
         steps=steps if isinstance(steps, int) else None,

@@ -21,7 +21,9 @@ from dml_accel.data.decode import Split
 from dml_accel.distributed.processes import set_arithmetic
 from dml_accel.models.peer_folder import WEIGHTS, PeerFolder, find_peers, load_network, read_peer
 from dml_accel.models.timm_config import FILE
-from dml_accel.training.run_folder import SavedRun
+from dml_accel.training.checkpoint import is_named, step_of
+from dml_accel.training.run_folder import SavedRun, mark_of_a_run
+from dml_accel.training.status import FILE as STATUS
 
 BATCH_SIZE = 256  # images per forward pass, as in the evaluations of training
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +40,8 @@ class TrainedPeers:
         image_size: pixels per side of the inputs.
         config: the configuration in the run's config.json, flat; empty if this is not a run.
         results: the content of the run's results.json; empty if this is not a run.
+        step: of the checkpoint that they were read from; None if they were not.
+        note: which checkpoint that is, in words.
     """
 
     path: Path
@@ -46,6 +50,8 @@ class TrainedPeers:
     image_size: int
     config: Mapping[str, Any]
     results: Mapping[str, Any]
+    step: int | None = None
+    note: str = ""
 
     @property
     def precision(self) -> str:
@@ -88,11 +94,16 @@ def read_trained_peers(path: Path) -> TrainedPeers:
             is not finished, or the peers differ in their classes or image size.
     """
     saved, is_peer = SavedRun(path), (path / WEIGHTS).is_file()
-    is_run = not is_peer and (saved.has_description or (path / "status.json").exists())
+    if not is_peer:
+        _refuse_other_folders(path)
+    is_run = not is_peer and (saved.has_description or (path / STATUS).exists())
     if is_run and not saved.is_done:
-        hint = ", or name a peer's folder" if (path / "peers").is_dir() else ""
+        if saved.has_description:
+            _ = saved.description  # that of another program is refused
+        saves = ", or use its newest checkpoint with --checkpoint latest" * saved.has_checkpoint
+        hint = ", or name a peer's folder" * any(path.glob(f"peers/*/{WEIGHTS}"))
         raise UsageError(
-            f"{path} is not finished ({saved.state}): finish it with --resume auto{hint}"
+            f"{path} is not finished ({saved.state}): finish it with --resume auto{saves}{hint}"
         )
     # "." has no name, but the folder that it stands for has one.
     folders = {one.name or one.resolve().name: read_peer(one) for one in find_peers(path)}
@@ -112,6 +123,30 @@ def read_trained_peers(path: Path) -> TrainedPeers:
             f"{path}: results.json and the folders in peers differ: {', '.join(sorted(differing))}"
         )
     return peers
+
+
+def _refuse_other_folders(path: Path) -> None:
+    """Refuse a checkpoint, an exported ONNX file and a comparison, with what to name instead."""
+    if is_named(path) and (path / "state.json").exists():
+        raise UsageError(
+            f"{path} is a checkpoint: name its run, and the checkpoint with --checkpoint "
+            f"{step_of(path)}"
+        )
+    exported = next(path.glob("*.onnx"), None)
+    if exported and not (path / STATUS).exists():
+        raise UsageError(
+            f"{path} holds an exported ONNX file, which onnxruntime runs, as its README.md shows: "
+            "name the run or peer that it was exported from"
+        )
+    if mark_of_a_run(path):
+        return
+    below = ("*/config.json", "*/seed-*/config.json", "*/*/seed-*/config.json")
+    runs = [one.parent for pattern in below for one in sorted(path.glob(pattern))]
+    runs = [one for one in runs if mark_of_a_run(one)]
+    if runs:
+        names = ", ".join(str(one.relative_to(path)) for one in runs[:4])
+        more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
+        raise UsageError(f"{path} holds {len(runs)} run(s): name one of {names}{more}")
 
 
 def _class_names(folder: PeerFolder) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from dml_accel.core.errors import CheckpointNotWrittenError, UnreadableError
 from dml_accel.core.files import LARGEST_JSON, parse_json, read_at_most
@@ -245,18 +245,45 @@ def _read_peer(
     rest = _read_rest(folder, state, peer.name)
     expected, like = pack(peer)
     require_state_fits(folder / f"{peer.name}.json", peer, rest, like)
-    weights = sum(t.numel() * t.element_size() for t in expected.values())
-    # The optimizer here has not stepped and has less state than the saved one: allow for it.
     path = folder / f"{peer.name}.safetensors"
+    tensors = _read_tensors(path, state, expected.values())
+    require_fit(path, peer, tensors, expected)
+    return tensors, rest
+
+
+def load_weights(folder: Path, state: dict[str, Any], name: str, net: nn.Module) -> None:
+    """Load the weights of one peer, without its optimizer, into its network.
+
+    Args:
+        folder: of the checkpoint.
+        state: the content of its state.json.
+        name: of the peer.
+        net: its network.
+
+    Raises:
+        UnreadableError: the file is missing or damaged, or does not fit; nothing has been changed.
+    """
+    path, expected = folder / f"{name}.safetensors", net.state_dict()
+    tensors = _read_tensors(path, state, expected.values())
+    ours = "model."
+    found = {n.removeprefix(ours): t for n, t in tensors.items() if n.startswith(ours)}
+    shapes = [{n: (t.shape, t.dtype) for n, t in one.items()} for one in (found, expected)]
+    if shapes[0] != shapes[1]:
+        raise UnreadableError(f"{path} holds other weights than {name} has")
+    net.load_state_dict(found)
+
+
+def _read_tensors(path: Path, state: dict[str, Any], like: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Read a peer's tensors; ``like`` are those of the peer as it is, which bound their size."""
+    weights = sum(t.numel() * t.element_size() for t in like)
+    # The optimizer here has not stepped and has less state than the saved one: allow for it.
     content = read_at_most(path, 8 * weights + _LARGEST_HEADER)
     if _sha256(content) != state["files"].get(path.name):
         raise _damaged(path)
     try:
-        tensors = load(content)
+        return load(content)
     except SafetensorError as error:
         raise UnreadableError(f"{path} cannot be read: {error}") from error
-    require_fit(path, peer, tensors, expected)
-    return tensors, rest
 
 
 def _read_rest(folder: Path, state: dict[str, Any], name: str) -> dict[str, Any]:

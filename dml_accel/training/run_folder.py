@@ -278,6 +278,11 @@ class SavedRun:
             raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, good or not."""
+        return bool(checkpoint.named(self.path / CHECKPOINTS))
+
+    @property
     def has_description(self) -> bool:
         """Whether there is a config.json."""
         return (self.path / "config.json").exists()

@@ -79,9 +79,17 @@ OWN = {
     "compare": {"--methods", "--seeds", "--preset"},
     "plan": {"--world", "--classes", "--bandwidth", "--latency"},
     "report": {"--to", "--analyse"},
-    "evaluate": {"--dataset", "--image-column", "--label-column", "--test-split", "--to", "--cpu"},
-    "predict": {"--peer", "--format", "--cpu"},
-    "export": {"--peer", "--to", "--format"},
+    "evaluate": {
+        "--checkpoint",
+        "--dataset",
+        "--image-column",
+        "--label-column",
+        "--test-split",
+        "--to",
+        "--cpu",
+    },
+    "predict": {"--checkpoint", "--peer", "--format", "--cpu"},
+    "export": {"--checkpoint", "--peer", "--to", "--format"},
 }
 
 

@@ -1,0 +1,227 @@
+"""The peers of a run as one of its checkpoints holds them, whether or not the run is finished."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dml_accel.core.config import Config
+from dml_accel.core.errors import UnreadableError, UsageError, one_line
+from dml_accel.core.files import write_text
+from dml_accel.data.batches import Normalisation
+from dml_accel.inference.load import TrainedPeers, read_trained_peers
+from dml_accel.models.build import build, parameter_count
+from dml_accel.models.model_card import model_card, public_name
+from dml_accel.models.peer_folder import CARD, WEIGHTS
+from dml_accel.models.spec import PeerSpec, parse_cohort
+from dml_accel.models.timm_config import FILE, write_timm_config
+from dml_accel.training import checkpoint
+from dml_accel.training.loop import steps_to_take
+from dml_accel.training.run_folder import CHECKPOINTS, SavedRun
+
+LATEST = "latest"
+_LOOKS = 3  # a run that goes on replaces its checkpoints
+
+
+def read_checkpoint_peers(path: Path, asked: str, scratch: Path) -> TrainedPeers:
+    """Read the peers of a run from a checkpoint.
+
+    Args:
+        path: of the run.
+        asked: ``latest``, a step, or the name or path of one of the run's checkpoints.
+        scratch: an empty folder, which receives the folders of the peers.
+
+    Raises:
+        UsageError: this is not a run, or its checkpoint is missing, damaged or of another network.
+    """
+    saved = SavedRun(path)
+    if not saved.has_description:
+        raise UsageError(f"--checkpoint {asked}: {path} is not a run")
+    description = saved.description
+    config, root = saved.config, path / CHECKPOINTS
+    named = checkpoint.named(root)
+    if not named:
+        raise UsageError(f"--checkpoint {asked}: {path} ({saved.state}) has no checkpoint yet")
+    specs = parse_cohort(config.cohort)
+    try:
+        if asked == LATEST:
+            chosen, state = _newest_good(root, specs)
+        else:
+            chosen = _named(path, asked, named)
+            state = checkpoint.verify(chosen, [spec.name for spec in specs])
+        events = _evaluations(path, state["step"])
+        note = _note(saved, config, description, chosen)
+        for spec in specs:
+            _write(scratch / spec.name, spec, config, description, (chosen, state), events, note)
+    except UnreadableError as error:
+        raise UsageError(f"{error}; name another --checkpoint") from error
+    except OSError as error:
+        raise UsageError(
+            f"the networks of {chosen} cannot be written to {scratch} ({one_line(error)}): set "
+            "TMPDIR to a folder with space"
+        ) from error
+    return dataclasses.replace(
+        read_trained_peers(scratch),
+        path=path,
+        config=description["config"],
+        results=_results(state, specs, events),
+        step=state["step"],
+        note=note,
+    )
+
+
+def _named(path: Path, asked: str, named: Sequence[Path]) -> Path:
+    """Return the checkpoint of a run that a step, a name or a path stands for."""
+    found = [
+        one
+        for one in named
+        if asked in (str(checkpoint.step_of(one)), one.name)
+        or Path(asked).expanduser().resolve() == one.resolve()
+    ]
+    if found:
+        return found[0]
+    steps = ", ".join(str(checkpoint.step_of(one)) for one in reversed(named))
+    raise UsageError(
+        f"--checkpoint {asked}: {path} has no such checkpoint; it has those of steps {steps}: name "
+        f"a step, or {LATEST}"
+    )
+
+
+def _newest_good(root: Path, specs: Sequence[PeerSpec]) -> tuple[Path, dict[str, Any]]:
+    """Return the newest checkpoint that is not damaged, and its state."""
+    problem: UnreadableError | None = None
+    tried: set[Path] = set()
+    for _ in range(_LOOKS):
+        for path in checkpoint.named(root):
+            if path in tried:
+                continue
+            tried.add(path)
+            try:
+                return path, checkpoint.verify(path, [spec.name for spec in specs])
+            except UnreadableError as error:
+                problem = problem or error
+                if path.exists():  # else the run has replaced it
+                    print(f"warning: {error}; skipping {path.name}", file=sys.stderr, flush=True)
+    raise UsageError(f"{problem}; no checkpoint in {root} is good")
+
+
+def _note(saved: SavedRun, config: Config, description: dict[str, Any], chosen: Path) -> str:
+    """Return which step this is, in words."""
+    step = checkpoint.step_of(chosen)
+    images = description.get("images")
+    trained = images.get("train") if isinstance(images, dict) else None
+    total = f" of {steps_to_take(config.optim, trained):,}" if isinstance(trained, int) else ""
+    kind = "a finished run" if saved.is_done else "an unfinished run"
+    return f"step {step:,}{total} of {kind} ({chosen.name})"
+
+
+def _write(
+    folder: Path,
+    spec: PeerSpec,
+    config: Config,
+    description: dict[str, Any],
+    origin: tuple[Path, dict[str, Any]],
+    evaluations: dict[str, Any],
+    note: str,
+) -> None:
+    """Write the folder of a peer, with the files that ``models.peer_folder`` reads."""
+    names, normalisation = _classes(description), _normalisation(description)
+    net = build(
+        spec,
+        classes=len(names),
+        image_size=config.data.image_size,
+        seed=config.seed,
+        dtype=torch.float64 if config.numerics.float64 else torch.float32,
+    )
+    path, state = origin
+    checkpoint.load_weights(path, state, spec.name, net)
+    folder.mkdir(parents=True)
+    # Cloned, because the format refuses tensors that share memory (tied weights).
+    tensors = {n: t.contiguous().clone() for n, t in net.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_timm_config(
+        folder / FILE,
+        net,
+        spec,
+        classes=names,
+        normalisation=normalisation,
+        image_size=config.data.image_size,
+        grey_bits=description.get("grey_bits"),
+    )
+    dataset = public_name(config.data.dataset)
+    card = model_card(
+        spec.name,
+        f"A `{spec.arch}` with {parameter_count(net):,} parameters, trained on `{dataset}`:\n"
+        f"{note}.",
+        metrics=_of_peer(evaluations, "test", spec.name),
+        dataset=dataset,
+        steps=state["step"],
+    )
+    write_text(folder / CARD, str(card))
+
+
+def _classes(description: dict[str, Any]) -> tuple[str, ...]:
+    names = description.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(
+            "the run was started by a version that did not record its class names: finish it with "
+            "--resume auto, which records them"
+        )
+    return tuple(names)
+
+
+def _normalisation(description: dict[str, Any]) -> Normalisation:
+    try:
+        found = description["normalisation"]
+        return Normalisation(tuple(map(float, found["mean"])), tuple(map(float, found["std"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError("the config.json of the run has no valid normalisation") from error
+
+
+# ---------------------------------------------------------------- what the run has measured
+
+
+def _evaluations(path: Path, step: int) -> dict[str, Any]:
+    """Return the evaluation of a step in metrics.jsonl; empty if there is none."""
+    found: dict[str, Any] = {}
+    try:
+        lines = (path / "metrics.jsonl").read_text(errors="replace").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # the run may be writing it
+            continue
+        if isinstance(record, dict) and (record.get("event"), record.get("step")) == ("eval", step):
+            found = record
+    return found
+
+
+def _of_peer(evaluation: dict[str, Any], split: str, name: str) -> dict[str, Any] | None:
+    try:
+        metrics = evaluation[split]["peers"][name]
+        return dict(metrics) if {"n", "top1"} <= metrics.keys() else None
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _results(
+    state: dict[str, Any], specs: Sequence[PeerSpec], evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what stands in for the results.json of the run."""
+    return {
+        "mixed_precision": state.get("mixed_precision"),
+        "steps": state["step"],
+        "peers": [
+            {"name": spec.name, "arch": spec.arch}
+            | {split: _of_peer(evaluation, split, spec.name) for split in ("test", "val")}
+            for spec in specs
+        ],
+        "ensemble": (evaluation.get("test") or {}).get("ensemble"),
+    }
