@@ -23,6 +23,7 @@ from dml_accel.core.host import (
 )
 from dml_accel.core.streams import choose_encodings, drain, only_displayed
 from dml_accel.core.versions import command_line, require_packages
+from dml_accel.distributed import environment
 from dml_accel.distributed.launch import launched_processes, launched_rank
 
 # How long a process waits for rank 0 to print an error that all of them have.
@@ -54,6 +55,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         values = _parsed(arguments)
         command = values.pop("subcommand")
+        environment.check()
         with contextlib.ExitStack() as contexts:
             if command not in _PRINT_RESULTS:
                 contexts.enter_context(only_displayed("stdout"))

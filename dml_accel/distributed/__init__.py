@@ -2,6 +2,7 @@
 
 In reading order:
 
+    environment  what launchers say in environment variables, checked
     launch       how this process was started; what cannot work is refused
     device       the device of this process, and the versions of what drives it
     liveness     which processes are alive, and how a run ends that has lost one

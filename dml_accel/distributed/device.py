@@ -1,12 +1,11 @@
 """The device of this process, and the versions of what drives it."""
 
-import os
 import subprocess
 
 import torch
 
 from dml_accel.core.config import ComputeConfig
-from dml_accel.distributed.launch import launched_processes, runs_on_cpu
+from dml_accel.distributed.launch import launched_local_rank, launched_processes, runs_on_cpu
 
 _SECONDS_TO_ANSWER = 20
 
@@ -24,7 +23,7 @@ def own_device(compute: ComputeConfig) -> torch.device:
     if device.type != "cuda":
         return device
     # As Accelerate counts: a process that sees a single GPU calls it 0, whatever its local rank.
-    local = int(os.environ.get("LOCAL_RANK", 0)) if launched_processes() > 1 else 0
+    local = launched_local_rank() if launched_processes() > 1 else 0
     return torch.device("cuda", local % torch.cuda.device_count())
 
 

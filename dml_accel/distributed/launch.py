@@ -12,16 +12,11 @@ from typing import Any, Self
 from dml_accel.core.config import ComputeConfig, NumericsConfig, OptimConfig
 from dml_accel.core.errors import UsageError
 from dml_accel.core.versions import torch_release
+from dml_accel.distributed import environment
 
 _SAME_SIGNAL_SECONDS = 0.5
 # Older fused SGD on Apple GPUs may ignore or refuse ``found_inf``, by its source; not run there.
 _APPLE_TORCH = (2, 15)
-_PLUGINS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
 
 
 class Stop:
@@ -30,7 +25,9 @@ class Stop:
     A launcher passes the SIGHUP of its terminal on and ends. A process alone ignores it.
 
     Within the context the first signal is recorded, and the run acts on it between two steps; a
-    second signal ends the process at once.
+    second signal ends the process at once. So does the first one while one of several processes
+    waits for the others, which it does in native code, where no handler of Python runs: signals are
+    recorded after ``listen``.
 
     Attributes:
         signal: the name of the signal that was received; empty if there was none.
@@ -51,9 +48,16 @@ class Stop:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only it can handle signals
-            signals = self._SIGNALS + self._OF_LAUNCHERS * (launched_processes() > 1)
-            self._handlers = {one: signal.signal(one, self._receive) for one in signals}
+            several = launched_processes() > 1
+            signals = self._SIGNALS + self._OF_LAUNCHERS * several
+            action = signal.SIG_DFL if several else self._receive
+            self._handlers = {one: signal.signal(one, action) for one in signals}
         return self
+
+    def listen(self) -> None:
+        """Record signals from now on: the processes have found each other."""
+        for one in self._handlers:
+            signal.signal(one, self._receive)
 
     def __exit__(self, *_: object) -> None:
         for one, handler in self._handlers.items():
@@ -72,22 +76,31 @@ class Stop:
 
 def restarts() -> int:
     """Return how often the launcher has restarted its processes after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return environment.launched().restarts
 
 
 def launched_rank() -> int:
     """Return the rank that the launcher gave this process; 0 without a launcher."""
-    return int(os.environ.get("RANK", 0)) if launched_processes() > 1 else 0
+    return environment.launched().rank
 
 
 def launched_processes() -> int:
     """Return how many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return environment.launched().size
+
+
+def launched_local_rank() -> int:
+    """Return the rank of this process on its machine; 0 without a launcher."""
+    return environment.launched().local_rank or 0
 
 
 def launched_precision(numerics: NumericsConfig) -> str:
-    """Return the mixed precision of the configuration, else the launcher's."""
-    return numerics.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    """Return the mixed precision of the configuration, else the launcher's.
+
+    Raises:
+        UsageError: the launcher's is not supported.
+    """
+    return numerics.mixed_precision or environment.precision()
 
 
 # ---------------------------------------------------------------- what cannot work
@@ -100,7 +113,8 @@ def check_launch(numerics: NumericsConfig, compute: ComputeConfig, optim: OptimC
         UsageError: the launcher, a plugin, the precision, the threads or the number of processes;
             the text names the fix.
     """
-    _check_launcher()
+    environment.check()
+    environment.check_launcher()
     on_cpu = runs_on_cpu(compute)
     if launched_processes() > 1 and not on_cpu:
         _check_gpus()
@@ -125,37 +139,10 @@ def check_launch(numerics: NumericsConfig, compute: ComputeConfig, optim: OptimC
         )
 
 
-def _check_launcher() -> None:
-    environment = os.environ
-    # For several processes the launcher sets an address, but then starts a single one, unranked.
-    started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
-    if started_by_accelerate and "MASTER_ADDR" in environment and "RANK" not in environment:
-        raise UsageError(
-            "accelerate launch started a single process and ignored --num_processes and "
-            "--num_machines, as it does with --cpu, with MULTI_CPU and without --multi_gpu; write "
-            "accelerate launch --multi_gpu --num_processes N, which starts N processes on the CPU "
-            "if there is no GPU"
-        )
-    for variable, plugin in _PLUGINS.items():
-        if environment.get(variable, "").lower() == "true":
-            raise UsageError(f"{plugin} does not work with a cohort of networks; launch without it")
-    if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise UsageError(
-            "the launcher's --dynamo_backend would compile behind the run's back; launch without "
-            "it and give train.py --compile"
-        )
-    if int(environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)) > 1:
-        raise UsageError(
-            "gradient accumulation is set with train.py --grad-accum, not with the launcher"
-        )
-
-
 def _check_precision(numerics: NumericsConfig, on_cpu: bool) -> None:
     import torch
 
     precision = launched_precision(numerics)
-    if precision not in ("no", "bf16", "fp16"):
-        raise UsageError(f"mixed precision {precision} is not supported; use no, bf16 or fp16")
     if precision == "fp16" and on_cpu:
         raise UsageError("fp16 needs a GPU (a CPU would compute in fp32); use bf16 or no")
     if numerics.float64 and precision != "no":
@@ -184,11 +171,13 @@ def _check_gpus() -> None:
 
     if not torch.cuda.is_available():
         raise UsageError("several processes need CUDA GPUs or the CPU; add --cpu to train.py")
-    if "LOCAL_RANK" not in os.environ:
+    world, gpus = environment.launched(), torch.cuda.device_count()
+    if world.local_rank is None:
         raise UsageError(
-            "WORLD_SIZE is set but LOCAL_RANK is not; start with accelerate launch or torchrun"
+            f"WORLD_SIZE is {world.size} but LOCAL_RANK is not set; start with accelerate launch "
+            "or torchrun"
         )
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    here = world.local_size or 1
     if here > gpus and not _was_given_a_gpu(gpus):
         raise UsageError(
             f"{here} processes on this machine but {gpus} GPU{'s' * (gpus > 1)}; start at most "
@@ -204,9 +193,8 @@ def _was_given_a_gpu(visible: int) -> bool:
     Which GPU it is cannot be known here: every task may call its own 0. NCCL refuses a GPU that two
     processes use.
     """
-    environment = os.environ
-    started_alone = "TORCHELASTIC_RUN_ID" not in environment
-    return visible == 1 and started_alone and bool(environment.get("CUDA_VISIBLE_DEVICES"))
+    started_alone = not environment.started_by_torch()
+    return visible == 1 and started_alone and bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 # ---------------------------------------------------------------- the CPU
@@ -216,7 +204,7 @@ def runs_on_cpu(compute: ComputeConfig) -> bool:
     """Whether the run uses the CPU: because it was asked to, or because there is no accelerator."""
     import torch
 
-    asked = compute.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    asked = compute.cpu or environment.uses_cpu()
     return asked or not torch.accelerator.is_available()
 
 
@@ -224,19 +212,19 @@ def share_cores(compute: ComputeConfig) -> None:
     """Limit this process to its share of the machine's cores, if it runs on the CPU."""
     import torch
 
-    threads = _threads(compute.threads, launched_processes())
+    threads = _threads(compute.threads, environment.launched())
     if threads and runs_on_cpu(compute):
         torch.set_num_threads(threads)
 
 
-def _threads(asked: int | None, launched: int) -> int | None:
+def _threads(asked: int | None, world: environment.World) -> int | None:
     """Return the number of threads of this process on a CPU; None leaves it as it is.
 
     Launchers give each of several processes a single thread, however many cores there are.
     """
-    if asked or launched == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    if asked or world.size == 1 or (environment.threads() or 1) > 1:
         return asked
-    return max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", launched)))
+    return max(1, _cores() // (world.local_size or world.size))
 
 
 def _cores() -> int:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from dml_accel.core.errors import ProcessLostError
-from dml_accel.distributed.launch import restarts
+from dml_accel.distributed.launch import launched_local_rank, restarts
 
 BEAT_SECONDS = 0.5
 LOOK_SECONDS = 2.0
@@ -215,7 +215,7 @@ class Liveness:
         """
         # Without the store there is no agreement: the first process of each machine prints.
         who = "rank 0" if self._rank else "another process"
-        prints = self._rank == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+        prints = self._rank == 1 or launched_local_rank() == 0
         found = [ProcessLostError(_text(who, reason), prints)]
 
         def ask() -> None:

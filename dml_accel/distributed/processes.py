@@ -17,7 +17,9 @@ from dml_accel.core.config import ComputeConfig, NumericsConfig
 from dml_accel.core.errors import ProcessLostError, UsageError
 from dml_accel.distributed.accelerator import OwnAccelerator
 from dml_accel.distributed.device import own_device
+from dml_accel.distributed.environment import shown_to_accelerate
 from dml_accel.distributed.launch import (
+    launched_precision,
     launched_processes,
     launched_rank,
     restarts,
@@ -49,14 +51,15 @@ class Processes:
         set_arithmetic(own_device(compute), numerics.tf32)  # before CUDA starts
         self._owns_group = not dist.is_initialized()
         try:
-            if launched > 1 and restarts():
-                self._join_after_restart(compute)
-            self.accelerator = OwnAccelerator(
-                cpu=on_cpu,
-                mixed_precision=numerics.mixed_precision,
-                dynamo_plugin=TorchDynamoPlugin(backend="no"),
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
-            )
+            with shown_to_accelerate(torch.get_num_threads()):
+                if launched > 1 and restarts():
+                    self._join_after_restart(compute)
+                self.accelerator = OwnAccelerator(
+                    cpu=on_cpu,
+                    mixed_precision=launched_precision(numerics),
+                    dynamo_plugin=TorchDynamoPlugin(backend="no"),
+                    kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
+                )
             self.device: torch.device = self.accelerator.device
             self.rank: int = self.accelerator.process_index
             self.world_size: int = self.accelerator.num_processes
