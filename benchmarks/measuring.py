@@ -15,7 +15,7 @@ from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.core.versions import commit, versions
 from dml_accel.data.batches import Data, ImageSet, Normalisation, PixelSet
-from dml_accel.data.decode import Split
+from dml_accel.data.splits import Split
 from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.placement import Placement
 from dml_accel.models.spec import parse_cohort

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from dml_accel.core.config import Config
 from dml_accel.data.batches import Data, ImageFormat, Normalisation, PixelSet
-from dml_accel.data.decode import Split
+from dml_accel.data.splits import Split
 from dml_accel.distributed import placement, wrap
 from dml_accel.distributed.launch import launched_precision
 from dml_accel.distributed.placement import Placement

@@ -26,7 +26,7 @@ from dml_accel.core.config import Config, differences_text, require
 from dml_accel.core.errors import DivergedError, UsageError
 from dml_accel.core.files import read_json, write_text
 from dml_accel.data import sources
-from dml_accel.data.batches import training_sizes
+from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.distributed.costs import count
 from dml_accel.distributed.launch import (
@@ -44,7 +44,12 @@ from dml_accel.models.spec import cohort_label, parse_cohort
 from dml_accel.training import trackers
 from dml_accel.training.loop import steps_to_take
 from dml_accel.training.progress import Display, workload
-from dml_accel.training.resume import Origin, find_origin, has_checkpoint
+from dml_accel.training.resume import (
+    Origin,
+    find_origin,
+    has_checkpoint,
+    refuse_other_images,
+)
 from dml_accel.training.run_folder import LockedFolder, RunFolder, SavedRun, explaining_stop
 from dml_accel.training.setup import Checked, check, choose_ranks, seconds_saved
 from dml_accel.training.train import Session, run_one
@@ -230,6 +235,7 @@ def _refuse_other_flags(saved: SavedRun, config: Config) -> None:
     if not saved.has_description:
         return
     wrong = config.differences(saved.config)
+    wrong.pop("dataset", None)  # what counts is what it holds: see ``_check_cohorts``
     wrong.pop("mixed_precision", None)  # if it is not given, the launcher decides
     if saved.is_done:
         results, precision = saved.results, launched_precision(config.numerics)
@@ -291,9 +297,12 @@ def compare(
     check_launch(config.numerics, config.compute, config.optim)
     trackers.resolve(config.run.log_with)
     share_cores(config.compute)
+    config = sources.located(config)
     plan, first = plan_runs(config, cohorts, methods, seeds), launched_rank() == 0
     folder = ComparisonFolder(config.run.output_dir, plan) if first else None
     source = sources.read(config.data, quiet=not first)
+    if first:
+        print(sources.describe(config.data, source), file=sys.stderr, flush=True)
     image_costs = _check_cohorts(plan, source, config.run.output_dir)
     with explaining_stop(folder), Stop() as stop, folder or contextlib.nullcontext():
         unfinished = plan
@@ -309,6 +318,7 @@ def compare(
         work = max(sum(load.total for load in loads), 1.0)
         display = Display(work, quiet=not first, many=True)
         processes = Processes(config.numerics, config.compute)
+        stop.listen()
         with contextlib.closing(display), processes.watching():
             record = None
             if not processes.broadcast_flag(bool(folder and folder.was_stopped)):
@@ -340,7 +350,10 @@ def _check_cohorts(
         checked, modules = check(config, source, starts=bool(to_start))
         for planned in runs:
             if root and planned not in to_start:
-                _refuse_other_starts(SavedRun(Path(root) / planned.folder), checked)
+                saved = SavedRun(Path(root) / planned.folder)
+                _refuse_other_starts(saved, checked)
+                if saved.has_description:
+                    refuse_other_images(saved, planned.config, source)
         size = config.data.image_size
         costs[cohort] = float(sum(count(net, size).macs for net in modules.values()))
         modules.clear()
@@ -460,7 +473,9 @@ class _Trainer:
         processes, seconds = self._session.processes, 0.0
         for cohort in dict.fromkeys(planned.cohort for planned in runs):
             configs = [planned.config for planned in runs if planned.cohort == cohort]
-            trained = [training_sizes(self._source, config.data)[0] for config in configs]
+            trained = [
+                training_sizes(len(self._source.train), config.data)[0] for config in configs
+            ]
             steps = sum(map(steps_to_take, [config.optim for config in configs], trained))
             checked, modules = check(configs[0], self._source)
             ranks = choose_ranks(configs[0], checked, modules, processes, path)

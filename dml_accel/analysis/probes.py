@@ -7,6 +7,7 @@ Shape letters: N images, S pixels per side, C classes.
 """
 
 import copy
+import dataclasses
 import functools
 from typing import Any
 
@@ -71,7 +72,17 @@ def analyse(run: Run, images: int) -> dict[str, Any]:
 
 def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any]:
     data, seed = run.config.data, run.config.seed
-    source = _read_images(_without_subset(data))
+    source = _read_images(_all_labelled(data))
+    images_then = run.description.get("data")
+    if images_then and source.fingerprint:
+        difference = source.fingerprint.difference(images_then)
+    else:
+        difference = ""
+    if difference:
+        raise UsageError(
+            f"{run.folder} was trained on other images than --dataset {data.dataset} has now: "
+            f"{difference}"
+        )
     prepared = prepare_images(run.config, source, torch.device("cpu"))
     recorded = run.description["images"]["train"]
     if len(prepared.train) != recorded:
@@ -100,10 +111,9 @@ def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any
 # ---------------------------------------------------------------- images
 
 
-def _without_subset(data: DataConfig) -> DataConfig:
-    """Return only what names the images of a data set, which the runs of a comparison share."""
-    names = ("dataset", "image_column", "label_column", "train_split", "test_split", "image_size")
-    return DataConfig(**{name: getattr(data, name) for name in names})
+def _all_labelled(data: DataConfig) -> DataConfig:
+    """Return only what the images of a data set depend on, which runs of a comparison share."""
+    return dataclasses.replace(data, augment=None, labelled_fraction=1.0)
 
 
 @functools.lru_cache(maxsize=1)  # for the next run of the comparison

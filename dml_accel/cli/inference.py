@@ -13,7 +13,7 @@ from dml_accel.core.files import can_be_made, read_json
 from dml_accel.core.tables import printable
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.data import sources
-from dml_accel.data.decode import Split
+from dml_accel.data.splits import Fingerprint, Split, SplitPrint
 from dml_accel.distributed.device import choose_device
 from dml_accel.inference import evaluate as evaluation
 from dml_accel.inference import onnx
@@ -21,6 +21,10 @@ from dml_accel.inference import predict as prediction
 from dml_accel.inference.checkpoints import read_checkpoint_peers
 from dml_accel.inference.export import check_target, export, select_peers
 from dml_accel.inference.load import Networks, TrainedPeers, read_trained_peers
+from dml_accel.training.run_folder import SavedRun
+
+# What selects the images of a run beside the flags of evaluate.
+_OF_ITS_OWN = ("train_split", "test_fraction")
 
 
 def run(command: str, values: dict[str, Any]) -> int:
@@ -53,14 +57,16 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
     at = "" if peers.step is None else f"-step-{peers.step:08d}"
     default = peers.path / "evaluations" / f"{slug}-{data.test_split}{at}"
     folder = Path(values["to"]).expanduser() if values["to"] else default
-    _check_folder(folder, data)
+    _check_folder(folder)
     device = choose_device(values["cpu"])
     networks = Networks(peers, device)
-    split = _read_images(peers, data)
+    split, images = _read_images(peers, data, bool(values["dataset"]))
+    _refuse_other_evaluation(folder, data, images)
     origin = {
         "of": str(peers.path),
         "dataset": data.dataset,
         "split": data.test_split,
+        "images": vars(images),
         "command": command_line(),
         **({"step": peers.step, "checkpoint": peers.note} if peers.note else {}),
     }
@@ -76,9 +82,11 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
 
 def _choose_images(peers: TrainedPeers, values: dict[str, Any]) -> DataConfig:
     """Return which images to evaluate on: the run's own, unless flags name others."""
-    names = ("dataset", "image_column", "label_column", "test_split")
+    names = ("dataset", "dataset_config", "image_column", "label_column", "test_split")
     given = {name: values[name] for name in names if values[name] is not None}
-    own = {name: peers.config[name] for name in names if peers.config.get(name) is not None}
+    if folder := sources.find_folder(given.get("dataset", sources.DIGITS)):
+        given["dataset"] = str(folder)
+    own = {name: value for name, value in peers.config.items() if name in (*names, *_OF_ITS_OWN)}
     if "dataset" not in given and not own.get("dataset"):
         raise UsageError(
             f"--dataset is needed: {peers.path} is not a run, which would name its data set"
@@ -86,32 +94,71 @@ def _choose_images(peers: TrainedPeers, values: dict[str, Any]) -> DataConfig:
     # Columns and splits of the run belong to its own data set.
     if given.get("dataset", own.get("dataset")) == own.get("dataset"):
         given = own | given
+        if "test_split" in given and values["test_split"]:
+            given.pop("test_fraction", None)
     return Config(**given, image_size=peers.image_size).data
 
 
-def _check_folder(folder: Path, data: DataConfig) -> None:
-    """Refuse a folder that cannot be written, or holds files of another evaluation."""
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or holds files of something else."""
     if not can_be_made(folder):
         raise UsageError(f"{folder} cannot be created or written; name a folder with --to")
     present = [name for name in evaluation.FILES if (folder / name).exists()]
-    record: dict[str, Any] = {}
-    with contextlib.suppress(UsageError):
-        record = read_json(folder / evaluation.RECORD)
-    if present and (record.get("dataset"), record.get("split")) != (data.dataset, data.test_split):
+    if present and "split" not in _record(folder):
         raise UsageError(
             f"{folder} holds {', '.join(present)} of something else; name another folder with --to"
         )
 
 
-def _read_images(peers: TrainedPeers, data: DataConfig) -> Split:
-    """Read the images, with labels as indices of the networks' classes."""
-    split, classes = sources.read_test(data)
+def _record(folder: Path) -> dict[str, Any]:
+    """Return the record of an evaluation; empty if there is none."""
+    with contextlib.suppress(UsageError):
+        return read_json(folder / evaluation.RECORD)
+    return {}
+
+
+def _refuse_other_evaluation(folder: Path, data: DataConfig, images: SplitPrint) -> None:
+    """Refuse to overwrite an evaluation on other images."""
+    before = _record(folder)
+    if not before:
+        return
+    same = (before.get("dataset"), before.get("split")) == (data.dataset, data.test_split)
+    if "images" in before:
+        same = before["split"] == data.test_split and before["images"] == vars(images)
+    if not same:
+        raise UsageError(
+            f"{folder} holds the evaluation on other images, of {before.get('dataset')} "
+            f"({before.get('split')}); name another folder with --to"
+        )
+
+
+def _read_images(peers: TrainedPeers, data: DataConfig, named: bool) -> tuple[Split, SplitPrint]:
+    """Read the images, with labels as indices of the networks' classes.
+
+    Args:
+        peers: whose classes.
+        data: which images.
+        named: whether the user has named the data set; else it must be that of the training.
+    """
+    split, classes, images = sources.read_test(data, peers.grey_bits)
+    recorded = SavedRun(peers.path).description.get("data") if peers.config else None
+    own = data.dataset == peers.config.get("dataset")
+    if recorded and own and data.test_split == peers.config.get("test_split"):
+        difference = Fingerprint(classes, {"test": images}).difference(recorded)
+        if difference and not named:
+            raise UsageError(
+                f"the images of {data.dataset} have changed since {peers.path} was trained: "
+                f"{difference}; restore them, or name them with --dataset to evaluate on them as "
+                "they are"
+            )
+        if difference:
+            print(f"not the images of the training: {difference}", file=sys.stderr)
     labels = evaluation.match_labels(split.labels, classes, peers.classes, str(peers.path))
     if classes != peers.classes:
         missing = len(peers.classes) - len(classes)
         how = f"the data set lacks {missing} of them" if missing else "their order differs"
         print(f"classes are matched by name: {how}", file=sys.stderr)
-    return Split(split.images, labels)
+    return Split(split.images, labels), images
 
 
 # ---------------------------------------------------------------- predict
@@ -125,7 +172,9 @@ def _predict(peers: TrainedPeers, values: dict[str, Any]) -> int:
     files = _Files(values["images"])
     rows: list[prediction.ImagePrediction] = []
     header = prediction.CSV_HEADER if style == "csv" else ""
-    for batch in prediction.predict(networks, peers.image_size, files, files.report):
+    for batch in prediction.predict(
+        networks, peers.image_size, files, files.report, peers.grey_bits
+    ):
         if style == "table":  # a column is as wide as its longest cell, so all are printed at once
             rows += batch
             continue

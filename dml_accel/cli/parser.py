@@ -258,9 +258,10 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     parser.add_argument("--dataset", metavar="TEXT", help="as for train (default: that of the run)")
     for name, text in (
+        ("dataset-config", "configuration of a data set that has several"),
         ("image-column", "column of images (default: the only image column)"),
         ("label-column", "column of classes (default: inferred as in training)"),
-        ("test-split", "split to evaluate on (default: that of the run, else test)"),
+        ("test-split", "split to evaluate on; . is all of a folder (default: as in the run)"),
     ):
         parser.add_argument(f"--{name}", metavar="TEXT", help=text)
     parser.add_argument(

@@ -163,7 +163,11 @@ class DataConfig(Section):
 
     dataset: str = flag(
         "uoft-cs/cifar100",
-        "hub id, local folder (parquet files or class folders of images), or 'digits' (offline)",
+        "local folder (class folders of images, parquet files), hub id owner/name, or 'digits' "
+        "(offline)",
+    )
+    dataset_config: str | None = flag(
+        None, "configuration of a data set that has several (default: its only one)"
     )
     image_column: str | None = flag(None, "column of images (default: the only image column)")
     label_column: str | None = flag(
@@ -172,6 +176,12 @@ class DataConfig(Section):
     )
     train_split: str = flag("train", "split to train on")
     test_split: str = flag("test", "split to report on")
+    test_fraction: float = flag(
+        0.0,
+        "for class folders without a test split (photos/cat/1.jpg): share of each class held out "
+        "to report on, chosen by the images' paths alone, the same for every seed",
+        Range(at_least=0, below=1),
+    )
     image_size: int = flag(
         32,
         "pixels per side; images of another size are resized to a square",
@@ -201,6 +211,12 @@ class DataConfig(Section):
         "seed; the cross-entropy is averaged over the labelled images of a batch",
         Range(above=0, at_most=1),
     )
+
+    def refused_on_resume(self, saved: "Section") -> Differences:
+        """The data set may have another name or place: its content is compared instead."""
+        found = self.differences(saved)
+        found.pop("dataset", None)
+        return found
 
     @property
     def augmentation(self) -> str:

@@ -2,7 +2,14 @@
 
 In reading order:
 
-    decode   the images of a split as one array, their labels, and the cache of both
-    sources  data sets: from the hub, from a local folder, or scikit-learn's digits
-    batches  splits and batches: order, crop, flip and normalisation
+    pixels         one image: from a file to RGB levels
+    listing        a split before it is decoded: labels, and where each image lies
+    class_folders  folders whose names are the classes
+    arrow          data sets that the datasets library opens
+    splits         decoded images and labels, and what tells them from others
+    cache          decoded images, kept on disk
+    decode         the images of a split as one array
+    selection      which images are trained on, held out, or used with their labels
+    sources        data sets: from the hub, from a local folder, or scikit-learn's digits
+    batches        splits and batches: order, crop, flip and normalisation
 """

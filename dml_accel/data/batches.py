@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dml_accel.core.config import DataConfig
 from dml_accel.core.errors import UsageError
-from dml_accel.core.rng import generator, stratified
-from dml_accel.data.decode import Split
+from dml_accel.core.rng import generator
+from dml_accel.data.selection import labelled_rows, training_rows, training_sizes
 from dml_accel.data.sources import Source
+from dml_accel.data.splits import Split
 
 _CHANNELS = 3
 _BYTES_PER_PIXEL = 4  # RGB and one unused byte: a pixel is one int32, gathered in one read
@@ -278,39 +279,13 @@ class Data:
     normalisation: Normalisation
 
 
-def training_sizes(source: Source, data: DataConfig) -> tuple[int, int]:
-    """Return how many images are trained on, and how many are held out for validation.
-
-    Raises:
-        UsageError: a fraction or the limit does not fit the training images.
-    """
-    total, held = len(source.train), round(data.val_fraction * len(source.train))
-    if data.val_fraction and not 0 < held < total:
-        raise UsageError(
-            f"--val-fraction {data.val_fraction} of {total} images is {held}; training and "
-            "validation both need images"
-        )
-    left = total - held
-    if data.train_limit is not None and data.train_limit > left:
-        raise UsageError(
-            f"--train-limit {data.train_limit} is more than the {left} training images"
-        )
-    trained = data.train_limit or left
-    if round(data.labelled_fraction * trained) < 1:
-        raise UsageError(
-            f"--labelled-fraction {data.labelled_fraction} of {trained} images is none; at least "
-            "one image needs a label"
-        )
-    return trained, held
-
-
 def check_batch_size(source: Source, data: DataConfig, batch_size: int) -> None:
     """Refuse a batch of more images than there are to train on.
 
     Raises:
         UsageError: see above, and ``training_sizes``.
     """
-    trained, _ = training_sizes(source, data)
+    trained, _ = training_sizes(len(source.train), data)
     if batch_size > trained:
         raise UsageError(
             f"--batch-size {batch_size} is more than the {trained} training images; it must be at "
@@ -321,29 +296,14 @@ def check_batch_size(source: Source, data: DataConfig, batch_size: int) -> None:
 def split_training(source: Source, data: DataConfig) -> tuple[Split, Split | None]:
     """Cut the training split into images to train on and images held out for validation.
 
-    Both choices are stratified by class and independent of the run's seed, so that runs of several
-    seeds can be compared; a smaller ``train_limit`` selects a subset of what a larger one selects.
-
     Raises:
         UsageError: see ``training_sizes``.
     """
-    train, val = source.train, None
-    trained, held = training_sizes(source, data)
-    if held:
-        chosen = torch.zeros(len(train), dtype=torch.bool)
-        chosen[stratified(train.labels, held, "validation split")] = True
-        val = train.select(chosen.nonzero()[:, 0])
-        train = train.select((~chosen).nonzero()[:, 0])
-    if trained < len(train):
-        train = train.select(stratified(train.labels, trained, "training limit"))
-    return train, val
-
-
-def labelled_rows(train: Split, fraction: float, seed: int) -> Tensor | None:
-    """Return the training rows whose labels are used, int64; None for all."""
-    if fraction == 1:
-        return None
-    return stratified(train.labels, round(fraction * len(train)), "labelled images", seed)
+    rows, val = training_rows(source.train.labels, data)
+    held = None if val is None else source.train.select(val)
+    if len(rows) == len(source.train):
+        return source.train, held
+    return source.train.select(rows), held
 
 
 def prepare(source: Source, data: DataConfig, seed: int, images: ImageFormat) -> Data:
@@ -371,7 +331,7 @@ def prepare(source: Source, data: DataConfig, seed: int, images: ImageFormat) ->
         return PixelSet(split, normalisation, **options)
 
     return Data(
-        image_set(train, labelled_rows(train, data.labelled_fraction, seed)),
+        image_set(train, labelled_rows(train.labels, data.labelled_fraction, seed)),
         image_set(val) if val else None,
         image_set(source.test),
         source.classes,

@@ -1,250 +1,234 @@
-"""Decode the images of a split into one array in memory, check the labels, cache both.
+"""Decode the images of a split into one array in memory.
 
 Ranks play no role here: the first process decodes while it holds a file lock, and the others read
-the cache. Only Arrow, image files and safetensors are read, so no input can execute code.
+the cache. Only image files, Arrow and safetensors are read, so no input can execute code.
 """
 
-import contextlib
-import fcntl
-import functools
 import hashlib
 import io
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
+import psutil
 import torch
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from dml_accel.core.errors import UsageError
-from dml_accel.core.files import replacing
-from dml_accel.core.rng import key
+from dml_accel.core.tables import printable
+from dml_accel.data.cache import Decoded, cached
+from dml_accel.data.listing import Listing
+from dml_accel.data.pixels import bounded_pixels, depth_of, grey_maximum, opened, to_rgb, unreadable
+from dml_accel.data.splits import sha256
 
-_CACHE_FORMAT = 1
+_BYTES_PER_PIXEL = 7  # 3 decoded, 4 as batches are cut from them
+_NAMED = 3
+# What a control group may use, uses, and uses for what, in both versions of them.
+_GROUPS = (
+    tuple(f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat")),
+    tuple(
+        f"/sys/fs/cgroup/memory/memory.{name}"
+        for name in ("limit_in_bytes", "usage_in_bytes", "stat")
+    ),
+)
 
 
 @dataclass(frozen=True)
-class Split:
-    """Decoded images: ``images`` [N, S, S, 3] uint8 and ``labels`` [N] int64."""
+class Damage:
+    """An image that cannot be read: what to call it, and why."""
 
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def select(self, rows: Tensor) -> "Split":
-        """Return the given rows, shape [n] int64, in that order."""
-        return Split(self.images[rows], self.labels[rows])
+    place: str
+    reason: str
 
 
-def to_rgb(image: Image.Image, size: int) -> np.ndarray:
-    """Return an image as RGB values [S, S, 3] uint8, resized if it is not S x S.
+class DamagedImagesError(UsageError):
+    """Images cannot be read; the text names them.
 
-    Raises:
-        ValueError: the range of its pixels is unknown.
+    Attributes:
+        damage: all of them.
     """
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"the range of pixels of mode {image.mode} is unknown; store 8 or 16 bits")
-    if image.size != (size, size):
-        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image.convert("RGB"))
 
+    def __init__(self, damage: Sequence[Damage]) -> None:
+        self.damage = damage
+        super().__init__(self._text())
 
-@contextlib.contextmanager
-def bounded_pixels() -> Iterator[None]:
-    """Make Pillow refuse images above its pixel limit, which it checks in the header."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # unusual tags are harmless
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
-def opened(file: str | Path | IO[bytes]) -> Image.Image:
-    """Open an untrusted image; use it within ``bounded_pixels``.
-
-    Raises:
-        Exception: many kinds, if it is not an image.
-    """
-    return Image.open(file, formats=_formats())
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Return Pillow's formats except PostScript, which Pillow passes to another program to run."""
-    Image.preinit()  # registers the common formats first, so that they are tried first
-    Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
-
-
-def cache_dir() -> Path:
-    """Return the folder of decoded images: ``$DML_CACHE``, else ``~/.cache/dml_accel``."""
-    return Path(os.environ.get("DML_CACHE", "~/.cache/dml_accel")).expanduser()
+    def _text(self) -> str:
+        some = "; ".join(
+            f"{one.place} cannot be read: {one.reason}" for one in self.damage[:_NAMED]
+        )
+        if len(self.damage) <= _NAMED:
+            return f"{some}; repair or remove {'them' if len(self.damage) > 1 else 'it'}"
+        more = f"{len(self.damage):,} images cannot be read: {some}; ..."
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w",
+                prefix="dml-accel-damaged-",
+                suffix=".txt",
+                delete=False,
+                encoding="utf-8",
+                errors="backslashreplace",
+            ) as file:
+                file.writelines(f"{one.place}: {one.reason}\n" for one in self.damage)
+        except OSError:
+            return f"{more} repair or remove them"
+        return f"{more} repair or remove them; all are listed in {file.name}"
 
 
 def decoded(
-    dataset: Any,
-    split: str,
-    image: str,
-    label: str,
-    classes: Sequence[str],
+    listing: Listing,
+    rows: Tensor | None,
     size: int,
-    quiet: bool,
-    roots: Sequence[Path],
-) -> Split:
-    """Return the images and labels of a split, from the cache if it holds them undamaged.
+    quiet: bool = False,
+    grey_bits: int | None = None,
+) -> Decoded:
+    """Return the images of a split, from the cache if it holds them undamaged.
 
     Args:
-        dataset: of the datasets library.
-        split: its name, for messages.
-        image: the column of images.
-        label: the column of classes.
-        classes: class names, in label order.
-        size: pixels per side.
+        listing: what the split consists of.
+        rows: those to decode, ascending, [M] int64; None for all.
+        size: S, pixels per side.
         quiet: show no progress.
-        roots: see ``decode``.
+        grey_bits: see ``pixels.to_rgb``; None: as few as hold the brightest level of the split.
+
+    Raises:
+        DamagedImagesError: images cannot be read.
+        UsageError: the images do not fit into memory.
     """
-    stats = [(f["filename"], os.stat(f["filename"])) for f in dataset.cache_files]
-    identity = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    by_value = () if hasattr(dataset.features[label], "names") else tuple(classes)
-    digest = key(_CACHE_FORMAT, identity, split, image, label, size, *by_value)
-    path = cache_dir() / f"{digest:016x}.safetensors"
-    with _lock(path) as writable:
-        if identity and path.exists():
-            try:
-                return _load(path)
-            except (ValueError, SafetensorError) as damage:
-                print(f"{path} is damaged ({damage}): decoding again", file=sys.stderr)
-        labels = _labels(dataset, split, label, classes, bool(by_value))
-        decoded = Split(decode(dataset, split, image, size, quiet, roots), labels)
-        if writable and identity:
-            _store(path, decoded)
-        return decoded
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold the lock of a cache file; yield whether the cache can be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
-    except OSError as error:
-        print(f"images are not cached: {error}; set DML_CACHE to a folder", file=sys.stderr)
-        yield False
-        return
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield True
-
-
-def _labels(dataset: Any, split: str, column: str, names: Sequence[str], by_value: bool) -> Tensor:
-    found, classes = dataset[column][:], len(names)
-    if by_value:
-        places = {name: place for place, name in enumerate(names)}
-        for row, value in enumerate(found):
-            if str(value) not in places:
-                raise UsageError(
-                    f"row {row} of split {split!r} has {column} = {value!r}, a class that the "
-                    "training split does not have"
-                )
-        found = [places[str(value)] for value in found]
-    labels = np.asarray(found, dtype=np.float64)
-    bad = ~((labels >= 0) & (labels < classes))  # a missing label has become NaN
-    if bad.any():
-        row = int(bad.argmax())
-        raise UsageError(
-            f"row {row} of split {split!r} has {column} = {labels[row]:g}; with {classes} classes, "
-            f"labels must be 0 to {classes - 1}"
-        )
-    return torch.from_numpy(labels.astype(np.int64))
+    chosen = list(range(len(listing.labels))) if rows is None else rows.tolist()
+    about = (size, grey_bits, rows is None or sha256(rows))
+    return cached(listing, chosen, about, lambda: decode(listing, chosen, size, quiet, grey_bits))
 
 
 def decode(
-    dataset: Any,
-    split: str,
-    column: str,
+    listing: Listing,
+    rows: Sequence[int],
     size: int,
     quiet: bool = False,
-    roots: Sequence[Path] = (),
-) -> Tensor:
-    """Decode every image of a column, [N, S, S, 3] uint8.
+    grey_bits: int | None = None,
+) -> Decoded:
+    """Decode images of a split; see ``decoded``."""
+    try:
+        images = np.empty((len(rows), size, size, 3), np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise UsageError(memory_text(len(rows), size)) from error
+    if not (quiet or sys.stderr.isatty()):
+        print(
+            f"decoding {len(rows):,} images of split {listing.split!r}", file=sys.stderr, flush=True
+        )
+    contents: list[bytes] = []
+    damage: list[Damage] = []
+    brightest: dict[int, int] = {}  # of 16-bit grey images, by place
+    with bounded_pixels():
+        progress = tqdm(rows, f"decoding {listing.split}", disable=quiet or None, unit=" images")
+        for place, row in enumerate(progress):
+            try:
+                stored = listing.content(row)
+                contents.append(hashlib.sha256(stored).digest())
+                with opened(io.BytesIO(stored)) as picture:
+                    level = grey_maximum(picture)
+                    images[place] = to_rgb(picture, size, grey_bits)
+                if level is not None:
+                    brightest[place] = level
+            except Exception as error:  # Pillow raises many kinds for files it cannot parse
+                damage.append(Damage(printable(listing.place(row)), printable(unreadable(error))))
+        if damage:
+            raise DamagedImagesError(damage)
+        if brightest:
+            grey_bits = _one_depth(listing, rows, images, brightest, grey_bits)
+    tensor = torch.from_numpy(images)
+    short = np.frombuffer(b"".join(one[:8] for one in contents), np.int64).copy()
+    return Decoded(
+        tensor,
+        torch.from_numpy(short),
+        grey_bits if brightest else None,
+        sha256(tensor),
+        listing.digest(rows, contents) if listing.files(rows) else "",
+    )
+
+
+def _one_depth(
+    listing: Listing,
+    rows: Sequence[int],
+    images: np.ndarray,
+    brightest: dict[int, int],
+    given: int | None,
+) -> int:
+    """Give all 16-bit grey images of a split the same depth, in place; return its bits."""
+    size, most = images.shape[1], max(brightest.values())
+    bits = given or depth_of(most)
+    above = [place for place, level in brightest.items() if level >= 2**bits]
+    if above:
+        print(
+            f"warning: {len(above):,} grey images of split {listing.split!r} have levels above the "
+            f"{2**bits - 1:,} of the training images, such as {most:,}: they become white",
+            file=sys.stderr,
+        )
+    for place, level in brightest.items():
+        if given is None and depth_of(level) != bits:
+            with opened(io.BytesIO(listing.content(rows[place]))) as picture:
+                images[place] = to_rgb(picture, size, bits)
+    return bits
+
+
+# ---------------------------------------------------------------- memory
+
+
+def require_memory(images: int, size: int) -> None:
+    """Refuse images that do not fit into the memory that is left.
 
     Args:
-        dataset: of the datasets library.
-        split: its name, for messages.
-        column: of images.
-        size: S.
-        quiet: show no progress.
-        roots: folders that must contain every file that a row names; rows are untrusted.
+        images: of all splits of a run.
+        size: pixels per side.
 
     Raises:
-        UsageError: an image cannot be read; the text names its row, and its file if it has one.
+        UsageError: the text says how much they need, and what needs less.
     """
-    import datasets
-
-    raw = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    images = np.empty((len(raw), size, size, 3), np.uint8)
-    if not (quiet or sys.stderr.isatty()):
-        print(f"decoding {len(raw):,} images of split {split!r}", file=sys.stderr, flush=True)
-    with bounded_pixels():
-        for row, record in enumerate(
-            tqdm(raw, f"decoding {split}", disable=quiet or None, unit=" images")
-        ):
-            stored = record[column] or {}
-            content: bytes | None = stored.get("bytes")
-            path: Any = stored.get("path")
-            try:
-                if content is None and path is None:
-                    raise ValueError("the row is empty")
-                if content is None and not any(_is_inside(path, root) for root in roots):
-                    raise ValueError("the row names a file outside the data set")
-                with opened(io.BytesIO(content) if content is not None else path) as picture:
-                    images[row] = to_rgb(picture, size)
-            except Exception as error:  # Pillow raises many kinds for files it cannot parse
-                # Pillow adds the address of our buffer, which tells a reader nothing.
-                reason = str(error).split(" <_io.BytesIO")[0]
-                where = f" ({path})" if path else ""
-                raise UsageError(
-                    f"image {row} of split {split!r}{where} cannot be read: {reason}; repair or "
-                    "remove it"
-                ) from error
-    return torch.from_numpy(images)
+    if _bytes_needed(images, size) > _memory_left():
+        raise UsageError(memory_text(images, size))
 
 
-def _is_inside(path: str, root: Path) -> bool:
-    """Whether a path lies in a folder by name; a link in the folder may still lead elsewhere."""
-    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
+def memory_text(images: int, size: int) -> str:
+    """Return that images do not fit into memory, what they need, and what needs less."""
+    needed, left = _bytes_needed(images, size), max(0, _memory_left())
+    return (
+        f"{images:,} images of {size} x {size} pixels need {needed / 2**30:.1f} GiB of memory, and "
+        f"{left / 2**30:.1f} GiB are left: use a smaller --image-size, or a --train-limit, which "
+        "reads only the images that it needs"
+    )
 
 
-def _digest(split: Split) -> str:
-    digest = hashlib.sha256(split.images.numpy().data)
-    digest.update(split.labels.numpy().data)
-    return digest.hexdigest()
+def _bytes_needed(images: int, size: int) -> int:
+    return images * size * size * _BYTES_PER_PIXEL
 
 
-def _store(path: Path, split: Split) -> None:
+def _memory_left() -> int:
+    """Return the bytes that this process may still use, by the system, its group and its limit."""
+    left = [psutil.virtual_memory().available]
     try:
-        tensors = {"images": split.images, "labels": split.labels}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"sha256": _digest(split)})
-    except (OSError, SafetensorError) as error:
-        print(f"images are not cached: {error}; set DML_CACHE to a folder", file=sys.stderr)
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            left.append(limit - psutil.Process().memory_info().vms)
+    except (ImportError, OSError):  # not on every system
+        pass
+    left += [size for size in map(_left_in_group, _GROUPS) if size is not None]
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(left) // (int(here) if here.isdecimal() and int(here) else 1)
 
 
-def _load(path: Path) -> Split:
-    with safe_open(path, framework="pt") as file:
-        split = Split(file.get_tensor("images"), file.get_tensor("labels"))
-        if (file.metadata() or {}).get("sha256") != _digest(split):
-            raise ValueError("its sha256 differs from the recorded one")
-    return split
+def _left_in_group(files: Sequence[str]) -> int | None:
+    """Return the bytes left to this process's control group; None if there is none or no limit."""
+    try:
+        most, used, listed = (Path(name).read_text(encoding="ascii") for name in files)
+        entries = dict(line.split() for line in listed.splitlines())
+        # Pages of files count as used, but are given up when memory is short.
+        freed = int(entries.get("total_inactive_file", entries.get("inactive_file", 0)))
+        return int(most) - int(used) + freed
+    except (OSError, ValueError):
+        return None

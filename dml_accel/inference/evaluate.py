@@ -19,7 +19,7 @@ from dml_accel.core.errors import UsageError
 from dml_accel.core.files import as_utf8, replacing, write_json
 from dml_accel.core.tables import percent, printable, results_table, table
 from dml_accel.core.versions import versions
-from dml_accel.data.decode import Split
+from dml_accel.data.splits import Split
 from dml_accel.distributed.device import device_versions
 from dml_accel.inference.load import BATCH_SIZE, Networks, TrainedPeers
 from dml_accel.models.build import parameter_count

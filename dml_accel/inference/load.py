@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import PixelSet
-from dml_accel.data.decode import Split
+from dml_accel.data.splits import Split
 from dml_accel.distributed.processes import set_arithmetic
 from dml_accel.models.peer_folder import WEIGHTS, PeerFolder, find_peers, load_network, read_peer
 from dml_accel.models.timm_config import FILE
@@ -52,6 +52,11 @@ class TrainedPeers:
     results: Mapping[str, Any]
     step: int | None = None
     note: str = ""
+
+    @property
+    def grey_bits(self) -> int | None:
+        """How many of 16 bits the grey images of the training used; see ``PeerFolder``."""
+        return next(iter(self.folders.values())).grey_bits
 
     @property
     def precision(self) -> str:
@@ -167,6 +172,7 @@ def _refuse_different(path: Path, folders: Mapping[str, PeerFolder]) -> None:
             ("the number of classes", folder.number_of_classes, first.number_of_classes),
             ("class names", folder.classes, first.classes),
             ("image size", folder.image_size, first.image_size),
+            ("the depth of grey images", folder.grey_bits, first.grey_bits),
         ):
             if value != expected:
                 raise UsageError(

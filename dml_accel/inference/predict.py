@@ -21,7 +21,7 @@ from PIL import Image
 from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.core.files import as_utf8, read_at_most
 from dml_accel.core.tables import printable, table
-from dml_accel.data.decode import bounded_pixels, opened, to_rgb
+from dml_accel.data.pixels import bounded_pixels, opened, to_rgb, unreadable
 from dml_accel.inference.load import BATCH_SIZE, Networks
 from dml_accel.mutual.metrics import best_five, log_posteriors
 
@@ -111,8 +111,13 @@ def _expand_folders(paths: Iterable[str], on_error: OnError) -> Iterator[str]:
         yield from sorted(images)
 
 
-def read_image(name: str, size: int) -> tuple[np.ndarray, bool]:
+def read_image(name: str, size: int, grey_bits: int | None = None) -> tuple[np.ndarray, bool]:
     """Decode and resize one image file in the same way as training does.
+
+    Args:
+        name: of the file.
+        size: S.
+        grey_bits: see ``pixels.to_rgb``.
 
     Returns:
         RGB levels [S, S, 3] uint8, and whether further frames were ignored.
@@ -125,7 +130,7 @@ def read_image(name: str, size: int) -> tuple[np.ndarray, bool]:
             raise ValueError("this is not a file")
         content = io.BytesIO(read_at_most(Path(name), _LARGEST_FILE))
         with bounded_pixels(), opened(content) as picture:
-            levels = to_rgb(picture, size)
+            levels = to_rgb(picture, size, grey_bits)
             try:
                 return levels, bool(getattr(picture, "is_animated", False))
             except Exception:  # a damaged second frame does not matter
@@ -133,15 +138,18 @@ def read_image(name: str, size: int) -> tuple[np.ndarray, bool]:
     except UnreadableError as error:
         raise ValueError(str(error).removeprefix(f"{name} ")) from error
     except Exception as error:  # Pillow raises many kinds for files it cannot parse
-        reason = str(error).split(" <_io.BytesIO")[0]
-        raise ValueError(reason or type(error).__name__) from error
+        raise ValueError(unreadable(error)) from error
 
 
 # ---------------------------------------------------------------- networks
 
 
 def predict(
-    networks: Networks, size: int, names: Iterable[str], on_error: OnError
+    networks: Networks,
+    size: int,
+    names: Iterable[str],
+    on_error: OnError,
+    grey_bits: int | None = None,
 ) -> Iterator[list[ImagePrediction]]:
     """Yield predictions for image files, a batch at a time.
 
@@ -150,6 +158,7 @@ def predict(
         size: S, pixels per side of their inputs.
         names: of files.
         on_error: called for a file that cannot be used.
+        grey_bits: of the grey images of the training; see ``pixels.to_rgb``.
 
     Raises:
         UsageError: the networks' outputs are not finite.
@@ -157,7 +166,7 @@ def predict(
     batch: list[tuple[str, np.ndarray]] = []
     for name in names:
         try:
-            levels, has_more_frames = read_image(name, size)
+            levels, has_more_frames = read_image(name, size, grey_bits)
         except ValueError as error:
             on_error(name, str(error))
             continue

@@ -20,7 +20,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from dml_accel.core.errors import UsageError, one_line
-from dml_accel.data.sources import hub_answers
+from dml_accel.data.arrow import hub_answers
 from dml_accel.models.spec import HUB
 from dml_accel.models.timm_config import FILE, TimmConfig, read_timm_config
 

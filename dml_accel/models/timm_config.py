@@ -18,7 +18,7 @@ from dml_accel.models.spec import PeerSpec
 FILE = "config.json"
 # Entries that timm does not know and leaves alone.
 OURS, GREY_BITS = "dml_accel", "grey_bits"
-_DEPTHS = range(9, 17)  # bits: an image of fewer has 8-bit levels
+_DEPTHS = range(8, 17)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError, one_line
 from dml_accel.data.batches import check_batch_size
-from dml_accel.data.decode import Split
 from dml_accel.data.sources import Source
+from dml_accel.data.splits import Split
 from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.launch import check_launch, launched_processes, share_cores
 from dml_accel.distributed.placement import Placement

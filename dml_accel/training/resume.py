@@ -9,6 +9,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 from dml_accel.core.config import Config, Differences, differences_text
 from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.core.versions import versions
+from dml_accel.data.sources import Source
 from dml_accel.distributed.device import device_versions, own_device
 from dml_accel.distributed.launch import launched_precision, restarts
 from dml_accel.distributed.placement import Placement
@@ -39,6 +41,7 @@ _STATE_TYPES = {
     "images": int,
     "classes": int,
     "teachers": dict,
+    "data": dict,
     "compiled": list,
     "starts": dict,
 }
@@ -114,16 +117,17 @@ def has_checkpoint(config: Config) -> bool:
     return checkpoint.is_named(given) or bool(checkpoint.named(given / CHECKPOINTS))
 
 
-def nothing_to_do(config: Config, path: Path, steps: int) -> str:
+def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str:
     """Return why ``--resume auto`` has nothing to do in a run folder; empty if it has.
 
     Args:
         config: the run that is asked for.
+        source: its images.
         path: its folder.
         steps: optimizer steps that it has in all.
 
     Raises:
-        UsageError: the run in the folder is finished, but was started with other flags.
+        UsageError: the run in the folder is finished, but was started with other flags or images.
     """
     if config.run.resume != "auto":
         return ""
@@ -140,6 +144,7 @@ def nothing_to_do(config: Config, path: Path, steps: int) -> str:
     if not saved.is_done or (taken := saved.results["steps"]) < steps:
         return ""
     _refuse(path, config.refused_on_resume(saved.config))
+    refuse_other_images(saved, config, source)
     return f"{path} has taken all of its {taken} steps: nothing to do"
 
 
@@ -246,6 +251,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     state = checkpoint.verify(path, peers)
     state.setdefault("starts", {})  # absent from older checkpoints
     state.setdefault("compiled", [])
+    state.setdefault("data", {})
     # An untrusted file can have a matching sha256 as well, so every type is checked.
     wrong = [name for name, kind in _STATE_TYPES.items() if not isinstance(state.get(name), kind)]
     if not wrong:
@@ -300,10 +306,11 @@ def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
         saved = Config(**origin.state["config"])
     except (UsageError, TypeError) as error:
         raise UsageError(f"{origin.path} was written by another version: {error}") from error
-    wrong = _without_precision(config.refused_on_resume(saved))
+    _refuse(origin.path, _without_precision(config.refused_on_resume(saved)))
+    _refuse_images(origin.path, config, checked.source, saved, origin.state["data"])
     ours, theirs = run_facts(config, checked), origin.state
     # Files that flags name may have changed although the flags have not.
-    wrong |= {
+    wrong = {
         name: (value, theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value
     }
     _refuse(origin.path, wrong)
@@ -320,6 +327,39 @@ def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
             f"warning: {origin.path} was written with {'; '.join(other)}: results may differ in "
             "the last bits",
             file=sys.stderr,
+        )
+
+
+def refuse_other_images(saved: SavedRun, config: Config, source: Source) -> None:
+    """Refuse images that differ from those that a saved run was trained on, wherever they lie.
+
+    Raises:
+        UsageError: the text says how they differ.
+    """
+    recorded = saved.description.get("data", {})
+    _refuse_images(saved.path, config, source, saved.config, recorded)
+
+
+def _refuse_images(
+    path: Path | None, config: Config, source: Source, saved: Config, recorded: Any
+) -> None:
+    ours, theirs = config.data.dataset, saved.data.dataset
+    if recorded and source.fingerprint:
+        difference = source.fingerprint.difference(recorded)
+    elif ours == theirs or os.path.realpath(ours) == os.path.realpath(theirs):
+        print(
+            f"warning: {path} does not record its images, so that they cannot be compared with "
+            f"those of {ours}",
+            file=sys.stderr,
+        )
+        return
+    else:
+        difference = "and it does not record its images, which could then be compared"
+    if difference:
+        named = f"--dataset {ours}" if ours == theirs else f"--dataset {ours}, not {theirs}"
+        raise UsageError(
+            f"{path} was started on other images than {named}: {difference}; restore them, or use "
+            "a new --output-dir"
         )
 
 
@@ -398,4 +438,5 @@ def checkpoint_state(
         "compiled": compiled,
         "starts": checked.starts,
         **run_facts(config, checked),
+        "data": checked.fingerprint,
     }

@@ -83,6 +83,11 @@ class Checked:
         return [spec.name for spec in self.specs]
 
     @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the images, as it is recorded."""
+        return self.source.fingerprint.record() if self.source.fingerprint else {}
+
+    @property
     def teachers(self) -> dict[str, Any]:
         """The content of the files that the flags name: sha256 of frozen peers, links by name."""
         frozen = {
@@ -202,19 +207,30 @@ def _count_all(config: Config, modules: Modules) -> dict[str, Cost]:
 
 
 def refuse_other_files(checked: Checked, processes: Processes) -> None:
-    """Refuse weights, teachers or links that differ from those that rank 0 has read.
+    """Refuse images, weights, teachers or links that differ from those that rank 0 has read.
 
     Raises:
         UsageError: raised in all processes; the text names a rank.
     """
     starts = {name: start.get("sha256") for name, start in checked.starts.items()}
-    ours = json.dumps([starts, checked.teachers])
-    rank = processes.failed_rank(processes.broadcast_text(ours) != ours)
+    images = _rank_that_differs(checked.fingerprint, processes)
+    if images is not None:
+        raise UsageError(
+            f"rank {images} reads other images, labels or class names than rank 0 for --dataset: "
+            "all machines need the same files"
+        )
+    rank = _rank_that_differs([starts, checked.teachers], processes)
     if rank is not None:
         raise UsageError(
             f"rank {rank} reads other files than rank 0 for pretrained=, --frozen-peers or "
             "--links; all machines need the same files"
         )
+
+
+def _rank_that_differs(record: Any, processes: Processes) -> int | None:
+    """Return the highest rank whose record is not that of rank 0; None if there is none."""
+    ours = json.dumps(record)
+    return processes.failed_rank(processes.broadcast_text(ours) != ours)
 
 
 def print_starts(checked: Checked) -> None:

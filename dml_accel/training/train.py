@@ -20,6 +20,7 @@ from accelerate.utils.other import is_compiled_module
 from dml_accel.core.config import Config
 from dml_accel.core.errors import OutOfMemoryError, StoppedError, UsageError
 from dml_accel.core.host import keep_memory
+from dml_accel.core.tables import printable
 from dml_accel.data import sources
 from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
 from dml_accel.distributed.placement import Placement
@@ -33,6 +34,8 @@ from dml_accel.training.record import Recorder, write_peers
 from dml_accel.training.resume import Origin
 from dml_accel.training.run_folder import CHECKPOINTS, RunFolder, explaining_stop
 from dml_accel.training.setup import Checked, Modules, Prepared
+
+_NAMED = 6
 
 
 def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
@@ -54,7 +57,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     check_launch(config.numerics, config.compute, config.optim)
     trackers.resolve(config.run.log_with)
     share_cores(config.compute)
-    first = launched_rank() == 0
+    config, first = sources.located(config), launched_rank() == 0
     names = [spec.name for spec in parse_cohort(config.cohort)]
     in_place = resume.resumes_in_place(config)
     folder = None
@@ -62,9 +65,11 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         where, label = config.run.output_dir, cohort_label(names)
         folder = RunFolder(where, label, in_place, dataset=config.data.dataset)
     source = sources.read(config.data, quiet=not first)
+    if first:
+        print(sources.describe(config.data, source), file=sys.stderr, flush=True)
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
     work = progress.workload(config, source)
-    nothing = resume.nothing_to_do(config, folder.path, work.steps) if folder else ""
+    nothing = resume.nothing_to_do(config, source, folder.path, work.steps) if folder else ""
     # Elsewhere than in its own folder, a checkpoint is found before anything is written.
     origin = resume.find_origin(config, checked) if folder and not (in_place or nothing) else None
     display = Display(work.total, quiet=not first)
@@ -78,7 +83,6 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         if folder and not nothing:
             origin = origin or resume.find_origin(config, checked)
             _refuse_to_shorten(origin, work.steps)
-            folder.set_running(origin.state.get("step", 0))
             if origin.path:
                 print(f"resuming from {origin.path}", file=sys.stderr, flush=True)
             elif folder.has_records:
@@ -89,6 +93,9 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
                     flush=True,
                 )
         processes = Processes(config.numerics, config.compute)
+        stop.listen()
+        if folder and not nothing:
+            folder.set_running((origin or Origin()).state.get("step", 0))
         with processes.watching(folder.fail if folder and not nothing else None):
             results = None
             if not processes.broadcast_flag(bool(nothing)):
@@ -173,6 +180,8 @@ def run_one(
     if folder is not None:
         work = progress.workload(config, checked.source, image_cost, ready.start.step)
         session.display.begin(label, work, config.optim.epochs)
+        if not label:
+            print(_what_starts(ready, work.steps), file=sys.stderr, flush=True)
         if not ready.resumes:
             setup.print_starts(checked)
         recorder = Recorder(folder, ready, session.command, session.display)
@@ -185,6 +194,23 @@ def run_one(
     if failed is not None:
         raise error or OSError(f"rank {failed} could not write its peers to {path}")
     return recorder.conclude(last, memory) if recorder else None
+
+
+def _what_starts(ready: Prepared, steps: int) -> str:
+    """Return in one line what is trained, where, how long, and where its records go."""
+    processes, epochs = ready.placement.processes, ready.config.optim.epochs
+    names = ", ".join(ready.checked.names[:_NAMED]) + ", ..." * (len(ready.checked.names) > _NAMED)
+    device = str(ready.placement.device)
+    if processes.world_size > 1:
+        device += f" in {processes.world_size} processes"
+    if ready.start.step:
+        steps_text = f"steps {ready.start.step + 1:,} to {steps:,}"
+    else:
+        steps_text = f"{steps:,} step{'s' * (steps > 1)}"
+    return (
+        f"{names} on {device}: {steps_text}, {epochs} epoch{'s' * (epochs > 1)}; run folder "
+        f"{printable(str(ready.path))}"
+    )
 
 
 def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> EvaluationRecord:

@@ -23,10 +23,12 @@ OTHER: dict[str, typing.Any] = {
     "cohort": ("resnet8*2", "wrn_16_2"),
     "seed": 1,
     "dataset": "digits",
+    "dataset_config": "small",
     "image_column": "img",
     "label_column": "species",
     "train_split": "most",
     "test_split": "rest",
+    "test_fraction": 0.2,
     "image_size": 16,
     "augment": "none",
     "train_limit": 100,
@@ -151,6 +153,7 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
     "image_size": ([8, 4096], [7, 4097]),
     "train_limit": AT_LEAST_1,
     "val_fraction": ([0.0, BELOW_1], [-SMALLEST, 1.0]),
+    "test_fraction": ([0.0, BELOW_1], [-SMALLEST, 1.0]),
     "labelled_fraction": ([SMALLEST, 1.0], [0.0, ABOVE_1]),
     "epochs": AT_LEAST_1,
     "max_steps": AT_LEAST_1,
@@ -334,7 +337,8 @@ def test_resuming_may_change_what_does_not_change_the_result(name: str) -> None:
         difference = {name: (OTHER[name], tuple(saved.as_dict()[name]))}
     free = section in ("compute", "run")
     assert config.differences(saved) == ({} if free else difference)
-    refused = {} if free or name == "max_steps" else difference
+    # What a data set holds is compared instead of its name, wherever it lies.
+    refused = {} if free or name in ("max_steps", "dataset") else difference
     assert config.refused_on_resume(saved) == refused
 
 

@@ -21,8 +21,8 @@ from dml_accel.data.batches import (
     split_training,
     training_sizes,
 )
-from dml_accel.data.decode import Split
 from dml_accel.data.sources import Source
+from dml_accel.data.splits import Split
 from tests.helpers import tiny_config
 
 N, S, B = 103, 16, 10
@@ -260,7 +260,7 @@ def test_a_batch_may_be_all_images_and_not_one_more(digits: Source) -> None:
     def checked(**changes: object) -> tuple[int, int]:
         config = tiny_config(**changes)
         check_batch_size(few, config.data, config.optim.batch_size)
-        return training_sizes(few, config.data)
+        return training_sizes(len(few.train), config.data)
 
     assert checked(batch_size=20) == (20, 0)
     assert checked(batch_size=15, val_fraction=0.25) == (15, 5)

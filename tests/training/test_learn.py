@@ -13,7 +13,7 @@ from torch import nn
 import dml_accel
 from dml_accel import Config, EvaluationRecord, StepRecord, UsageError, learn
 from dml_accel.data.batches import labelled_rows
-from dml_accel.data.decode import Split
+from dml_accel.data.splits import Split
 from dml_accel.data.sources import Source
 from dml_accel.models.optim import make_optimizer
 from dml_accel.mutual import reference

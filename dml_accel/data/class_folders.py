@@ -1,0 +1,487 @@
+"""Folders of images whose names are the classes: ``<split>/<class>/**``, or ``<class>/**``.
+
+Split and class follow from where a folder lies, never from words in a name: a class may be called
+"train". Links are followed. What lies beside images is passed over, and counted.
+
+    find_layout   whether a folder holds class folders, and which of them are the splits
+    read_folders  the images of each split, and what was left out
+"""
+
+import contextlib
+import hashlib
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dml_accel.core.config import DataConfig
+from dml_accel.core.errors import UnreadableError, UsageError
+from dml_accel.core.files import read_json, write_json
+from dml_accel.core.host import cache_dir
+from dml_accel.core.rng import key
+from dml_accel.core.tables import printable
+from dml_accel.data.listing import Listing, StoredFile, file_digest
+from dml_accel.data.pixels import bounded_pixels, endings, opened
+
+HERE = "."  # as a split: the folder of the data set itself
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+# Texts that lie beside images: boxes and captions of other programs, notes, lists.
+_BESIDE = frozenset(
+    ".txt .csv .tsv .json .jsonl .xml .yaml .yml .toml .ini .cfg .md .rst .html .htm .log .py "
+    ".ipynb .names .md5 .sha1 .sha256".split()
+)
+_TABLES = (".parquet", ".arrow")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+_NAMED = 5
+_LOOKED_AT = 20  # files of unknown kind, to tell whether a folder holds images
+
+
+# ---------------------------------------------------------------- the layout
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The splits of a folder of class folders.
+
+    Attributes:
+        root: the folder.
+        splits: their names, by role (train, test); a name is a path below ``root``, or ``HERE``.
+        test_fraction: share of the images of the only split that are for testing; 0 without.
+        unused: names of folders beside the splits.
+    """
+
+    root: Path
+    splits: Mapping[str, str]
+    test_fraction: float
+    unused: tuple[str, ...] = ()
+
+
+def find_layout(root: Path, data: DataConfig, roles: Sequence[str]) -> Layout | None:
+    """Return the splits of a folder of class folders; None if it is not one.
+
+    Args:
+        root: an existing folder.
+        data: names of the splits, and the test fraction.
+        roles: those that are needed; ``train`` may be missing if only ``test`` is.
+
+    Raises:
+        UsageError: the folder lacks a split, or it is not clear which folders are splits.
+    """
+    folders = _folders(root)
+    if _is_table(root, folders):
+        return None
+    asked = {"train": data.train_split, "test": data.test_split}
+    is_split = {role: _is_split(root, name) for role, name in asked.items()}
+    if not any(is_split.values()):
+        if _holds_tables(root, folders) or not any(_has_image(root / name) for name in folders):
+            _refuse_archives(root, folders)
+            return None
+        if HERE in (data.train_split, data.test_split):
+            is_split = {role: name == HERE for role, name in asked.items()}
+    if data.test_fraction:
+        only = _only_split(root, data, folders, is_split["train"], is_split["test"])
+        return Layout(root, {"train": only, "test": only}, data.test_fraction)
+    for role in roles:
+        if not is_split[role]:
+            _refuse_missing(root, role, asked[role], folders, any(is_split.values()))
+    _refuse_overlap(root, asked, is_split)
+    splits = {role: name for role, name in asked.items() if is_split[role]}
+    tops = {Path(name).parts[0] for name in splits.values() if name != HERE}
+    unused = [n for n in folders if n not in tops and _has_image(root / n)] if tops else []
+    return Layout(root, splits, 0.0, tuple(unused))
+
+
+def _only_split(root: Path, data: DataConfig, folders: list[str], train: bool, test: bool) -> str:
+    """Return the split that a test split is to be cut from."""
+    if data.train_split == HERE or not train:
+        return HERE
+    others = [name for name in folders if name != data.train_split and _has_image(root / name)]
+    if test:
+        raise UsageError(
+            f"--dataset {root} has a split {data.test_split!r} already: drop --test-fraction "
+            f"{data.test_fraction:g}, or name the folder of one split"
+        )
+    if others:
+        raise UsageError(
+            f"--dataset {root}: is {data.train_split!r} a split, or a class like "
+            f"{_listed(others)}? Write --train-split {HERE} if all folders are classes, or name "
+            f"{root / data.train_split} itself as the data set"
+        )
+    return data.train_split
+
+
+def _refuse_missing(root: Path, role: str, name: str, folders: list[str], other: bool) -> None:
+    found = [folder for folder in folders if _has_image(root / folder)]
+    flag, without = f"--{role}-split", "--test-fraction 0.2 holds out a fifth of each class"
+    if other:
+        raise UsageError(
+            f"the data set has no split {name!r} (it has: {_listed(found, quotes=False)}); choose "
+            f"one with {flag}, or add --test-fraction 0.2, which holds out a fifth of each class"
+        )
+    for folder in found:
+        if any(_is_split(root / folder, one) for one in ("train", name)):
+            raise UsageError(f"--dataset {root} has its splits in {root / folder}: name that")
+    raise UsageError(
+        f"--dataset {root} has no folder {name!r}: if its folders ({_listed(found)}) are the "
+        f"classes, {without} for testing; else arrange it as train/<class>/*.jpg and "
+        "test/<class>/*.jpg"
+    )
+
+
+def _refuse_overlap(root: Path, asked: Mapping[str, str], present: Mapping[str, bool]) -> None:
+    """Refuse splits that share a folder: test images must not be training images."""
+    if not all(present.values()):
+        return
+    train, test = ((root / asked[role]).resolve() for role in ("train", "test"))
+    if train.is_relative_to(test) or test.is_relative_to(train):
+        raise UsageError(
+            f"--dataset {root}: the splits {asked['train']!r} and {asked['test']!r} share the "
+            f"folder {max(train, test, key=lambda path: len(path.parts))}: test images must not be "
+            "training images"
+        )
+
+
+def _is_split(root: Path, name: str) -> bool:
+    """Whether a folder of this name holds class folders with images."""
+    if name == HERE or not name:
+        return False
+    inside = Path(name)
+    if inside.is_absolute() or ".." in inside.parts:
+        return False
+    folder = root / inside
+    return folder.is_dir() and any(_has_image(folder / label) for label in _folders(folder))
+
+
+def _folders(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if not _is_passed(e.name) and e.is_dir())
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def _is_passed(name: str) -> bool:
+    """Whether the system or a program keeps a file or folder of this name for itself."""
+    return name.startswith(".") or name in _SYSTEM_FOLDERS or name.lower() in _SYSTEM_FILES
+
+
+def _has_image(folder: Path) -> bool:
+    """Whether an image lies somewhere below a folder."""
+    kinds = ((path, _kind(path)) for path, stat in _files(folder, "", ()) if stat)
+    unknown: list[str] = []
+    for path, kind in kinds:
+        if kind == "image":
+            return True
+        if kind == "unknown" and len(unknown) < _LOOKED_AT:
+            unknown.append(path)
+    return any(_is_image(folder / path) for path in unknown)
+
+
+def _is_table(root: Path, folders: Sequence[str]) -> bool:
+    """Whether a folder was saved by the datasets library, or lists its images in a table."""
+    if (root / "dataset_dict.json").is_file():
+        return True
+    if (root / "dataset_info.json").is_file() and (root / "state.json").is_file():
+        return True
+    return any(_lists_images(root / name) for name in ("", *folders))
+
+
+def _lists_images(folder: Path) -> bool:
+    for name in ("metadata.csv", "metadata.jsonl"):
+        with contextlib.suppress(OSError), open(folder / name, "rb") as file:
+            if b"file_name" in file.readline(2**16):
+                return True
+    return (folder / "metadata.parquet").is_file()
+
+
+def _holds_tables(root: Path, folders: Sequence[str]) -> bool:
+    """Whether a folder, or one in it, holds tables and no images beside them."""
+    for folder in (root, *(root / name for name in folders)):
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            ends = {Path(entry.name).suffix.lower() for entry in entries if entry.is_file()}
+            if ends & set(_TABLES) and not ends & endings():
+                return True
+    return False
+
+
+def _refuse_archives(root: Path, folders: Sequence[str]) -> None:
+    """Say what to do with a folder of archives, which holds nothing that could be read."""
+    found = [
+        path
+        for folder in (root, *(root / name for name in folders))
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in (".zip", ".7z", ".rar")
+    ]
+    if found and not _holds_tables(root, folders):
+        some = ", ".join(map(str, found[:_NAMED])) + ", ..." * (len(found) > _NAMED)
+        raise UsageError(
+            f"--dataset {root} holds archives: unpack {some}, so that the images lie in "
+            "train/<class>/ and test/<class>/"
+        )
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is an archive by its ending."""
+    return path.suffix.lower() in _ARCHIVES
+
+
+def _listed(names: Sequence[str], quotes: bool = True) -> str:
+    some = [repr(printable(name)) if quotes else printable(name) for name in names[:_NAMED]]
+    return ", ".join(some) + ", ..." * (len(names) > _NAMED)
+
+
+# ---------------------------------------------------------------- the images
+
+
+@dataclass(frozen=True)
+class FolderListing(Listing):
+    """The images of a split of class folders.
+
+    Attributes:
+        root: the folder that paths are relative to.
+        images: one file per row.
+    """
+
+    root: Path
+    images: Sequence[StoredFile]
+
+    def content(self, row: int) -> bytes:
+        """Return the bytes of an image file."""
+        return (self.root / self.images[row].path).read_bytes()
+
+    def place(self, row: int) -> str:
+        """Return the path of an image file."""
+        return str(self.root / self.images[row].path)
+
+    def files(self, rows: Sequence[int]) -> list[StoredFile]:
+        """Return the image files of some rows."""
+        return [self.images[row] for row in rows]
+
+    def digest(self, rows: Sequence[int], contents: Sequence[bytes] | None) -> str:
+        """Return the sha256 of the contents' sha256."""
+        known = contents or [file_digest(self.root / self.images[row].path) for row in rows]
+        return hashlib.sha256(b"".join(known)).hexdigest()
+
+
+@dataclass
+class LeftOut:
+    """Files that are not read, counted by where they lie and their ending.
+
+    Attributes:
+        unreadable: by (folder, ending): they are no images that can be read.
+        beside: by ending: texts that lie beside images.
+        classless: by split: images that lie in no class folder.
+        empty: class folders without any image, as split/class.
+    """
+
+    unreadable: Counter[tuple[str, str]] = field(default_factory=Counter)
+    beside: Counter[str] = field(default_factory=Counter)
+    classless: Counter[str] = field(default_factory=Counter)
+    empty: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Return in words what was left out, one line per kind."""
+        found = [
+            f"warning: {_files_of(count)} of {printable(place)} cannot be read ({ending})"
+            for (place, ending), count in sorted(self.unreadable.items())
+        ]
+        found += [
+            f"warning: {_files_of(count)} of {printable(split)} left out, in no class folder"
+            for split, count in sorted(self.classless.items())
+        ]
+        if self.empty:
+            found.append(f"warning: no image that can be read in {_listed(self.empty)}")
+        if self.beside:
+            kinds = ", ".join(f"{count:,} {end}" for end, count in sorted(self.beside.items()))
+            found.append(f"passed over beside the images: {kinds}")
+        return found
+
+
+def _files_of(count: int) -> str:
+    return f"{count:,} file{'s' * (count != 1)}"
+
+
+def read_folders(
+    layout: Layout,
+) -> tuple[dict[str, FolderListing], tuple[str, ...], list[str]]:
+    """List the images of every split, in the order of their paths.
+
+    Returns:
+        The listings by role, the class names in label order, and what was left out, in words.
+
+    Raises:
+        UsageError: a folder cannot be read, a link leads to a folder above it, or a split has no
+            images.
+    """
+    left_out, found = LeftOut(), {}
+    for name in dict.fromkeys(layout.splits.values()):
+        found[name] = _read_split(layout.root, name, left_out)
+    classes = tuple(sorted({label for images in found.values() for label in images.values()}))
+    sides = {role: found[name] for role, name in layout.splits.items()}
+    if layout.test_fraction:
+        (images,) = found.values()
+        tested = _test_side(layout.root, images, layout.test_fraction)
+        sides = {
+            "train": {file: label for file, label in images.items() if file.path not in tested},
+            "test": {file: label for file, label in images.items() if file.path in tested},
+        }
+    lines = left_out.lines()
+    if layout.unused:
+        lines.append(f"folders beside the splits are not used: {_listed(layout.unused)}")
+    places = {label: place for place, label in enumerate(classes)}
+    listings = {}
+    for role, images in sides.items():
+        name = layout.splits[role]
+        if not images:
+            raise UsageError(f"split {name!r} of {layout.root} has no images for {role}ing")
+        labels = torch.tensor([places[label] for label in images.values()], dtype=torch.int64)
+        title = role if layout.test_fraction else name
+        where = (os.path.realpath(layout.root),)
+        listings[role] = FolderListing(title, labels, where, layout.root, list(images))
+    return listings, classes, lines
+
+
+def _read_split(root: Path, split: str, left_out: LeftOut) -> dict[StoredFile, str]:
+    """Return the images of a split with the class of each, in the order of their paths."""
+    top = root if split == HERE else root / split
+    prefix = "" if split == HERE else f"{split}/"
+    found: dict[StoredFile, str] = {}
+    for label in _folders(top):
+        before = len(found)
+        place = f"{prefix}{label}"
+        for path, stat in _files(top / label, place, (_identity(root), _identity(top))):
+            kind = "unreadable" if stat is None else _kind(path)
+            if kind == "unknown":
+                kind = "image" if _is_image(root / path) else "unreadable"
+            if kind == "image" and stat is not None:
+                # A name has several spellings in Unicode, and file systems choose differently.
+                found[StoredFile.of(path, stat)] = unicodedata.normalize("NFC", label)
+            elif kind == "beside":
+                left_out.beside[_ending(path)] += 1
+            else:
+                left_out.unreadable[place, _ending(path) if stat else "a broken link"] += 1
+        if len(found) == before:
+            left_out.empty.append(place)
+    with os.scandir(top) as entries:
+        loose = [e.name for e in entries if not _is_passed(e.name) and e.is_file()]
+    left_out.classless[split] += sum(_kind(name) == "image" for name in loose)
+    left_out.classless += Counter()  # drops what is zero
+    return dict(sorted(found.items(), key=lambda item: item[0].path))
+
+
+def _files(
+    folder: Path, path: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Yield the files below a folder and what the system knows of them; None for a broken link.
+
+    Args:
+        folder: where to look.
+        path: what to call it.
+        above: folders that contain it, by their identity.
+    """
+    above = (*above, _identity(folder))
+    try:
+        with os.scandir(folder) as entries:
+            children = [entry for entry in entries if not _is_passed(entry.name)]
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read: {error.strerror}") from error
+    for entry in children:
+        name = f"{path}/{entry.name}" if path else entry.name
+        try:
+            if entry.is_dir():
+                if entry.is_symlink() and _identity(Path(entry.path)) in above:
+                    raise UsageError(f"{entry.path} is a link to a folder above it: remove it")
+                yield from _files(Path(entry.path), name, above)
+            else:
+                yield name, entry.stat() if entry.is_file() else None
+        except OSError:
+            yield name, None
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
+
+
+def _ending(path: str) -> str:
+    return printable(os.path.splitext(path)[1].lower()) or "no ending"
+
+
+def _kind(path: str) -> str:
+    """Return what a file is by its ending: image, beside (a text), or unknown."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending in endings():
+        return "image"
+    return "beside" if ending in _BESIDE else "unknown"
+
+
+def _is_image(path: Path) -> bool:
+    """Whether Pillow recognises the content of a file whose ending says nothing."""
+    try:
+        with bounded_pixels(), opened(path):
+            return True
+    except Exception:  # Pillow raises many kinds for files that are no images
+        return False
+
+
+# ---------------------------------------------------------------- a test split of one's own
+
+
+def _test_side(root: Path, images: Mapping[StoredFile, str], fraction: float) -> set[str]:
+    """Return the paths of the images that are for testing.
+
+    Each image falls on a side by its path alone, so that images that are added move no other.
+    Copies and links of an image lie on its side: that of their shortest path. In a class with
+    several images, each side has one.
+    """
+    first = _copies(root, list(images))
+    labels = {file.path: label for file, label in images.items()}
+    by_class: dict[str, list[tuple[float, str]]] = {}
+    for path in sorted({first.get(path, path) for path in labels}):
+        place = key("test split", unicodedata.normalize("NFC", path)) / 2**63
+        by_class.setdefault(labels[path], []).append((place, path))
+    tested: set[str] = set()
+    for places in by_class.values():
+        places.sort()
+        chosen = [path for place, path in places if place < fraction]
+        if len(places) > 1:  # with very few images, chance may leave a side empty
+            chosen = chosen or [places[0][1]]
+            chosen = chosen if len(chosen) < len(places) else chosen[:-1]
+        tested.update(chosen)
+    return {path for path in labels if first.get(path, path) in tested}
+
+
+def _copies(root: Path, files: Sequence[StoredFile]) -> dict[str, str]:
+    """Return the shortest path of every image that lies in several places, by each of its paths.
+
+    What was found is kept beside the decoded images, because it takes reading the files.
+    """
+    names = tuple((file.name, file.state) for file in files)
+    cache = cache_dir()
+    kept = cache and cache / f"{key('copies', os.path.realpath(root), names):016x}.copies.json"
+    if kept:
+        with contextlib.suppress(UnreadableError, ValueError, TypeError, KeyError):
+            before = read_json(kept)
+            return {files[int(row)].path: files[first].path for row, first in before.items()}
+    sizes = Counter(file.size for file in files)
+    groups: dict[bytes, list[int]] = {}
+    for row, file in enumerate(files):
+        if sizes[file.size] > 1:
+            groups.setdefault(file_digest(root / file.path), []).append(row)
+    # A copy has mostly a longer name than the image, such as "cat (1).jpg".
+    found = {
+        row: min(rows, key=lambda one: (len(files[one].path), files[one].path))
+        for rows in groups.values()
+        if len(rows) > 1
+        for row in rows
+    }
+    if kept:
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, {str(row): first for row, first in found.items()})
+    return {files[row].path: files[first].path for row, first in found.items()}
