@@ -6,6 +6,7 @@ In reading order:
     spec         --cohort, parsed: one specification per peer
     timm_config  config.json beside a network's weights, as timm writes it
     pretrained   trained weights to start from: of the hub, a peer's folder or a file
+    rehearsal    what a network does with a few images, tried without a trace
     build        a network from its specification, or an error that names what would fit
     optim        the optimizer of a peer, and the learning rate of a step
     model_card   README.md of a trained network

@@ -1,16 +1,19 @@
 """Networks of peers: built from a specification, or refused with what would fit."""
 
-import copy
 import itertools
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dml_accel.core.errors import UsageError, one_line
 from dml_accel.core.rng import key
 from dml_accel.models.pretrained import PretrainedWeights, build_pretrained
+from dml_accel.models.rehearsal import logits_problem, require_trainable
 from dml_accel.models.spec import PeerSpec
 
 
@@ -63,14 +66,142 @@ def build(
             f"{spec.name} cannot take {image_size} x {image_size} images ({reason}); try "
             f"{_remedy(spec, image_size, classes)}"
         )
-    alone = smallest_micro_batch == 1
-    if alone and image_problem(copy.deepcopy(net), image_size, classes, train=True):
-        raise UsageError(
-            f"{spec.name} cannot learn from a single image at a time, because its batch norm would "
-            "see one value per channel: raise --batch-size or lower --grad-accum"
-        )
+    require_trainable(spec.name, net, dtype)
+    with torch.random.fork_rng(devices=[]):
+        images = torch.randn(2, 3, image_size, image_size)
+    require_learning(spec.name, net, images, classes, smallest_micro_batch)
     # Not ``to(dtype)``, which would drop the imaginary part of complex buffers.
     return net.double() if dtype == torch.float64 else net
+
+
+_KNOWN = ("torch", "torchvision", "timm", "dml_accel")
+
+
+def require_learning(
+    name: str,
+    net: nn.Module,
+    images: Tensor,
+    classes: int,
+    smallest_micro_batch: int,
+    **options: Any,
+) -> None:
+    """Refuse a network that the first step would trip over; it is as before afterwards.
+
+    Args:
+        name: of the network, for messages.
+        net: the network.
+        images: two of those that it is given, [2, ...], or one.
+        classes: how many there are.
+        smallest_micro_batch: images; batch norm cannot learn from one.
+        options: of ``rehearsal.logits_problem``.
+
+    Raises:
+        UsageError: see above.
+    """
+    counts = [min(2, len(images))] + [1] * (smallest_micro_batch == 1)
+    for count in counts:
+        reason, _ = logits_problem(net, images[:count], classes, train=True, **options)
+        if reason and count < counts[0]:
+            raise UsageError(
+                f"{name} cannot learn from a single image at a time, because its batch norm would "
+                "see one value per channel: raise --batch-size or lower --grad-accum"
+            )
+        if reason:
+            raise UsageError(f"{name} cannot be trained: in training mode it {reason}")
+
+
+def refuse_shared(networks: Mapping[str, nn.Module]) -> None:
+    """Refuse networks that have anything in common: each would be changed by the other's steps.
+
+    That is a parameter, a buffer or another tensor, whole or in part, or a module that may keep
+    something. Within a network everything may be shared.
+
+    Raises:
+        UsageError: there are two such networks; the text names both, and what they share.
+    """
+    remedy = "each network needs its own (copy.deepcopy)"
+    places, starts = [], dict[int, tuple[str, str]]()
+    for name, net in networks.items():
+        for kind, place, tensor in _held_tensors(net):
+            start, length = _memory(tensor)
+            if length:
+                first, what = starts.setdefault(start, (name, f"{kind} {place}"))
+                if first != name:
+                    raise UsageError(f"{first} and {name} share the {what}: {remedy}")
+                places.append((start, start + length, name, f"{kind} {place}"))
+    order = list(networks)
+    ends: dict[str, tuple[int, str]] = {}  # of each network: the last address so far, and whose
+    for start, end, name, what in sorted(places, key=lambda one: one[:2]):
+        for other, (stop, shared) in ends.items():
+            if other != name and start < stop:
+                first, second = sorted((other, name), key=order.index)
+                shown = shared if first == other else what
+                raise UsageError(f"{first} and {second} share the {shown}: {remedy}")
+        if end > ends.get(name, (0, ""))[0]:
+            ends[name] = end, what
+    owners: dict[int, tuple[str, str]] = {}
+    for name, net in networks.items():
+        for place, module in net.named_modules():
+            first, what = owners.setdefault(id(module), (name, place))
+            if first != name and _may_keep_something(module):
+                raise UsageError(
+                    f"{first} and {name} share the module {what} ({type(module).__name__}), which "
+                    f"may keep something: {remedy}"
+                )
+
+
+def _held_tensors(net: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield kind, name and value of everything that a network computes with."""
+    for name, weight in net.named_parameters():
+        yield "weight", name, weight
+    for name, buffer in net.named_buffers():
+        yield "buffer", name, buffer
+    for name, module in net.named_modules():
+        for attribute, value in vars(module).items():
+            place = f"{name}.{attribute}".lstrip(".")
+            several = value.values() if isinstance(value, dict) else value
+            several = several if isinstance(value, dict | list | tuple) else [value]
+            for one in several if attribute not in ("_parameters", "_buffers", "_modules") else ():
+                if isinstance(one, Tensor):
+                    yield "tensor", place, one
+                elif isinstance(one, nn.Module):
+                    yield from (
+                        ("tensor", place, tensor) for tensor in (*one.parameters(), *one.buffers())
+                    )
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of a tensor and how many bytes it spans; 0 bytes if it has no memory."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0 or is_lazy(tensor):
+        return 0, 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), (last + 1) * tensor.element_size()
+
+
+def _may_keep_something(module: nn.Module) -> bool:
+    """Whether a module without tensors of its own may remember what it has seen."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    # Layers of these packages keep nothing but tensors, which are compared anyway.
+    return any(hooks) or type(module).__module__.split(".")[0] not in _KNOWN
+
+
+_built: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary()
+
+
+def refuse_reused(networks: Mapping[str, nn.Module]) -> None:
+    """Refuse networks with a weight that an earlier run of this process has had, and has trained.
+
+    Raises:
+        UsageError: there is one; the text names it.
+    """
+    for name, net in networks.items():
+        for place, weight in net.named_parameters():
+            if _built.get(id(weight)) is weight:
+                raise UsageError(
+                    f"{name} has the weight {place} of a network that was built before: let its "
+                    "function build all layers anew"
+                )
+    _built.update({id(one): one for net in networks.values() for one in net.parameters()})
 
 
 def refuse_twins(modules: Mapping[str, nn.Module]) -> None:
@@ -90,12 +221,12 @@ def refuse_twins(modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def image_problem(net: nn.Module, size: int, classes: int, train: bool = False) -> str:
+def image_problem(net: nn.Module, size: int, classes: int) -> str:
     """Return why a network cannot take a single image; empty if it can.
 
-    Without ``train`` this leaves no trace in the network, which is in training mode afterwards.
+    This leaves no trace in the network, which is in training mode afterwards.
     """
-    net.train(train)
+    net.eval()
     try:
         with torch.no_grad():
             shape = tuple(net(torch.zeros(1, 3, size, size)).shape)
@@ -108,20 +239,25 @@ def image_problem(net: nn.Module, size: int, classes: int, train: bool = False) 
 
 
 def _remedy(spec: PeerSpec, size: int, classes: int) -> str:
-    """Return arguments with which the network takes the image, tried out, and its own size."""
+    """Return arguments with which the network takes the image, tried out, and its own size.
+
+    Those that change least come first: trained weights fit patches of their own size.
+    """
     with torch.device("meta"):
         native = timm.create_model(spec.arch).default_cfg["input_size"][-1]
-    patches = {"img_size": size, "patch_size": max(1, size // 8)}
-    windows = {"img_size": size, "patch_size": max(1, size // 16), "window_size": 4}
-    for arguments in (patches, windows, {"img_size": size}):
+    whole = {"img_size": size}
+    patches = whole | {"patch_size": max(1, size // 8)}
+    windows = whole | {"patch_size": max(1, size // 16), "window_size": 4}
+    found = []
+    for arguments in (whole, patches, windows):
         try:
             net = timm.create_model(spec.arch, num_classes=classes, **spec.arguments | arguments)
         except Exception:  # every model family raises its own kinds
             continue
         if not image_problem(net, size, classes):
             text = ",".join(f"{name}={value}" for name, value in arguments.items())
-            return f"'timm:{spec.arch}[{text}]' or --image-size {native}"
-    return f"--image-size {native}"
+            found.append(f"'timm:{spec.arch}[{text}]'")
+    return " or ".join([", ".join(found[:2]), f"--image-size {native}"]).removeprefix(" or ")
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -42,7 +42,7 @@ from dml_accel.distributed.plan import (
 )
 from dml_accel.distributed.processes import Processes
 from dml_accel.distributed.wrap import Wrapper
-from dml_accel.models.build import build, memory_format, refuse_twins
+from dml_accel.models.build import build, memory_format, refuse_reused, refuse_shared, refuse_twins
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights
@@ -163,14 +163,16 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     specs, classes = parse_cohort(config.cohort), source.classes
     frozen = read_teachers(config.method.frozen_peers, classes, config.data.image_size)
     links = read_links(config.method.links, [spec.name for spec in specs], list(frozen))
-    for folder in frozen.values():
-        load_network(folder)  # refused now if it cannot be built
+    # Refused now if they cannot be built.
+    teachers = {name: load_network(folder) for name, folder in frozen.items()}
     weights = {
         spec.name: read_weights(spec.arch, spec.start)
         for spec in specs
         if starts and spec.start is not None
     }
     modules = build_networks(config, specs, len(classes), weights)
+    refuse_shared({**modules, **teachers})
+    refuse_reused(modules)
     refuse_twins(modules)
     world_size, costs = launched_processes(), {}
     if world_size > 1:
