@@ -1,11 +1,14 @@
 """Tables and texts of results, for terminals, Markdown and HTML."""
 
+import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+_USUAL_COLUMNS = 80
 _HEADERS = ("network", "parameters", "top-1 %", "top-5 %", "NLL (nats)", "ECE %")
 
 
@@ -28,6 +31,16 @@ def _cells(metrics: dict[str, Any]) -> list[str]:
     shares = [percent(metrics["top1"]), percent(metrics["top5"])]
     nll = "-" if metrics["nll"] is None else f"{metrics['nll']:.4f}"
     return [*shares, nll, percent(metrics["ece"])]
+
+
+def terminal_columns(stream: Any) -> int | None:
+    """Return how wide the terminal is that a stream writes to; None if it writes elsewhere."""
+    columns = 0
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone, the stream closed
+        if not stream.isatty():
+            return None
+        columns = os.get_terminal_size(stream.fileno()).columns
+    return columns or _USUAL_COLUMNS  # some terminals do not say
 
 
 def percent(share: float | None) -> str:

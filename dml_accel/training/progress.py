@@ -3,15 +3,21 @@
 import contextlib
 import math
 import sys
+import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
+from tqdm.utils import ObjectWrapper
 
 from dml_accel.core.config import Config
+from dml_accel.core.tables import terminal_columns
 from dml_accel.data.batches import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.models.spec import parse_cohort
@@ -21,6 +27,10 @@ from dml_accel.training.loop import EvaluationRecord, StepRecord, steps_to_take
 
 _WARM_UP_STEPS = 2
 _SECONDS_BETWEEN_LINES = 10.0
+_CLEAR_LINE = "\r\x1b[K"
+_NARROWEST_BAR = 8  # columns
+# Of ": 100%|", "| 00:00<00:00" and ", ", which tqdm puts around what we add.
+_COLUMNS_BESIDE_BAR = 22
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Workload:
         evaluation: cost of one evaluation.
         images_per_step: an image counts once, however many peers see it.
         taken: optimizer steps that were taken before.
+        peers: names, in the order of the command line.
     """
 
     steps: int
@@ -42,6 +53,7 @@ class Workload:
     evaluation: float
     images_per_step: int
     taken: int = 0
+    peers: tuple[str, ...] = ()
 
     @property
     def total(self) -> float:
@@ -70,7 +82,8 @@ def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int
     batch_size, schedule = config.optim.batch_size, config.method.schedule
     steps = steps_to_take(config.optim, trained)
     period = config.run.eval_interval.steps(trained // batch_size)
-    peers = len(parse_cohort(config.cohort))
+    names = tuple(spec.name for spec in parse_cohort(config.cohort))
+    peers = len(names)
     return Workload(
         steps=steps,
         step=schedule.cost(peers) * batch_size * image_cost,
@@ -78,6 +91,7 @@ def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int
         evaluation=(held + len(source.test)) * image_cost,
         images_per_step=batch_size * schedule.batches_per_step(peers),
         taken=taken,
+        peers=names,
     )
 
 
@@ -177,6 +191,9 @@ class Windows:
 class Display:
     """A progress bar with the remaining time on a terminal, plain lines elsewhere; all on stderr.
 
+    On a terminal, what else is printed while the bar is there appears above it. Peers are shown in
+    the order of the command line.
+
     Args:
         work: cost of all runs that will be shown, in the unit of their workloads.
         quiet: show nothing.
@@ -187,15 +204,11 @@ class Display:
     def __init__(self, work: float, quiet: bool = False, many: bool = False) -> None:
         self._work, self._quiet, self._many = work, quiet, many
         self._seconds_between_lines = 60.0 if many else _SECONDS_BETWEEN_LINES
-        self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=100,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            disable=quiet or not self._terminal,
-            smoothing=0,
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
+        self._columns = terminal_columns(sys.stderr)
+        self._bar: tqdm[NoReturn] | None = None
+        self._streams = contextlib.ExitStack()
+        if quiet and self._columns:  # the terminal may show the bar of the first process
+            self._streams.enter_context(contextlib.redirect_stderr(_OverBar(sys.stderr)))
         self._started, self._printed = time.monotonic(), -math.inf
         self._done = 0.0
 
@@ -210,31 +223,32 @@ class Display:
         self._label, self._workload, self._epochs = label, workload, epochs
         self._work -= workload.done  # it was done before and takes no time now
         self._end = self._done + workload.total - workload.done
+        if self._columns and not self._quiet and self._bar is None:
+            self._show_bar()
 
     def step(self, window: Window | None) -> None:
         """Count a step; ``window`` is the one that ended with it, if one did."""
         self._advance(self._workload.step)
         if window is None:
             return
-        losses = " ".join(
-            f"{peer} ce {_number(part['cross_entropy'])} kl {_number(part['kl'])}"
-            for peer, part in window.losses.items()
-        )
-        rate = self._workload.images_per_step / window.step_seconds
+        rate = f"{self._workload.images_per_step / window.step_seconds:.0f} images/s"
         if window.skipped:
             skipped = ", ".join(f"{peer} {count}" for peer, count in window.skipped.items())
             self._print(
                 f"{self._at(window.last)} skipped steps of the last {window.steps}, because the "
                 f"loss was not finite: {skipped}"
             )
-        if self._terminal:
-            epoch = f"epoch {window.last.epoch + 1}/{self._epochs}"
-            self._bar.set_description(f"{self._label} {epoch}".strip(), False)
-            self._bar.set_postfix_str(f"{rate:.0f} images/s {losses}")
+        losses = self._losses(window)
+        if self._bar is not None:
+            description = f"{self._label} {self._epoch(window.last)}".strip()
+            taken = len(description) + _NARROWEST_BAR + _COLUMNS_BESIDE_BAR
+            room = (self._columns or 0) - taken
+            self._bar.set_description(description, False)
+            self._bar.set_postfix_str(_longest(room, rate, losses))
         elif time.monotonic() - self._printed >= self._seconds_between_lines:
             spent = time.monotonic() - self._started
             left = tqdm.format_interval(spent / self._done * max(0.0, self._work - self._done))
-            self._print(f"{self._at(window.last)} {rate:.0f} images/s, {left} left: {losses}")
+            self._print(f"{self._at(window.last)} {rate}, {left} left: {losses[0]}")
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Print the accuracies of an evaluation."""
@@ -243,7 +257,7 @@ class Display:
             return
         split = "val" if record.val else "test"
         metrics = record.val or record.test
-        scores = [*metrics["peers"].items(), ("ensemble", metrics["ensemble"])]
+        scores = [*self._in_order(metrics["peers"]).items(), ("ensemble", metrics["ensemble"])]
         accuracies = " ".join(f"{name} {100 * score['top1']:.2f}%" for name, score in scores)
         self._print(f"{self._at(record)} {split} top-1: {accuracies}")
 
@@ -253,31 +267,114 @@ class Display:
 
     def close(self) -> None:
         """Remove the bar from the last line of the screen."""
-        self._bar.close()
+        self._streams.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show_bar(self) -> None:
+        self._bar = tqdm(
+            total=100,
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            smoothing=0,
+            ncols=self._columns,
+            file=sys.stderr,
+        )
+        shown = sys.stderr
+        self._streams.enter_context(contextlib.redirect_stderr(_AboveBar(shown, shown)))
+        if terminal_columns(sys.stdout):
+            self._streams.enter_context(contextlib.redirect_stdout(_AboveBar(sys.stdout, shown)))
+
+    def _losses(self, window: Window) -> list[str]:
+        """Return the losses as texts, each shorter than the one before."""
+        losses = self._in_order(window.losses)
+        ce, kl = ([part[key] for part in losses.values()] for key in ("cross_entropy", "kl"))
+        each = " ".join(
+            f"{name} ce {_number(part['cross_entropy'])} kl {_number(part['kl'])}"
+            for name, part in losses.items()
+        )
+        texts = [each]
+        for digits in (3, 2):
+            texts.append(f"ce {_numbers(ce, digits)} kl {_numbers(kl, digits)}")
+        if len(losses) > 1:
+            mean = f"ce {_number(_mean(ce), 2)} kl {_number(_mean(kl), 2)}"
+            texts += [f"mean of {len(losses)}: {mean}", f"mean: {mean}"]
+        return [*texts, f"{'mean ' * (len(losses) > 1)}ce {_number(_mean(ce), 2)}"]
+
+    def _in_order(self, of_peers: dict[str, Any]) -> dict[str, Any]:
+        """Return what is known of each peer in the order of the command line, not of names."""
+        return {name: of_peers[name] for name in self._workload.peers or of_peers}
 
     def _advance(self, work: float) -> None:
         self._done += work
-        self._bar.update(100 * self._done / self._work - self._bar.n)
+        if self._bar is not None:
+            self._columns = terminal_columns(sys.stderr) or self._columns  # it may be resized
+            self._bar.ncols = self._columns
+            self._bar.update(100 * self._done / self._work - self._bar.n)
 
     def _at(self, record: StepRecord | EvaluationRecord) -> str:
         label = f"{self._label}: " if self._label else ""
-        return (
-            f"{label}step {record.step}/{self._workload.steps} "
-            f"epoch {record.epoch + 1}/{self._epochs}"
-        )
+        return f"{label}step {record.step}/{self._workload.steps} {self._epoch(record)}"
+
+    def _epoch(self, record: StepRecord | EvaluationRecord) -> str:
+        return f"epoch {record.epoch + 1}/{self._epochs}"
 
     def _print(self, line: str) -> None:
         self._printed = time.monotonic()
         if self._quiet:
             return
-        if self._terminal:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        if self._columns:  # a terminal would break the line within words
+            line = textwrap.fill(
+                line,
+                self._columns,
+                subsequent_indent="    ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        print(line, file=sys.stderr, flush=True)
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
+class _AboveBar(DummyTqdmFile):
+    """A stream whose lines appear above the bar, which is drawn again below them.
+
+    Args:
+        stream: to write to.
+        shown: where the bar is.
+    """
+
+    def __init__(self, stream: Any, shown: Any) -> None:
+        super().__init__(stream)
+        self.wrapper_setattr("_shown", shown)
+
+    def write(self, text: str, nolock: bool = False) -> None:
+        with tqdm.external_write_mode(self._shown, nolock):
+            super().write(text, nolock=True)
+
+
+class _OverBar(ObjectWrapper):
+    """A stream that clears the line first, on which another process may show its bar."""
+
+    def write(self, text: str) -> None:
+        self._wrapped.write(f"{_CLEAR_LINE}{text}" if text.strip() else text)
+
+
+def _longest(room: int, rate: str, losses: Sequence[str]) -> str:
+    """Return the first of ``losses``, after the rate, that leaves room for a bar."""
+    texts = [*(f"{rate} {text}" for text in losses), rate, ""]
+    return next((text for text in texts if len(text) <= room), "")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of losses; None if one is not finite."""
+    found = [value for value in values if value is not None]
+    return fmean(found) if len(found) == len(values) else None
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def _numbers(values: Sequence[float | None], digits: int) -> str:
+    return " ".join(_number(value, digits) for value in values)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -285,7 +382,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         import resource
