@@ -8,10 +8,12 @@ import torch
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.distributed import launch
+from dml_accel.distributed.environment import world as world_of_the_launcher
 from tests.helpers import tiny_config
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 WORKERS = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 HERE = {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}
 OWN_GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # SLURM may call every task's own GPU 0
 
@@ -23,18 +25,18 @@ def check_launch(config: Config) -> None:
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     others = ("ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES")
-    for name in (*ACCELERATE, *WORKERS, *others):
+    for name in (*ACCELERATE, *WORKERS, *ADDRESS, *HERE, *others):
         monkeypatch.delenv(name, raising=False)
 
 
 REFUSED = {
     "accelerate launch --cpu --num_processes 2": (
-        ACCELERATE | {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
+        ACCELERATE | ADDRESS | {"ACCELERATE_USE_CPU": "True"},
         {},
         "started a single process and ignored --num_processes and --num_machines",
     ),
     "accelerate launch --num_processes 2": (
-        ACCELERATE | {"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1"},
+        ACCELERATE | ADDRESS | {"ACCELERATE_USE_CPU": "False"},
         {},
         "write accelerate launch --multi_gpu --num_processes N",
     ),
@@ -56,6 +58,12 @@ REFUSED = {
         {},
         {"mixed_precision": "bf16"},
         "--float64 and mixed precision bf16 exclude each other",
+    ),
+    "SageMaker": (ACCELERATE | {"ACCELERATE_USE_SAGEMAKER": "true"}, {}, "SageMaker's data par"),
+    "no number of parts": (
+        ACCELERATE | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"},
+        {},
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is 'auto'",
     ),
     "compilation": (
         ACCELERATE | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
@@ -93,6 +101,9 @@ def test_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch, case: str) -> Non
         (ACCELERATE | WORKERS, {"batch_size": 3}),
         (ACCELERATE | {"ACCELERATE_USE_CPU": "True"}, {}),
         ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}, {}),
+        (ACCELERATE | {"MASTER_ADDR": "127.0.0.1"}, {}),  # exported for something else
+        (ADDRESS, {}),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {"mixed_precision": "no"}),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"float64": False}),
     ],
 )
@@ -106,7 +117,7 @@ def test_accepted(monkeypatch: pytest.MonkeyPatch, environment: dict, changes: d
     ("gpus", "environment", "message"),
     [
         (0, {"LOCAL_RANK": "0"}, "several processes need CUDA GPUs or the CPU; add --cpu"),
-        (2, {}, "start with accelerate launch or torchrun"),
+        (2, {}, "WORLD_SIZE is 3 but LOCAL_RANK is not set"),
         (2, HERE, "3 processes on this machine but 2 GPUs; start at most 2"),
         # torchrun's processes share what they see; so do those that see all of a machine's one GPU.
         (1, HERE | OWN_GPU | {"TORCHELASTIC_RUN_ID": "a"}, "but 1 GPU; start at most 1"),
@@ -190,6 +201,7 @@ def test_processes_share_the_cores_of_their_machine(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
+    world = {"WORLD_SIZE": str(launched), "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (world | environment).items():
         monkeypatch.setenv(name, value)
-    assert launch._threads(threads, launched) == expected
+    assert launch._threads(threads, world_of_the_launcher()) == expected
