@@ -135,6 +135,9 @@ def _train(values: dict[str, Any]) -> int:
     finished = train(config, command_line())
     if finished is not None:
         folder, results = finished
+        peer, split = results["peers"][0], config.data.test_split
+        called = "" if split == "test" else f" ({split})"
+        print(f"on the {peer['test']['n']:,} images of the test split{called}:\n")
         print(results_table(results))
         print(f"\nrun folder: {folder}\npeers:      {folder}/peers/<name>/model.safetensors")
     return 0

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import sys
+import textwrap
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,42 @@ _HEADERS = ("network", "parameters", "top-1 %", "top-5 %", "NLL (nats)", "ECE %"
 
 
 def table(rows: list[list[Any]], headers: Sequence[str], style: str, left: int) -> str:
-    """Return a table: the first ``left`` columns are text, the others numbers."""
+    """Return a table: the first ``left`` columns are text, the others numbers.
+
+    The style ``simple`` is the screen's: on a terminal that is too narrow, every row becomes a
+    block with one line per cell, broken between words.
+    """
     align = ["left"] * left + ["right"] * (len(headers) - left)
     # tabulate 0.9 cannot align the columns of a table without rows.
     given = {"colalign": align} if rows else {}
-    return tabulate(rows, headers, tablefmt=style, disable_numparse=True, **given)
+    text = str(tabulate(rows, headers, tablefmt=style, disable_numparse=True, **given))
+    columns = terminal_columns(sys.stdout) if style == "simple" else None
+    if columns is None or max(map(_width, text.splitlines()), default=0) <= columns:
+        return text
+    return "\n\n".join(_block(row, headers, columns) for row in rows)
+
+
+def _block(row: Sequence[Any], headers: Sequence[str], columns: int) -> str:
+    """Return one row of a table as lines that are at most so many columns wide."""
+    indent = " " * (min(max(map(_width, headers)), columns // 2) + 2)
+    lines = []
+    for header, cell in zip(headers, map(str, row), strict=True):
+        start = header + indent[len(header) :]
+        if _width(start) > len(indent):  # a line of its own
+            lines.append(header)
+            start = indent
+        # textwrap counts letters; those of two columns are taken from its width.
+        room = max(columns - _width(cell) + len(cell), len(indent) + 1)
+        wrapper = textwrap.TextWrapper(
+            room, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False
+        )
+        lines += wrapper.wrap(cell) or [header]
+    return "\n".join(lines)
+
+
+def _width(line: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each Chinese letter."""
+    return len(line) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in line)
 
 
 def results_table(results: dict[str, Any], style: str = "simple") -> str:

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import pytest
 
-from dml_accel.core.streams import drain, only_displayed, open_missing, choose_encodings
+from dml_accel.core.streams import choose_encodings, drain, only_displayed, open_missing
 
 # Which standard streams are closed at the start, as a shell writes it.
 CLOSED = ["2>&-", ">&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-"]

@@ -54,12 +54,14 @@ def lines_of(written: str) -> list[list[str]]:
 @contextmanager
 def terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     shown = Terminal(columns)
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, shown.stream)
+    out = open(os.dup(shown.stream.fileno()), "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", shown.stream)
+    monkeypatch.setattr(sys, "stdout", out)  # another stream to the same terminal
     try:
         yield shown
     finally:
         monkeypatch.undo()
+        out.close()
         shown.close()
 
 
