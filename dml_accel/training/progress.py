@@ -18,7 +18,7 @@ from tqdm.utils import ObjectWrapper
 
 from dml_accel.core.config import Config
 from dml_accel.core.tables import terminal_columns
-from dml_accel.data.batches import training_sizes
+from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.models.spec import parse_cohort
 from dml_accel.mutual.metrics import finite
@@ -78,7 +78,7 @@ def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int
         image_cost: of a forward pass of one image through all networks.
         taken: optimizer steps that were taken before.
     """
-    trained, held = training_sizes(source, config.data)
+    trained, held = training_sizes(len(source.train), config.data)
     batch_size, schedule = config.optim.batch_size, config.method.schedule
     steps = steps_to_take(config.optim, trained)
     period = config.run.eval_interval.steps(trained // batch_size)
