@@ -5,6 +5,7 @@ In reading order:
     methods     named methods, presets, and the paper's results
     runs        finished runs below some folders, in groups that can be compared
     statistics  means, intervals and paired differences over seeds
+    speeds      what makes the times of runs differ besides their methods
     tables      a comparison as tables and text: results.md
     plots       figures from numbers
     compare     train every method with the same seeds, and write one table of all

@@ -20,10 +20,11 @@ from typing import Any
 
 from dml_accel.analysis import plots, statistics
 from dml_accel.analysis.methods import changes_of, is_cifar100, refuse
-from dml_accel.analysis.runs import read_run
+from dml_accel.analysis.runs import Run, read_run
+from dml_accel.analysis.speeds import speed_differences
 from dml_accel.analysis.tables import comparison_markdown, comparison_title
 from dml_accel.core.config import Config, differences_text, require
-from dml_accel.core.errors import DivergedError, UsageError
+from dml_accel.core.errors import DivergedError, UsageError, one_line
 from dml_accel.core.files import read_json, write_text
 from dml_accel.data import sources
 from dml_accel.data.selection import training_sizes
@@ -50,7 +51,14 @@ from dml_accel.training.resume import (
     has_checkpoint,
     refuse_other_images,
 )
-from dml_accel.training.run_folder import LockedFolder, RunFolder, SavedRun, explaining_stop
+from dml_accel.training.run_folder import (
+    LockedFolder,
+    RunFolder,
+    SavedRun,
+    explaining_stop,
+    refuse_foreign,
+    refuse_inside,
+)
 from dml_accel.training.setup import Checked, check, choose_ranks, seconds_saved
 from dml_accel.training.train import Session, run_one
 
@@ -148,7 +156,50 @@ class ComparisonFolder(LockedFolder):
         self._plan = plan
         self.failed: dict[str, str] = {}
         label = "-".join(["compare", *dict.fromkeys(planned.cohort for planned in plan)])[:80]
-        super().__init__(path, label)
+        super().__init__(path, label, plan[0].config.data.dataset)
+
+    def finished(self) -> list[Run]:
+        """Return the finished runs.
+
+        Raises:
+            UsageError: one cannot be read, or does not hold what the tables need.
+        """
+        done = [planned for planned in self._plan if self.saved(planned).is_done]
+        runs = [read_run(self.path / one.folder, one.folder, one.method) for one in done]
+        for run in runs:
+            try:
+                statistics.refuse_incomplete(run)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                raise UsageError(
+                    f"the finished run in {run.folder} is damaged ({type(error).__name__}: "
+                    f"{one_line(error)}): remove its folder to train it again"
+                ) from error
+        return runs
+
+    def say_what_differs(self) -> None:
+        """Warn of finished runs that lack networks, or whose times cannot be compared."""
+        runs = self.finished()
+        for run in runs:
+            lacking = [name for name in run.peers if name not in run.peer_folders]
+            if lacking:
+                print(
+                    f"warning: {run.folder} lacks the networks of {', '.join(lacking)}: its "
+                    "results count, but nothing can be predicted with them",
+                    file=sys.stderr,
+                )
+        unfinished = self.unfinished()
+        differs = speed_differences(runs, unfinished[0].config if unfinished else None)
+        if differs:
+            print(
+                f"warning: seconds and images/s of these runs cannot be compared: {differs}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def set_done(self) -> None:
+        """Correct the status of runs that were killed between their results and their status."""
+        for planned in self._plan:
+            RunFolder(self.path / planned.folder, "", resumes=True, part=True).set_done()
 
     def saved(self, planned: PlannedRun) -> SavedRun:
         """Return a run as it was left."""
@@ -172,11 +223,7 @@ class ComparisonFolder(LockedFolder):
             command: the command line.
         """
         unfinished = [planned.folder for planned in self.unfinished()]
-        runs = [
-            read_run(self.path / planned.folder, planned.folder, planned.method)
-            for planned in self._plan
-            if planned.folder not in unfinished
-        ]
+        runs = self.finished()
         record = statistics.comparison_record(
             config,
             runs,
@@ -188,16 +235,29 @@ class ComparisonFolder(LockedFolder):
             command=command,
         )
         self.write("results.json", record)
+        for name, write in (
+            ("results.csv", lambda path: write_text(path, self._csv(runs))),
+            ("results.md", lambda path: write_text(path, comparison_markdown(record, _PLOT))),
+            (
+                _PLOT,
+                lambda path: plots.save(plots.differences(record, comparison_title(record)), path),
+            ),
+        ):
+            try:
+                write(self.path / name)
+            except Exception as error:  # the runs to come must not be lost for a table or figure
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                print(f"warning: {self.path / name} is not written ({reason})", file=sys.stderr)
+        return record
+
+    def _csv(self, runs: Sequence[Run]) -> str:
         several = len({planned.cohort for planned in self._plan}) > 1
         columns = ("cohort", *statistics.COLUMNS) if several else statistics.COLUMNS
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(statistics.csv_rows(runs))
-        write_text(self.path / "results.csv", table.getvalue())
-        write_text(self.path / "results.md", comparison_markdown(record, _PLOT))
-        plots.save(plots.differences(record, comparison_title(record)), self.path / _PLOT)
-        return record
+        return table.getvalue()
 
     def _refuse_content(self) -> None:
         for trace in ("config.json", "metrics.jsonl"):
@@ -206,9 +266,14 @@ class ComparisonFolder(LockedFolder):
                     f"--output-dir {self.path} holds a single run ({trace}); name another folder"
                 )
         self._refuse_other_tables()
+        has_tables = any((self.path / name).exists() for name in _TABLES)
+        if not has_tables and not any((self.path / one.folder).is_dir() for one in self._plan):
+            refuse_foreign(self.path, "none of the runs that these flags ask for")
+            refuse_inside(self.path, self._dataset)
         for planned in self._plan:
             RunFolder(self.path / planned.folder, "", resumes=True)  # refuses foreign files
             _refuse_other_flags(self.saved(planned), planned.config)
+        self.finished()
 
     def _refuse_other_tables(self) -> None:
         tables = [name for name in _TABLES if (self.path / name).exists()]
@@ -308,6 +373,8 @@ def compare(
         unfinished = plan
         if folder:  # rank 0 decides, and broadcasts what it decides
             unfinished = folder.unfinished()
+            folder.set_done()
+            folder.say_what_differs()
             print(
                 f"comparison: {folder.path}, {len(plan) - len(unfinished)} of {len(plan)} runs are "
                 "finished; after an interruption, the same command with this --output-dir resumes "
@@ -419,7 +486,7 @@ class _Trainer:
     def _train(self, planned: PlannedRun, label: str, compiled: bool) -> None:
         folder = None
         if self._folder:
-            folder = RunFolder(self._folder.path / planned.folder, "", resumes=True)
+            folder = RunFolder(self._folder.path / planned.folder, "", resumes=True, part=True)
         watching = self._session.processes.watching(folder.fail if folder else None)
         with folder or contextlib.nullcontext(), watching:
             starts = _needs_start(planned, self._config.run.output_dir)
@@ -428,6 +495,8 @@ class _Trainer:
             origin = Origin()
             if folder:
                 origin = find_origin(_resuming(planned, folder.path), checked)
+                if not origin.path:
+                    folder.print_restart()
             run_one(
                 self._session,
                 planned.config,

@@ -140,6 +140,18 @@ def csv_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     ]
 
 
+def refuse_incomplete(run: Run) -> None:
+    """Raise what the record and the tables of a comparison would raise for a damaged run.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, IndexError: an entry is missing, or of
+            another kind.
+    """
+    seeds = [run.config.seed]
+    comparison_record(run.config, [run], methods=[run.method], seeds=seeds, cifar100=False)
+    csv_rows([run])
+
+
 def comparison_record(
     config: Config,
     runs: Sequence[Run],

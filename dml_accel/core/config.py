@@ -640,6 +640,11 @@ def _refuse_conflicts(config: Config) -> None:
         method.kl_images == "labelled" and config.data.labelled_fraction == 1,
         "--kl-images labelled needs --labelled-fraction below 1",
     )
+    _refuse(
+        method.kl_warmup > config.optim.epochs,
+        f"--kl-warmup {method.kl_warmup} is more than --epochs {config.optim.epochs}, so the KL "
+        "weight would never reach --kl-weight: lower it",
+    )
 
 
 # ---------------------------------------------------------------- flags

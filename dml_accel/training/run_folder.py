@@ -387,10 +387,15 @@ class RunFolder(LockedFolder):
         self._status = StatusFile(self.path)  # the folder may have got another name
         return self
 
-    @property
-    def has_records(self) -> bool:
-        """Whether an earlier attempt has recorded anything."""
-        return (self.path / "metrics.jsonl").exists()
+    def print_restart(self) -> None:
+        """Say that an earlier attempt, which has left no checkpoint, is lost; if there was one."""
+        if (self.path / "metrics.jsonl").exists():
+            print(
+                f"{self.path} has no checkpoint yet: starting from step 0; what the interrupted "
+                "attempt has recorded there is replaced",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def set_running(self, step: int) -> None:
         """Set the status to running, if an earlier attempt has left another one."""

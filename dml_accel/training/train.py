@@ -85,13 +85,8 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
             _refuse_to_shorten(origin, work.steps)
             if origin.path:
                 print(f"resuming from {origin.path}", file=sys.stderr, flush=True)
-            elif folder.has_records:
-                print(
-                    "no checkpoint yet: starting from step 0; what the interrupted attempt has "
-                    f"recorded in {folder.path} is replaced",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            else:
+                folder.print_restart()
         processes = Processes(config.numerics, config.compute)
         stop.listen()
         if folder and not nothing:

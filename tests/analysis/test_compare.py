@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import random
 import shutil
 import signal
@@ -20,6 +21,7 @@ from dml_accel.analysis import compare, plots
 from dml_accel.analysis.methods import PRESETS, Preset
 from dml_accel.analysis.tables import comparison_title
 from dml_accel.core.config import Config
+from dml_accel.core.errors import UsageError
 from dml_accel.data import sources
 from tests.helpers import (
     BIN,
@@ -30,12 +32,14 @@ from tests.helpers import (
     events,
     load,
     run_program,
+    status_of,
     train,
 )
 
 TINY = [*DIGITS, "--max-steps", "6"]
 COHORT = ("--cohort", "resnet8*2", "wrn_16_2")
 SEEDS = (3, 4, 5)
+PLANNED = ([("resnet8*2", "wrn_16_2")], ["independent", "mutual"], 3)
 
 
 def compared(folder: Path, *words: str) -> int:
@@ -380,6 +384,70 @@ def test_a_run_with_results_is_kept_whatever_its_status_says(
     (folder / "mutual" / "seed-3" / "status.json").unlink()
     monkeypatch.setattr(compare, "run_one", lambda *_, **__: pytest.fail("trained again"))
     assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3") == 0
+
+
+def test_nothing_around_the_runs_ends_a_comparison(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(compare, "run_one", lambda *_, **__: pytest.fail("trained again"))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no\nfont")
+
+    for owner, name in ((plots, "differences"), (compare, "comparison_markdown")):
+        monkeypatch.setattr(owner, name, fail)
+    (folder / "results.csv").unlink()
+    (folder / "mutual/seed-3/status.json").write_text('{"status": "running", "step": 4}')
+    shutil.rmtree(folder / "mutual/seed-4/peers/resnet8-1")
+    results = load(folder / "mutual/seed-5/results.json") | {"world_size": 2, "threads": 77}
+    (folder / "mutual/seed-5/results.json").write_text(json.dumps(results))
+    assert compared(folder, *COHORT, "--seeds", "3", "--seed", "3") == 0
+    said = capsys.readouterr().err
+    for words in (
+        f"warning: {folder}/results.md is not written (RuntimeError: no font)\n",
+        f"warning: {folder}/differences.png is not written (RuntimeError: no font)\n",
+        f"warning: {folder}/mutual/seed-4 lacks the networks of resnet8-1: its results count",
+        "processes 1 in independent/seed-3, mutual/seed-3 and 3 more, 2 in mutual/seed-5; ",
+        f"--threads {torch.get_num_threads()} in independent/seed-3, mutual/seed-3 and 3 more, 77",
+    ):
+        assert words in said
+    assert status_of(folder / "mutual/seed-3") == {"status": "done", "reason": None, "step": 4}
+    assert (folder / "results.csv").read_text() == (finished / "results.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("results.json", '{"mixed_precision": "no"}', "mutual/seed-3 is damaged (KeyError: '"),
+        ("results.json", "{", "results.json is not valid JSON"),
+        ("metrics.jsonl", "torn", "metrics.jsonl cannot be read: "),
+        ("metrics.jsonl", "[3]", "mutual/seed-3 is damaged ("),
+        ("config.json", '{"config": 3, "versions": {}}', "config.json does not describe a run"),
+    ],
+)
+def test_a_damaged_run_is_refused_before_the_others_are_trained(
+    finished: Path, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(finished, folder)
+    (folder / "mutual/seed-3" / name).write_text(content)
+    plan = compare.plan_runs(Config(**record(finished)["config"]), *PLANNED)
+    with pytest.raises(UsageError) as refused:
+        compare.ComparisonFolder(str(folder), plan)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    plan = compare.plan_runs(Config(dataset=str(tmp_path / "set")), *PLANNED)
+    (tmp_path / "set/train/cat").mkdir(parents=True)
+    for where, text in {
+        tmp_path: "holds set but none of the runs that these flags ask for; name another folder",
+        tmp_path / "set/compared": "lies in the folder of the data set",
+    }.items():
+        with pytest.raises(UsageError, match=text):
+            compare.ComparisonFolder(str(where), plan)
 
 
 def test_an_unfinished_run_of_another_configuration_is_not_cleared_away(

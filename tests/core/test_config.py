@@ -167,7 +167,7 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
     "clip_norm": ABOVE_0,
     "kl_weight": AT_LEAST_0,
     "temperature": ABOVE_0,
-    "kl_warmup": ([0, 10**15], [-1]),
+    "kl_warmup": ([0, 200], [-1]),  # at most the epochs
     "threads": AT_LEAST_1,
     "timeout": ([SMALLEST, 1e6], [0.0, math.nextafter(1e6, 2e6)]),
     "keep_checkpoints": AT_LEAST_1,
@@ -205,6 +205,7 @@ def test_values_just_inside_a_range_are_accepted_and_just_outside_refused(name: 
         ({"momentum": 1.0}, "--momentum is 1.0; it must be at least 0 and below 1"),
         ({"labelled_fraction": 0.0}, "--labelled-fraction is 0.0; it must be above 0 and at most"),
         ({"kl_warmup": -1}, "--kl-warmup is -1; it must be at least 0"),
+        ({"kl_warmup": 9, "epochs": 8}, "--kl-warmup 9 is more than --epochs 8, so the KL weight"),
         ({"lr": math.nan}, "--lr is nan; it must be a finite number"),
         ({"timeout": 1e7}, "--timeout is 10000000.0; it must be above 0 and at most 1,000,000"),
     ],
