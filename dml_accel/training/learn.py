@@ -233,15 +233,16 @@ def _as_split(name: str, given: Any) -> Split:
     takes = "learn takes a pair of tensors (images, labels)"
     if not (isinstance(given, tuple | list) and len(given) == 2):
         # By its type: a data set may have no end.
-        rows = f"for image, label in {name}"
-        hint = f"{takes}, and these are {len(given)}" if isinstance(given, tuple | list) else takes
+        hint, rows = takes, f"for image, label in {name}"
         if isinstance(given, TensorDataset):
-            hint = f"{takes}, such as {name}.tensors"
+            hint += f", such as {name}.tensors"
         elif isinstance(given, DataLoader):
-            rows = rows.replace("image, label", "images, labels")
-            hint = f"{takes}: torch.cat([images {rows}]), torch.cat([labels {rows}])"
-        elif isinstance(given, Dataset) or hasattr(given, "__getitem__"):
-            hint = f"{takes}: torch.stack([image {rows}]), torch.tensor([label {rows}])"
+            rows = f"for images, labels in {name}"
+            hint += f": torch.cat([images {rows}]), torch.cat([labels {rows}])"
+        elif isinstance(given, tuple | list) and not isinstance(next(iter(given), None), tuple):
+            hint += f", and these are {len(given)}"
+        elif isinstance(given, Dataset | tuple | list):
+            hint += f": torch.stack([image {rows}]), torch.tensor([label {rows}])"
         raise UsageError(f"{name} is a {_kind(given)}; {hint}")
     for what, value in zip(("images", "labels"), given, strict=True):
         if not isinstance(value, Tensor):
@@ -276,28 +277,26 @@ def _check_split(name: str, split: Split, like: Tensor) -> None:
         elif labels.shape == images.shape[:1]:
             fix = "; use labels.long()"
         raise UsageError(f"{name} has {shown}; each image needs a label of torch.int64{fix}")
+    square = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
+    if not images.is_floating_point() and not (images.dtype == torch.uint8 and square):
+        fix = ": images / 255"
+        if images.dtype != torch.uint8:
+            fix = "" if images.is_complex() else ": images.float()"
+        elif images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]:
+            fix = ": images.permute(0, 2, 3, 1)"
+        raise UsageError(
+            f"{name} has images {list(images.shape)} of {images.dtype}; give uint8 images "
+            f"[N, H, H, 3], or floating ones of any shape{fix}"
+        )
     if images.shape[1:] != like.shape[1:] or images.dtype != like.dtype:
         raise UsageError(
             f"{name} has images {list(images.shape)} of {images.dtype}, but train has "
             f"{list(like.shape)} of {like.dtype}"
         )
-    square = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
-    if not images.is_floating_point() and not (images.dtype == torch.uint8 and square):
-        fix = ": images / 255"
-        if images.dtype != torch.uint8:
-            fix = ": images.float()"
-        elif images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]:
-            fix = ": images.permute(0, 2, 3, 1)"
-        elif images.is_complex():
-            fix = ": images.abs()"
-        raise UsageError(
-            f"{name} has images {list(images.shape)} of {images.dtype}; give uint8 images "
-            f"[N, H, H, 3], or floating ones of any shape{fix}"
-        )
     if images.is_floating_point():
         for start in range(0, len(images), _AT_ONCE):
             rows = images[start : start + _AT_ONCE]
-            bad = ~rows.reshape(len(rows), -1).isfinite().all(1)
+            bad = ~rows.reshape(len(rows), rows[0].numel()).isfinite().all(1)
             if bad.any():
                 row = start + int(bad.nonzero()[0])
                 raise UsageError(f"{name}: image {row} has values that are not finite")

@@ -4,20 +4,22 @@ import copy
 import itertools
 import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dml_accel
 from dml_accel import Config, EvaluationRecord, StepRecord, UsageError, learn
 from dml_accel.data.batches import labelled_rows
-from dml_accel.data.splits import Split
 from dml_accel.data.sources import Source
 from dml_accel.models.optim import make_optimizer
 from dml_accel.mutual import reference
-from tests.helpers import Training
+from tests.helpers import Training, assert_same_state
 
 ROWS, CLASSES = 24, 3
 
@@ -113,7 +115,7 @@ def test_uint8_images_are_augmented_as_in_a_run(
 def test_images_whose_labels_are_not_used_do_not_matter_without_kl() -> None:
     images, labels = features()
     config = settings(labelled_fraction=0.5, kl_weight=0.0, epochs=1)
-    used = labelled_rows(Split(images, labels), 0.5, config.seed)
+    used = labelled_rows(labels, 0.5, config.seed)
     assert used is not None and len(used) == 12
     other = images + 1
     other[used] = images[used]
@@ -158,6 +160,253 @@ def test_what_does_not_fit_is_refused_at_once() -> None:
     ):
         with pytest.raises(UsageError, match=message):
             learn(modules, train, report, settings(**changes))
+
+
+class Trained(nn.Module):
+    """A network that returns something else in training."""
+
+    def __init__(self, change: Callable[[torch.Tensor], Any], inner: nn.Module | None = None):
+        super().__init__()
+        self.inner, self.change = inner or net(4), change
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.change(self.inner(x)) if self.training else self.inner(x)
+
+
+Aux = namedtuple("Aux", "logits aux")
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+
+
+def mixed() -> nn.Module:
+    module = net(4)
+    module[3].half()
+    return module
+
+
+def in_place() -> nn.Module:
+    return nn.Sequential(nn.ReLU(inplace=True), net(4))
+
+
+def made_for_inference() -> nn.Module:
+    with torch.inference_mode():
+        return net(4)
+
+
+NETWORKS: dict[str, tuple[Callable[[], Any], str]] = {
+    "aux": (lambda: Trained(lambda z: Aux(z, z)), "in training mode it returns a Aux, not a tens"),
+    "list": (lambda: Trained(lambda z: [z]), "it returns a list, not a tensor of logits"),
+    "shape": (lambda: Trained(lambda z: z[:, :2]), r"returns shape \[2, 2\], not logits \[2, 3\]"),
+    "one row": (lambda: Trained(lambda z: z[:1]), r"returns shape \[1, 3\], not logits \[2, 3\]"),
+    "integers": (lambda: Trained(lambda z: z.long()), "it returns logits of torch.int64"),
+    "complex": (lambda: Trained(lambda z: z + 0j), "it returns logits of torch.complex64"),
+    "nan": (lambda: Trained(lambda z: z * float("nan")), "it returns logits that are not finite"),
+    "detached": (lambda: Trained(lambda z: z.data), "logits that carry no gradient to its weights"),
+    "backward": (
+        lambda: Trained(lambda z: z.exp() * z.exp().exp_()),
+        "fails: one of the variables needed",
+    ),
+    "broken": (
+        lambda: Trained(lambda z: z @ z),
+        "a cannot be trained: .* it fails: .*mat1 and mat2",
+    ),
+    "one image": (lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(10), net(4)), "single image"),
+    "frozen": (lambda: net(4).requires_grad_(False), "a is frozen, so there is nothing to train"),
+    "double": (lambda: net(4).double(), r"1.weight is torch.float64, but .* call a.float\(\)"),
+    "half": (
+        lambda: net(4).half(),
+        "a: 1.weight is torch.float16, but weights must be torch.float",
+    ),
+    "bfloat16": (lambda: net(4).bfloat16(), "a: 1.weight is torch.bfloat16"),
+    "mixed": (mixed, "a: 3.weight is torch.float16, but weights must be torch.float32"),
+    "complex weights": (
+        lambda: nn.Linear(5, 3, dtype=torch.complex64),
+        "weight is torch.complex64",
+    ),
+    "meta": (lambda: net(4).to("meta"), "1.weight is on the device meta, which holds no values"),
+    "lazy": (lazy, "a: the layer of 1.weight is lazy: call a on an image first"),
+    "inference": (made_for_inference, r"a: 1.weight was made under torch.inference_mode\(\)"),
+    "changes images": (in_place, "a cannot take images .* changes its images in place, which its"),
+    "evaluation": (lambda: Trained(lambda z: z, nn.Flatten()), "a has no parameters to train"),
+    "class": (lambda: nn.Linear, r"modules\['a'\] is a type; names must be text"),
+    "function": (lambda: torch.relu, r"modules\['a'\] is a builtin_function_or_method"),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_networks_that_the_first_step_would_trip_over_are_refused_at_once(kind: str) -> None:
+    make, text = NETWORKS[kind]
+    images, labels = features(8)
+    data, config = (images.float(), labels), settings(float64=False, batch_size=1)
+    module = make()
+    with pytest.raises(UsageError, match=text) as refused:
+        learn({"b": net(9), "a": module}, data, data, config)
+    assert "\n" not in str(refused.value)
+
+
+def test_networks_that_share_are_refused() -> None:
+    trunk, data = nn.Sequential(nn.Flatten(), nn.Linear(10, 4)), features()
+    shared = {name: nn.Sequential(trunk, nn.Linear(4, 3)) for name in "ab"}
+    with pytest.raises(
+        UsageError, match="^a and b share the weight 0.1.weight: each network needs"
+    ):
+        learn(shared, data, data, settings())
+    with pytest.raises(UsageError, match="^a and b share the weight 1.weight: each network needs"):
+        learn(dict.fromkeys("ab", net(4)), data, data, settings())
+
+
+class Endless(Dataset):
+    """As a data set may be: without a length and without an end."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(2, 5), 0
+
+
+IMAGES, LABELS = features()
+PIXELS = torch.zeros(ROWS, 3, 8, 8, dtype=torch.uint8)
+HOLE = IMAGES.clone()
+HOLE[7, 1, 2] = float("inf")
+PAIR = "learn takes a pair of tensors"
+DATA: dict[str, tuple[Any, str]] = {
+    "none": (None, rf"train is a NoneType; {PAIR} \(images, labels\)"),
+    "data set": (
+        Endless(),
+        rf"train is a Endless; {PAIR} .*: torch.stack\(\[image for image, label",
+    ),
+    "tensor data set": (TensorDataset(IMAGES, LABELS), r"such as train.tensors"),
+    "loader": (
+        DataLoader(TensorDataset(IMAGES, LABELS)),
+        r"torch.cat\(\[images for images, labels",
+    ),
+    "pairs": ([(image, 0) for image in IMAGES], rf"train is a list; {PAIR} .*: torch.stack\(\["),
+    "three": (
+        (IMAGES, LABELS, LABELS),
+        rf"train is a tuple of tensors; {PAIR} .*, and these are 3",
+    ),
+    "two pairs": (
+        [(IMAGES[0], 0), (IMAGES[1], 1)],
+        "its images are a tuple of tensors; learn takes",
+    ),
+    "generator": ((one for one in [IMAGES, LABELS]), f"train is a generator; {PAIR}"),
+    "dictionary": ({"images": IMAGES, "labels": LABELS}, f"train is a dict; {PAIR}"),
+    "tensor": (torch.zeros(2, 5), f"train is a Tensor; {PAIR}"),
+    "array": (IMAGES.numpy(), f"train is a ndarray; {PAIR}"),
+    "text": ("photos", f"train is a str; {PAIR}"),
+    "lists": (
+        (list(IMAGES), list(LABELS)),
+        r"images are a list of tensors; .*: torch.stack\(images",
+    ),
+    "arrays": ((IMAGES.numpy(), LABELS), r"images are a ndarray; .*: torch.as_tensor\(images\)"),
+    "array of labels": (
+        (IMAGES, LABELS.numpy()),
+        r"labels are a ndarray; .*torch.as_tensor\(labels",
+    ),
+    "list of labels": (
+        (IMAGES, LABELS.tolist()),
+        r"labels are a list; .*: torch.as_tensor\(labels\)",
+    ),
+    "int32": ((IMAGES, LABELS.int()), r"of torch.int32; .* torch.int64; use labels.long\(\)"),
+    "uint8": ((IMAGES, LABELS.byte()), r"of torch.uint8; .*; use labels.long\(\)"),
+    "bool": ((IMAGES, LABELS > 0), r"of torch.bool; .*; use labels.long\(\)"),
+    "float": ((IMAGES, LABELS.float()), r"of torch.float32; .*; use labels.long\(\)"),
+    "one-hot": (
+        (IMAGES, nn.functional.one_hot(LABELS)),
+        r"labels \[24, 3\] .*; use labels.argmax\(1\)",
+    ),
+    "column": ((IMAGES, LABELS[:, None]), r"labels \[24, 1\] .*; use labels\[:, 0\].long\(\)"),
+    "fewer": ((IMAGES, LABELS[:5]), r"labels \[5\] of torch.int64; each image needs a label"),
+    "one label": ((IMAGES, LABELS[0]), r"labels \[\] of torch.int64; each image needs a label"),
+    "empty": ((IMAGES[:0], LABELS[:0]), "at least one image is needed"),
+    "no images": ((torch.tensor(1.0), LABELS), "at least one image is needed"),
+    "channels first": (
+        (PIXELS, LABELS),
+        r"floating ones of any shape: images.permute\(0, 2, 3, 1\)",
+    ),
+    "grey": ((PIXELS[:, 0], LABELS), "of torch.uint8; give uint8 images .*: images / 255"),
+    "integers": ((PIXELS.long(), LABELS), r"of torch.int64; give uint8 .*: images.float\(\)"),
+    "complex": ((IMAGES + 0j, LABELS), r"of torch.complex128; give uint8"),
+    "gradients": (
+        (IMAGES.clone().requires_grad_(), LABELS),
+        r"require gradients; give images.detach",
+    ),
+    "sparse": ((IMAGES.to_sparse(), LABELS), r"its images are not dense; .*: images.to_dense\(\)"),
+    "meta": ((IMAGES.to("meta"), LABELS), "its images are on the device meta"),
+    "not finite": ((HOLE, LABELS), "train: image 7 has values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_data_of_another_kind_are_refused_with_how_to_convert_them(kind: str) -> None:
+    data, text = DATA[kind]
+    nets, test = {"a": net(4), "b": net(9)}, features(5)
+    with pytest.raises(UsageError, match=text) as refused:
+        learn(nets, data, test, settings())
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UsageError, match=text.replace("train", "test")):
+        learn(nets, test, data, settings(batch_size=5))
+
+
+def test_looking_at_networks_changes_nothing_that_they_learn() -> None:
+    def nets() -> dict[str, nn.Module]:
+        torch.manual_seed(3)
+        norm = nn.BatchNorm1d(10)
+        norm.eval()  # learn trains it all the same
+        return {"a": nn.Sequential(nn.Flatten(), norm, nn.Dropout(), net(4)), "b": net(9)}
+
+    looked, trained, data = nets(), nets(), features()
+    before = copy.deepcopy(looked["a"].state_dict())
+    for _ in range(3):
+        learn(looked, data, data, settings())  # never begun
+    next(learn(copy.deepcopy(looked), data, data, settings()))  # never finished
+    assert_same_state(looked["a"].state_dict(), before)
+    assert not looked["a"][1].training and looked["a"].training
+    losses = [
+        torch.stack(
+            [record.losses_KP for record in steps(list(learn(one, data, data, settings())))]
+        )
+        for one in (looked, trained)
+    ]
+    assert torch.equal(*losses)
+    assert_same_state(looked["a"].state_dict(), trained["a"].state_dict())
+
+
+def test_every_call_has_its_own_precision() -> None:
+    data = tuple(one.float() if one.is_floating_point() else one for one in features())
+    first = {"a": net(4), "b": net(9)}
+
+    def losses(precision: str, nets: dict[str, nn.Module]) -> torch.Tensor:
+        config = settings(float64=False, mixed_precision=precision)
+        records = steps(list(learn(nets, data, data, config)))
+        assert all("forward" not in vars(one) for one in nets.values())
+        return torch.stack([record.losses_KP for record in records])
+
+    found = [losses(precision, copy.deepcopy(first)) for precision in ("no", "bf16", "no", "bf16")]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+    # Of networks that were trained before, and of networks that an accelerator of the user holds.
+    again = copy.deepcopy(first)
+    again["a"]._original_forward = again["a"].forward
+    again["a"].forward = lambda x: first["b"](x)
+    again["b"]._is_accelerate_prepared = True
+    config = settings(float64=False, mixed_precision="bf16")
+    records = steps(list(learn(again, data, data, config)))
+    assert torch.equal(torch.stack([record.losses_KP for record in records]), found[1])
+    assert again["a"](data[0]) is not None and again["b"]._is_accelerate_prepared
+    assert torch.equal(again["a"](data[0]), first["b"](data[0]))
+
+
+def test_learn_trains_whatever_the_caller_does_with_gradients() -> None:
+    nets, data = {"a": net(4), "b": net(9)}, features()
+    with torch.no_grad():
+        for _ in learn(nets, data, data, settings(epochs=1)):
+            assert not torch.is_grad_enabled()
+    with (
+        torch.inference_mode(),
+        pytest.raises(UsageError, match="learn cannot train under torch.inf"),
+    ):
+        learn(nets, data, data, settings())
 
 
 def test_importing_the_package_imports_no_more_than_its_networks() -> None:
