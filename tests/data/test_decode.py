@@ -1,8 +1,10 @@
 """Decoding: pixel formats, the cache of decoded images, untrusted files."""
 
 import io
+import os
 import pickle
 import resource
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -210,3 +212,113 @@ def test_columns_of_wrong_types_are_refused_in_one_line(parquet: Write, column: 
     with pytest.raises(UsageError) as refusal:
         read(folder)
     assert "\n" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------- caches of other files
+
+
+def fill(root: Path, values: dict[str, int]) -> None:
+    for place, value in values.items():
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(png(value))
+        os.utime(root / place, ns=(10**18, 10**18))
+
+
+BEFORE = {"train/a/0.png": 10, "train/b/0.png": 20, "test/a/0.png": 30, "test/b/0.png": 40}
+
+
+@pytest.mark.parametrize("by", ["writing", "renaming", "exchanging"])
+def test_a_cache_is_not_used_for_other_files_of_the_same_name_size_and_time(
+    tmp_path: Path, by: str
+) -> None:
+    root = tmp_path / "set"
+    fill(root, BEFORE)
+    sizes = {path: (root / path).stat().st_size for path in BEFORE}
+    assert read(str(root)).train.images[:, 0, 0, 0].tolist() == [10, 20]
+    after = {"train/a/0.png": 20, "train/b/0.png": 10}
+    if by == "writing":
+        fill(root, after)
+    elif by == "renaming":
+        fill(tmp_path / "new", after)
+        for path in after:
+            (tmp_path / "new" / path).rename(root / path)
+    else:
+        (root / "train/a").rename(root / "train/c")
+        (root / "train/b").rename(root / "train/a")
+        (root / "train/c").rename(root / "train/b")
+    assert {path: (root / path).stat().st_size for path in BEFORE} == sizes
+    assert read(str(root)).train.images[:, 0, 0, 0].tolist() == [20, 10]
+    assert read(str(root)).train.images[:, 0, 0, 0].tolist() == [20, 10]
+
+
+def test_equal_files_are_not_decoded_again_whatever_the_file_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "set"
+    fill(root, BEFORE)
+    first = read(str(root))
+    shutil.copytree(root, tmp_path / "copy")
+    shutil.rmtree(root)
+    (tmp_path / "copy").rename(root)  # the same names, sizes and times, but other inodes
+    for path in BEFORE:
+        os.utime(root / path, ns=(10**18, 10**18))
+    monkeypatch.setattr(decode, "decode", None)  # decoding would fail
+    assert read(str(root)).fingerprint == first.fingerprint
+
+
+def test_tables_of_a_folder_are_made_again_for_other_files_of_the_same_name_size_and_time(
+    parquet: Write,
+) -> None:
+    folder = parquet(train=split([0, 1], [png(10), png(20)]), test=split([1]))
+    file = Path(folder) / "train-00000-of-00001.parquet"
+    os.utime(file, ns=(10**18, 10**18))
+    size = file.stat().st_size
+    assert read(folder).train.images[:, 0, 0, 0].tolist() == [10, 20]
+    parquet(train=split([0, 1], [png(20), png(10)]))
+    os.utime(file, ns=(10**18, 10**18))
+    assert file.stat().st_size == size
+    assert read(folder).train.images[:, 0, 0, 0].tolist() == [20, 10]
+
+
+def test_two_folders_of_one_name_are_not_taken_for_each_other(
+    parquet: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Path(parquet(train=split([0, 1]), test=split([2]))).rename(tmp_path / "one")
+    two = Path(parquet(train=split([1, 0]), test=split([2]))).rename(tmp_path / "two")
+    for there, folder in (("x1", one), ("x2", two)):
+        (tmp_path / there).mkdir()
+        folder.rename(tmp_path / there / "pictures")
+    for there, labels in (("x1", [0, 1]), ("x2", [1, 0]), ("x1", [0, 1])):
+        monkeypatch.chdir(tmp_path / there)
+        assert read("pictures").train.labels.tolist() == labels
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="there is no folder .*/pictures, and the hub cannot be"):
+        read("pictures")
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_any_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "set", BEFORE)
+    needed = 4 * SIZE * SIZE * 7
+    monkeypatch.setattr(decode, "_memory_left", lambda: needed)
+    read(str(tmp_path / "set"))
+    monkeypatch.setattr(decode, "_memory_left", lambda: needed - 1)
+    with pytest.raises(UsageError, match="4 images of 16 x 16 pixels need 0.0 GiB of memory, and"):
+        read(str(tmp_path / "set"))
+
+
+def test_the_memory_that_is_left_respects_a_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (
+        ("max", "1000000"),
+        ("current", "900000"),
+        ("stat", "anon 5\ninactive_file 200000\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    group = tuple(str(tmp_path / name) for name in ("max", "current", "stat"))
+    monkeypatch.setattr(decode, "_GROUPS", (group,))
+    assert decode._memory_left() == 300_000  # what files use is given up
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert decode._memory_left() == 100_000
