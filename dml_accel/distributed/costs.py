@@ -153,7 +153,8 @@ def _timed_rows(device: torch.device, optim: OptimConfig, processes: int) -> int
     if device.type == "cpu":
         return _TIMED_ROWS_ON_A_CPU
     # A GPU computes a few images in the time of many: those that a process has under replicate.
-    return max(1, optim.smallest_micro_batch // processes)
+    # Batch norm that spans no processes here cannot learn from one.
+    return max(2, optim.smallest_micro_batch // processes)
 
 
 def _measure(

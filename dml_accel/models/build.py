@@ -83,6 +83,7 @@ def require_learning(
     images: Tensor,
     classes: int,
     smallest_micro_batch: int,
+    processes: int = 1,
     **options: Any,
 ) -> None:
     """Refuse a network that the first step would trip over; it is as before afterwards.
@@ -93,18 +94,21 @@ def require_learning(
         images: two of those that it is given, [2, ...], or one.
         classes: how many there are.
         smallest_micro_batch: images; batch norm cannot learn from one.
+        processes: that share a micro-batch, and have batch statistics of their own.
         options: of ``rehearsal.logits_problem``.
 
     Raises:
         UsageError: see above.
     """
-    counts = [min(2, len(images))] + [1] * (smallest_micro_batch == 1)
+    counts = [min(2, len(images))] + [1] * (smallest_micro_batch // processes == 1)
+    remedy = f"; or --batch-norm group, because {processes} processes share a micro-batch"
     for count in counts:
         reason, _ = logits_problem(net, images[:count], classes, train=True, **options)
         if reason and count < counts[0]:
             raise UsageError(
                 f"{name} cannot learn from a single image at a time, because its batch norm would "
                 "see one value per channel: raise --batch-size or lower --grad-accum"
+                + remedy * (processes > 1)
             )
         if reason:
             raise UsageError(f"{name} cannot be trained: in training mode it {reason}")

@@ -208,6 +208,7 @@ def _check(
             shown.to(_device(module)),
             classes,
             config.optim.smallest_micro_batch,
+            launched_processes() if config.numerics.batch_norm == "local" else 1,
             dtype=dtype,
             autocast=half,
             all_used=launched_processes() > 1,

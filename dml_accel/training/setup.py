@@ -42,7 +42,14 @@ from dml_accel.distributed.plan import (
 )
 from dml_accel.distributed.processes import Processes
 from dml_accel.distributed.wrap import Wrapper
-from dml_accel.models.build import build, memory_format, refuse_reused, refuse_shared, refuse_twins
+from dml_accel.models.build import (
+    build,
+    memory_format,
+    refuse_reused,
+    refuse_shared,
+    refuse_twins,
+    require_learning,
+)
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights
@@ -178,7 +185,7 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     if world_size > 1:
         costs = _count_all(config, modules)
         ranks, _ = _choose(config, costs, world_size, len(classes), this_machine())
-        _check_batch_norm(config, modules, ranks)
+        _check_batch_norm(config, modules, ranks, len(classes))
     recorded = {name: one.record() for name, one in weights.items()}
     return Checked(specs, source, costs, frozen, links, recorded), modules
 
@@ -245,10 +252,18 @@ def print_starts(checked: Checked) -> None:
         print(f"{name} starts from {start['source']}{classifier}", file=sys.stderr, flush=True)
 
 
-def _check_batch_norm(config: Config, modules: Modules, ranks: Ranks) -> None:
+def _check_batch_norm(config: Config, modules: Modules, ranks: Ranks, classes: int) -> None:
+    size, images = config.data.image_size, config.optim.smallest_micro_batch
     for name, module in modules.items():
-        if config.numerics.batch_norm == "group" and len(ranks[name]) > 1:
+        processes = len(ranks[name])
+        if processes == 1:
+            continue
+        if config.numerics.batch_norm == "group":
             check_spanning(module, name)
+        elif images // processes == 1:
+            with torch.random.fork_rng(devices=[]):
+                noise, dtype = torch.rand(2, 3, size, size), _dtype(config)
+            require_learning(name, module, noise, classes, images, processes, dtype=dtype)
 
 
 # ---------------------------------------------------------------- placement
@@ -302,7 +317,7 @@ def choose_ranks(
         print(f"placement: {why}", file=sys.stderr, flush=True)
         text = json.dumps(ranks)
     ranks = json.loads(processes.broadcast_text(text))
-    _check_batch_norm(config, modules, ranks)
+    _check_batch_norm(config, modules, ranks, len(checked.source.classes))
     return ranks
 
 

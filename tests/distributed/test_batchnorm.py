@@ -13,6 +13,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from dml_accel.core.errors import UsageError
+from dml_accel.data.sources import Source
 from dml_accel.distributed import batchnorm
 from dml_accel.distributed.batchnorm import (
     GroupBatchNorm2d,
@@ -20,7 +21,9 @@ from dml_accel.distributed.batchnorm import (
     check_spanning,
     span_group,
 )
-from tests.helpers import Training
+from dml_accel.training import setup
+from dml_accel.training.learn import learn
+from tests.helpers import Training, tiny_config
 
 
 def test_every_batch_norm_is_converted_with_weights_and_names_kept() -> None:
@@ -55,6 +58,62 @@ def test_a_batch_norm_of_another_kind_is_refused_by_name() -> None:
         check_spanning(net, "a-0")
     with pytest.raises(UsageError, match="without weights or running statistics"):
         check_spanning(nn.Sequential(nn.BatchNorm2d(3, affine=False)), "a-0")
+
+
+ALONE = "--batch-norm group, because {} processes share a micro-batch"
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch", "parts", "batch_norm", "placement", "message"),
+    [
+        (2, 2, 1, "local", "replicate", ALONE.format(2)),
+        (2, 3, 1, "local", "replicate", ALONE.format(2)),  # slices of 2 images and of 1
+        (2, 4, 2, "local", "replicate", ALONE.format(2)),
+        (4, 4, 1, "local", "replicate", ALONE.format(4)),
+        (4, 3, 1, "local", "split", "test_resnet-0 cannot learn from a single image"),
+        (1, 2, 2, "group", "auto", "raise --batch-size or lower --grad-accum"),
+        (1, 2, 1, "local", "auto", ""),
+        (2, 2, 1, "group", "replicate", ""),
+        (2, 4, 1, "local", "replicate", ""),
+        (2, 2, 1, "local", "split", ""),  # each peer has a process of its own
+        (4, 4, 1, "local", "split", ""),
+    ],
+)
+def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_start(
+    processes: int,
+    batch: int,
+    parts: int,
+    batch_norm: str,
+    placement: str,
+    message: str,
+    digits: Source,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if processes > 1:
+        world = {"WORLD_SIZE": str(processes), "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in world.items():
+            monkeypatch.setenv(name, value)
+    config = tiny_config(
+        cohort=("timm:test_resnet*2",),  # 1 x 1 maps at 16 pixels
+        batch_size=batch,
+        grad_accum=parts,
+        batch_norm=batch_norm,
+        placement=placement,
+    )
+    if not message:
+        setup.check(config, digits)
+        return
+    with pytest.raises(UsageError, match="cannot learn from a single image.*see one v") as refusal:
+        setup.check(config, digits)
+    assert message in str(refusal.value)
+    if placement == "replicate":
+        net = nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
+        images = digits.train.images[:8].float().permute(0, 3, 1, 2), digits.train.labels[:8]
+        ours = config.changed(placement="auto", image_size=16, max_steps=None)
+        with pytest.raises(UsageError, match="own cannot learn from a single image"):
+            learn({"own": net}, images, images, ours)
 
 
 def test_one_process_keeps_the_native_layers(training: Callable[..., Training]) -> None:

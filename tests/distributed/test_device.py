@@ -37,7 +37,8 @@ def test_a_process_uses_the_gpu_that_accelerate_gives_it(
 ) -> None:
     for name in ("LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
+    world = {"RANK": "0", "MASTER_ADDR": "127.0.0.1"} if "WORLD_SIZE" in environment else {}
+    for name, value in (world | environment).items():
         monkeypatch.setenv(name, value)
     assert device.own_device(ComputeConfig()) == torch.device("cuda", index)
     assert device.own_device(ComputeConfig(cpu=True)) == torch.device("cpu")

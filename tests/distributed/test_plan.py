@@ -226,7 +226,7 @@ def test_times_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("device", "processes", "rows"),
-    [("cpu", 1, 16), ("cuda", 1, 32), ("cuda", 4, 8), ("mps", 1, 32)],
+    [("cpu", 1, 16), ("cuda", 1, 32), ("cuda", 4, 8), ("mps", 1, 32), ("cuda", 32, 2)],
 )
 def test_a_gpu_is_timed_with_the_images_of_a_process(
     device: str, processes: int, rows: int
