@@ -5,8 +5,8 @@
 #   sbatch --nodes 4 --gpus-per-node 8 launch/slurm.sh RUN_FOLDER --cohort 4 --mixed-precision bf16
 #
 # RUN_FOLDER must be on a file system that all nodes share. Submit from the project's folder, in an
-# environment where dml_accel is installed; DML_PROCESSES sets the processes on each node where they
-# are not to be one per GPU.
+# active environment where dml_accel is installed, or name its folder: DML_ENVIRONMENT=.venv sbatch
+# ... DML_PROCESSES sets the processes on each node where they are not to be one per GPU.
 #SBATCH --job-name=dml
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -19,23 +19,38 @@
 #SBATCH --signal=USR1@180
 set -u
 
-if [ "$#" -lt 1 ]; then
-  echo "error: name the run folder: sbatch launch/slurm.sh RUN_FOLDER --cohort 4" >&2
+refuse() {
+  echo "error: $*" >&2
   exit 2
-fi
+}
+
+[ "$#" -ge 1 ] || refuse "name the run folder: sbatch launch/slurm.sh RUN_FOLDER --cohort 4"
 folder=$1
 shift
+for name in SLURM_JOB_ID SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES; do
+  [ -n "${!name:-}" ] || refuse "$name is not set: run this with sbatch"
+done
 processes=${DML_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
-address=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?run this with sbatch}" | head -n 1)
+[[ $processes =~ ^[1-9][0-9]*$ ]] ||
+  refuse "DML_PROCESSES (SLURM_GPUS_ON_NODE) is '$processes'; it must be a whole number above 0"
+if [ -n "${DML_ENVIRONMENT:-}" ]; then
+  [ -r "$DML_ENVIRONMENT/bin/activate" ] ||
+    refuse "DML_ENVIRONMENT is '$DML_ENVIRONMENT', but there is no bin/activate in it"
+  set +u # which scripts of environments need not allow
+  . "$DML_ENVIRONMENT/bin/activate"
+  set -u
+fi
+command -v torchrun >/dev/null ||
+  refuse "there is no torchrun: submit from an active environment, or set DML_ENVIRONMENT to one"
+address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+[ -n "$address" ] || refuse "scontrol names no host of SLURM_JOB_NODELIST, '$SLURM_JOB_NODELIST'"
 threads=$((${SLURM_CPUS_PER_TASK:-1} / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 # Without --signals-to-handle the launcher itself would die of SIGUSR1 and leave its workers behind.
-if ! torchrun --help | grep -q -e --signals; then
-  echo "error: torchrun of this torch does not pass SIGUSR1 on, so a job could not stop in time:" \
-    "use a newer torch" >&2
-  exit 2
-fi
+torchrun --help | grep -q -e --signals ||
+  refuse "torchrun of this torch does not pass SIGUSR1 on, so a job could not stop in time:" \
+    "use a newer torch"
 
 begun=$(mktemp)
 # Pre-emption and scancel send SIGTERM, here too: let the run end by itself.

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -72,7 +73,8 @@ class Processes:
                 raise
             raise ProcessLostError(
                 f"the {launched} processes did not find each other within {compute.timeout:g} "
-                f"minutes ({first_line(error)})",
+                f"minutes ({cause(error)}); WORLD_SIZE is {launched}: if there are not that many, "
+                "unset it",
                 prints=launched_rank() == 0,
             ) from error
         if launched != self.world_size:
@@ -194,7 +196,7 @@ class Processes:
                     raise
                 # The launcher is about to stop the remaining processes: first say who is missing.
                 before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                lost = self._liveness.why_it_failed(first_line(error))
+                lost = self._liveness.why_it_failed(cause(error))
                 if lost is None:
                     signal.signal(signal.SIGTERM, before)
                     raise
@@ -257,6 +259,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text."""
     return str(error).strip().partition("\n")[0]
+
+
+def cause(error: BaseException) -> str:
+    """Return the first sentence of an error, without the place in gloo's source that has raised it.
+
+    What gloo adds is advice, and a joke.
+    """
+    return re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
 
 
 def _is_communication(error: RuntimeError) -> bool:

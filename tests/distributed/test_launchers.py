@@ -249,6 +249,30 @@ def test_a_job_near_its_time_limit_is_queued_again(
     assert begun == ["start", "resume", "resume"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is not set: run this with sbatch"),
+        ({"SLURM_JOB_NODELIST": ""}, "SLURM_JOB_NODELIST is not set: run this with sbatch"),
+        ({"DML_PROCESSES": "0"}, "DML_PROCESSES (SLURM_GPUS_ON_NODE) is '0'"),
+        ({"DML_ENVIRONMENT": "/nowhere"}, "DML_ENVIRONMENT is '/nowhere', but there is no bin/act"),
+        ({"PATH": "/usr/bin:/bin"}, "there is no torchrun: submit from an active environment"),
+    ],
+)
+def test_a_job_that_cannot_start_says_why_in_one_line(
+    scheduler: dict[str, str], changes: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        ["bash", "launch/slurm.sh", tmp_path / "run"],
+        cwd=ROOT,
+        env=scheduler | changes,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
 def children(parent: int) -> list[int]:
     """Return the pids of the processes that ``parent`` started."""
     listed = run_program("ps", "-o", "pid=", "--ppid", str(parent)).stdout

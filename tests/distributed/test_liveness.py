@@ -13,8 +13,29 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from dml_accel.core.errors import ProcessLostError
 from dml_accel.distributed import liveness
 from dml_accel.distributed.liveness import Liveness, Silence, connect
+from dml_accel.distributed.processes import cause
 
 WAITS = "in a collective"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer "
+            "[127.0.0.1]:25486. This is typically caused by a remote worker crashing. GLHF!",
+            "Connection closed by peer [127.0.0.1]:25486",
+        ),
+        (
+            "[../gloo/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation\nat a",
+            "Timed out waiting 4000ms for recv operation",
+        ),
+        ("[1] is no place. It stays", "[1] is no place"),
+        ("wait timeout after 5000ms", "wait timeout after 5000ms"),
+    ],
+)
+def test_the_cause_is_what_happened_without_place_and_advice(text: str, expected: str) -> None:
+    assert cause(RuntimeError(text)) == expected
 
 
 def looks(silence: Silence, beats: list[dict[int, bytes]], positions: list[object]) -> list[int]:
