@@ -17,7 +17,7 @@ from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.core.files import can_be_made, read_at_most, read_json, write_json, write_text
 from dml_accel.inference import onnx
 from dml_accel.inference.load import TrainedPeers
-from dml_accel.models.model_card import model_card, public_name
+from dml_accel.models.model_card import model_card, own_networks, public_name
 from dml_accel.models.peer_folder import CARD, WEIGHTS, PeerFolder, load_network
 from dml_accel.models.timm_config import FILE
 
@@ -144,9 +144,19 @@ def export(peers: TrainedPeers, name: str, style: str, target: Path) -> str:
         if style == "onnx":
             return _write_onnx(peers, name, nets, folder)
         if name == ENSEMBLE:
-            return _copy_ensemble(peers, folder)
+            return _copy_ensemble(peers, folder) + _what_timm_needs(peers)
         _copy_peer(peers, name, folder)
-        return f"{name} as {', '.join(sorted(file.name for file in folder.iterdir()))}"
+        files = ", ".join(sorted(file.name for file in folder.iterdir()))
+        return f"{name} as {files}{_what_timm_needs(peers)}"
+
+
+def _what_timm_needs(peers: TrainedPeers) -> str:
+    own = own_networks(folder.arch for folder in peers.folders.values())
+    return "".join(
+        f"; timm does not know {arch} by itself: import {module}, which registers it, before timm "
+        "loads the folder"
+        for arch, module in own.items()
+    )
 
 
 def _copy_ensemble(peers: TrainedPeers, folder: Path) -> str:
@@ -250,4 +260,5 @@ def _card(peers: TrainedPeers, name: str, usage: str) -> ModelCard:
         steps=steps if isinstance(steps, int) else None,
         usage=usage,
         peers=list(peers.folders),
+        archs=list(nets),
     )

@@ -19,6 +19,7 @@ from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import PixelSet
 from dml_accel.data.splits import Split
 from dml_accel.distributed.processes import set_arithmetic
+from dml_accel.models.build import refuse_shared
 from dml_accel.models.peer_folder import WEIGHTS, PeerFolder, find_peers, load_network, read_peer
 from dml_accel.models.timm_config import FILE
 from dml_accel.training.checkpoint import is_named, step_of
@@ -202,6 +203,7 @@ class Networks:
         self._device, self._folders = device, list(peers.folders.values())
         set_arithmetic(device, tf32=bool(peers.config.get("tf32")))  # as in training
         self.modules = [load_network(folder).requires_grad_(False) for folder in self._folders]
+        refuse_shared(dict(zip(self.names, self.modules, strict=True)))
         if device.type == "mps":  # MPS has no double precision
             self.modules = [module.float() for module in self.modules]
         self.modules = [module.to(device) for module in self.modules]

@@ -1,7 +1,8 @@
 """Model cards: README.md of a trained network, with the metadata that the hub reads."""
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from dml_accel.core.files import as_utf8
 from dml_accel.models.build import parameter_count
-from dml_accel.models.spec import PeerSpec
+from dml_accel.models.spec import PeerSpec, registered_by
 
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 
@@ -50,8 +51,19 @@ def peer_card(
         metrics=metrics,
         dataset=dataset,
         steps=steps,
+        archs=[spec.arch],
         tags=["deep-mutual-learning"] if teachers else [],
     )
+
+
+def own_networks(archs: Iterable[str]) -> dict[str, str]:
+    """Return the networks that timm alone does not know, and the modules that register them."""
+    found = {arch: registered_by(arch) for arch in archs}
+    return {
+        arch: Path(sys.argv[0]).stem if module == "__main__" else module
+        for arch, module in found.items()
+        if module
+    }
 
 
 def model_card(
@@ -63,6 +75,7 @@ def model_card(
     steps: int | None,
     usage: str = "timm",
     peers: Sequence[str] = (),
+    archs: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> ModelCard:
     """Return a model card with the metadata that the hub reads.
@@ -75,6 +88,7 @@ def model_card(
         steps: optimizer steps taken; None if unknown.
         usage: which code uses it: ``timm``, ``ensemble`` or ``onnx``.
         peers: folders of the networks of an ensemble.
+        archs: timm's names of the networks; the card says which of them timm alone does not know.
         tags: besides the task and the library.
     """
     library, task = "onnx" if usage == "onnx" else "timm", "image-classification"
@@ -97,4 +111,5 @@ def model_card(
         steps=steps,
         usage=usage,
         peers=list(peers),
+        own=own_networks(archs),
     )

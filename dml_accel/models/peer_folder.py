@@ -122,7 +122,10 @@ def read_peer(path: Path) -> PeerFolder:
         if opens_files(name):
             raise UsageError(f"{file}: the argument {name!r} would make timm open other files")
     if not timm.is_model(found.arch):
-        raise UsageError(f"{file}: timm has no network {found.arch!r}")
+        raise UsageError(
+            f"{file}: timm has no network {found.arch!r}; if it is your own, start from the file "
+            "that registers it: python FILE.py ... instead of dml-accel ..."
+        )
     return found
 
 

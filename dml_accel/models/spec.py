@@ -86,6 +86,14 @@ def opens_files(argument: str) -> bool:
     return any(part in argument for part in _OPENS_FILES)
 
 
+def registered_by(arch: str) -> str:
+    """Return the Python module that registers a user's own network; empty if timm or we do."""
+    if not timm.is_model(arch):
+        return ""
+    module = timm.model_entrypoint(arch).__module__
+    return "" if module.split(".")[0] in ("timm", "dml_accel") else module
+
+
 def _require_known(arch: str, net: str, from_timm: bool) -> None:
     if timm.is_model(arch) if from_timm else net in SHORT_NAMES:
         return

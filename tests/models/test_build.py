@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from dml_accel.core.errors import UsageError
 from dml_accel.data.sources import Source
 from dml_accel.models.build import refuse_shared
+from dml_accel.models.model_card import own_networks, peer_card
 from dml_accel.models.rehearsal import logits_problem
+from dml_accel.models.spec import PeerSpec
 from dml_accel.training import setup
-from tests.helpers import assert_same_state, tiny_config
+from tests.helpers import assert_same_state, build_peer, tiny_config
 
 # ---------------------------------------------------------------- nothing is shared
 
@@ -188,6 +190,26 @@ def test_registered_networks_that_cannot_learn_are_refused(
     register(lambda: Pebble(trained=trained))
     with pytest.raises(UsageError, match=f"pebble-0 cannot be trained: in training mode it {text}"):
         check(digits, "timm:pebble", "resnet8")
+
+
+def test_a_card_says_what_registers_a_network_that_timm_does_not_know(
+    register: Callable[[Make], None],
+) -> None:
+    register(Pebble)
+    line = "import tests.models.test_build  # registers pebble with timm, which does not know it"
+    ours = "import dml_accel  # registers the *_cifar networks with timm\n"
+    for arch, lines in (("pebble", ours + line), ("resnet8_cifar", ours + "\nnet = timm.")):
+        card = peer_card(Pebble(), PeerSpec("a-0", arch), {}, "digits", 1, [], False)
+        assert lines in str(card)
+    assert own_networks(["test_vit", "pebble", "unknown"]) == {"pebble": __name__}
+
+
+def test_arguments_that_keep_trained_patches_are_offered_first() -> None:
+    small = {"depth": 1, "embed_dim": 12, "num_heads": 1}
+    whole = r"'timm:vit_tiny_patch16_224\[img_size=96\]'"
+    text = f"try {whole}, {whole[:-3]},patch_size=12.' or --image-size 224"
+    with pytest.raises(UsageError, match=text):
+        build_peer(PeerSpec("vit-0", "vit_tiny_patch16_224", small), tiny_config(image_size=96), 10)
 
 
 # ---------------------------------------------------------------- no trace

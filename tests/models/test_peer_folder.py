@@ -60,9 +60,9 @@ def test_levels_of_grey_that_no_image_has_are_refused(
     folder = write(tmp_path / "peer", module, grey_bits=16)
     file = folder / "config.json"
     content = load(file)
-    for entry in (8, 17, 12.0, True, "12", [12]):
+    for entry in (7, 17, 12.0, True, "12", [12]):
         file.write_text(json.dumps(content | {"dml_accel": {"grey_bits": entry}}))
-        with pytest.raises(UsageError, match="dml_accel.grey_bits is .* from 9 to 16"):
+        with pytest.raises(UsageError, match="dml_accel.grey_bits is .* from 8 to 16"):
             read_peer(folder)
     for other, found in ((None, None), ({}, None), ({"grey_bits": None}, None)):
         file.write_text(json.dumps(content | {"dml_accel": other}))
