@@ -83,13 +83,17 @@ class Run:
         """The test metrics of its last evaluation."""
         return list(self.evaluations())[-1][1]
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch: older records count epochs from 0, newer ones from 1."""
+        # The images that were used, which the flags may have limited.
+        return int(self.description["images"]["train"]) // self.config.optim.batch_size
+
     def evaluations(self) -> Iterator[tuple[float, dict[str, Any]]]:
         """Yield the epoch, counted from 0 at the start, and the test metrics of each evaluation."""
-        # The images that were used, which the flags may have limited.
-        per_epoch = self.description["images"]["train"] // self.config.optim.batch_size
         for event in self.events:
             if event["event"] == "eval":
-                yield event["step"] / per_epoch, event["test"]
+                yield event["step"] / self.steps_per_epoch, event["test"]
 
 
 def read_run(folder: Path, name: str | None = None, method: str | None = None) -> Run:

@@ -109,11 +109,12 @@ def _loss_by_epoch(run: Run, part: str) -> dict[float, float | None]:
             continue
         losses = [peer[part] for peer in event["peers"].values() if peer[part] is not None]
         if losses:
+            epoch = -(-event["step"] // run.steps_per_epoch)
             # A record holds the mean of several steps, so it is weighted by them.
-            steps, total = totals.get(event["epoch"], (0.0, 0.0))
+            steps, total = totals.get(epoch, (0.0, 0.0))
             loss = event["steps"] * statistics.fmean(losses)
-            totals[event["epoch"]] = steps + event["steps"], total + loss
-    return {epoch + 1.0: total / steps for epoch, (steps, total) in totals.items()}
+            totals[epoch] = steps + event["steps"], total + loss
+    return {float(epoch): total / steps for epoch, (steps, total) in totals.items()}
 
 
 def _summarise_curves(curves: Sequence[Mapping[float, float | None]]) -> Curve:

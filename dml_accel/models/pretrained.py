@@ -20,6 +20,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from dml_accel.core.errors import UsageError, one_line
+from dml_accel.core.host import require_hub_cache
 from dml_accel.data.arrow import hub_answers
 from dml_accel.models.spec import HUB
 from dml_accel.models.timm_config import FILE, TimmConfig, read_timm_config
@@ -156,6 +157,8 @@ def _download(arch: str, known: Any) -> tuple[Path, str]:
             f"the weights of {arch} on the hub ({source}) are not safetensors; convert them, and "
             "write pretrained=FILE.safetensors"
         )
+
+    require_hub_cache()
 
     def fetch(cached: bool) -> Path:
         return Path(

@@ -25,6 +25,8 @@ from dml_accel.training.trackers import Trackers
 class Recorder:
     """Writes the records of training to metrics.jsonl, trackers and the display.
 
+    All of them count epochs from 1, as people do; 0 is before the first step.
+
     Args:
         folder: an entered run folder, whose records are opened here.
         ready: what is trained.
@@ -45,7 +47,7 @@ class Recorder:
         self._trackers = Trackers(names, folder.path, config.as_dict(), resumed)
         folder.follow_with(self._trackers)
         event = "resume" if ready.resumes else "start"
-        folder.event(event, step, step // self._windows.steps_per_epoch)
+        folder.event(event, step, -(-step // self._windows.steps_per_epoch))
 
     def take(self, record: Record) -> None:
         """Write the next record of training."""
@@ -58,7 +60,7 @@ class Recorder:
             return
         if isinstance(record, EvaluationRecord):
             scores = {"test": record.test, "val": record.val}
-            self._folder.event("eval", record.step, record.epoch, **scores)
+            self._folder.event("eval", record.step, record.epoch + 1, **scores)
             self._display.evaluation(record)
         self._windows.restart_clock()
 
@@ -66,7 +68,7 @@ class Recorder:
         self._folder.event(
             "step",
             window.last.step,
-            window.last.epoch,
+            window.last.epoch + 1,
             lr=window.last.lr,
             steps=window.steps,
             seconds=round(window.seconds, 6),
@@ -80,7 +82,7 @@ class Recorder:
 
     def end(self, last: EvaluationRecord) -> None:
         """Record that training has ended."""
-        self._folder.event("end", last.step, last.epoch)
+        self._folder.event("end", last.step, last.epoch + 1)
         self._display.end()
 
     def conclude(self, last: EvaluationRecord, memory: int) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def test_a_seed_that_is_not_finite_is_not_left_out_silently() -> None:
 def test_curves_are_means_over_seeds_by_hand(tmp_path: Path) -> None:
     def run(seed: int, top1: float, losses: list[float]) -> Run:
         events = [
-            {"event": "step", "epoch": 0, "steps": n + 1, "peers": {"a": {"kl": loss}}}
-            for n, loss in enumerate(losses)
+            {"event": "step", "step": step, "steps": steps, "peers": {"a": {"kl": loss}}}
+            for step, steps, loss in zip((1, 5), (1, 4), losses, strict=True)
         ]
         events.append({"event": "eval", "step": 10, "test": {"ensemble": {"top1": top1}}})
         description = {"images": {"train": 80}, "peers": [{"name": "a-0"}]}
@@ -109,7 +109,7 @@ def test_curves_are_means_over_seeds_by_hand(tmp_path: Path) -> None:
     ((epoch, top1),) = metric_over_epochs(both, lambda test: test["ensemble"]["top1"])
     assert (epoch, top1.n, top1.mean) == (2.0, 2, pytest.approx(0.3))  # 5 steps per epoch
     ((epoch, kl),) = loss_over_epochs(both, "kl")
-    assert (epoch, kl.mean) == (1, pytest.approx((3.0 + 2.0) / 2))  # (1 x 1 + 2 x 4) / 3
+    assert (epoch, kl.mean) == (1, pytest.approx((3.4 + 2.0) / 2))  # (1 x 1 + 4 x 4) / 5
 
 
 def test_an_interruption_is_not_part_of_the_time(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run that is interrupted and resumed equals one that was not, bit for bit."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,19 @@ def test_the_records_equal_those_of_an_uninterrupted_run(interrupted: Path, stra
         return [{k: v for k, v in e.items() if k not in changing} for e in events(folder)]
 
     found = plain(interrupted)
-    assert {"event": "resume", "step": 6, "epoch": 1} in found
+    assert {"event": "resume", "step": 6, "epoch": 2} in found
     assert [e for e in found if e["event"] != "resume"] == plain(straight)
+
+
+def test_records_count_epochs_as_the_screen_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, "--max-steps", "8") == 0
+    shown = dict(re.findall(r"step (\d+)/8 epoch (\d+)/3", capsys.readouterr().err))
+    found = events(tmp_path)
+    recorded = {str(e["step"]): str(e["epoch"]) for e in found if e["event"] == "eval"}
+    assert recorded == {step: shown[step] for step in recorded} == {"4": "1", "8": "2"}
+    assert all(e["epoch"] == -(-e["step"] // 5) for e in found)  # 0 before the first step
 
 
 def test_the_newest_checkpoints_are_kept(straight: Path, tmp_path: Path) -> None:
