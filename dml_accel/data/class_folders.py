@@ -172,14 +172,14 @@ def _is_passed(name: str) -> bool:
 
 def _has_image(folder: Path) -> bool:
     """Whether an image lies somewhere below a folder."""
-    kinds = ((path, _kind(path)) for path, stat in _files(folder, "", ()) if stat)
+    kinds = ((path, kind_of(path)) for path, stat in files_below(folder, "") if stat)
     unknown: list[str] = []
     for path, kind in kinds:
         if kind == "image":
             return True
         if kind == "unknown" and len(unknown) < _LOOKED_AT:
             unknown.append(path)
-    return any(_is_image(folder / path) for path in unknown)
+    return any(is_image(folder / path) for path in unknown)
 
 
 def _is_table(root: Path, folders: Sequence[str]) -> bool:
@@ -354,10 +354,10 @@ def _read_split(root: Path, split: str, left_out: LeftOut) -> dict[StoredFile, s
     for label in _folders(top):
         before = len(found)
         place = f"{prefix}{label}"
-        for path, stat in _files(top / label, place, (_identity(root), _identity(top))):
-            kind = "unreadable" if stat is None else _kind(path)
+        for path, stat in files_below(top / label, place, (_identity(root), _identity(top))):
+            kind = "unreadable" if stat is None else kind_of(path)
             if kind == "unknown":
-                kind = "image" if _is_image(root / path) else "unreadable"
+                kind = "image" if is_image(root / path) else "unreadable"
             if kind == "image" and stat is not None:
                 # A name has several spellings in Unicode, and file systems choose differently.
                 found[StoredFile.of(path, stat)] = unicodedata.normalize("NFC", label)
@@ -369,13 +369,13 @@ def _read_split(root: Path, split: str, left_out: LeftOut) -> dict[StoredFile, s
             left_out.empty.append(place)
     with os.scandir(top) as entries:
         loose = [e.name for e in entries if not _is_passed(e.name) and e.is_file()]
-    left_out.classless[split] += sum(_kind(name) == "image" for name in loose)
+    left_out.classless[split] += sum(kind_of(name) == "image" for name in loose)
     left_out.classless += Counter()  # drops what is zero
     return dict(sorted(found.items(), key=lambda item: item[0].path))
 
 
-def _files(
-    folder: Path, path: str, above: tuple[tuple[int, int], ...]
+def files_below(
+    folder: Path, path: str, above: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[tuple[str, os.stat_result | None]]:
     """Yield the files below a folder and what the system knows of them; None for a broken link.
 
@@ -396,7 +396,7 @@ def _files(
             if entry.is_dir():
                 if entry.is_symlink() and _identity(Path(entry.path)) in above:
                     raise UsageError(f"{entry.path} is a link to a folder above it: remove it")
-                yield from _files(Path(entry.path), name, above)
+                yield from files_below(Path(entry.path), name, above)
             else:
                 yield name, entry.stat() if entry.is_file() else None
         except OSError:
@@ -412,7 +412,7 @@ def _ending(path: str) -> str:
     return printable(os.path.splitext(path)[1].lower()) or "no ending"
 
 
-def _kind(path: str) -> str:
+def kind_of(path: str) -> str:
     """Return what a file is by its ending: image, beside (a text), or unknown."""
     ending = os.path.splitext(path)[1].lower()
     if ending in endings():
@@ -420,7 +420,7 @@ def _kind(path: str) -> str:
     return "beside" if ending in _BESIDE else "unknown"
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """Whether Pillow recognises the content of a file whose ending says nothing."""
     try:
         with bounded_pixels(), opened(path):

@@ -10,17 +10,18 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.core.files import as_utf8, read_at_most
 from dml_accel.core.tables import printable, table
+from dml_accel.data.class_folders import files_below, is_image, kind_of
 from dml_accel.data.pixels import bounded_pixels, opened, to_rgb, unreadable
 from dml_accel.inference.load import BATCH_SIZE, Networks
 from dml_accel.mutual.metrics import best_five, log_posteriors
@@ -91,24 +92,36 @@ def _listed(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _expand_folders(paths: Iterable[str], on_error: OnError) -> Iterator[str]:
-    """Yield files as they are and, for a folder, the files below it that have an image suffix."""
-    Image.init()
+    """Yield files as they are and, for a folder, the images below it."""
     for path in paths:
         if not os.path.lexists(path):
             on_error(path, "this file or folder does not exist")
-            continue
-        if not os.path.isdir(path):
+        elif not os.path.isdir(path):
             yield path
-            continue
-        images = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if os.path.splitext(name)[1].lower() in Image.EXTENSION and not name.startswith(".")
-        ]
-        if not images:
-            on_error(path, "this folder contains no images")
-        yield from sorted(images)
+        else:
+            yield from _images_below(path, on_error)
+
+
+def _images_below(folder: str, on_error: OnError) -> list[str]:
+    """Return the images below a folder, sorted; what else lies there is counted and named."""
+    images: list[str] = []
+    unreadable: Counter[str] = Counter()
+    try:
+        for path, stat in files_below(Path(folder), folder.rstrip("/") or "/"):
+            kind = kind_of(path)
+            if stat and (kind == "image" or (kind == "unknown" and is_image(Path(path)))):
+                images.append(path)
+            elif kind != "beside":
+                unreadable[os.path.splitext(path)[1].lower() or "no ending"] += 1
+    except UsageError as error:
+        on_error(folder, str(error))
+    if unreadable:
+        count = sum(unreadable.values())
+        endings = ", ".join(sorted(unreadable))
+        on_error(folder, f"{count:,} file{'s' * (count > 1)} cannot be read ({endings})")
+    elif not images:
+        on_error(folder, "this folder contains no images")
+    return sorted(images)
 
 
 def read_image(name: str, size: int, grey_bits: int | None = None) -> tuple[np.ndarray, bool]:

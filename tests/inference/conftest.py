@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some test images, as levels and labels, and one of each class as a file in its folder."""
     folder = tmp_path_factory.mktemp("few")
-    split, classes = sources.read_test(tiny_config(dataset=real_dataset(), image_size=SIZE).data)
+    split, classes, _ = sources.read_test(tiny_config(dataset=real_dataset(), image_size=SIZE).data)
     np.savez(folder / "few.npz", images=split.images[:FEW].numpy(), labels=split.labels[:FEW])
     for label, name in enumerate(classes):
         place = int((split.labels == label).nonzero()[0])

@@ -82,7 +82,7 @@ def test_classes_in_another_order_are_matched_by_name(
     assert cli.main(["evaluate", str(tmp_path / "peer"), *words]) == 0
     assert "classes are matched by name: their order differs" in capsys.readouterr().err
     data = tiny_config(dataset=str(few / "set"), image_size=SIZE).data
-    split, classes = sources.read_test(data)
+    split, classes, _ = sources.read_test(data)
     networks = Networks(read_trained_peers(run / "peers/resnet8-0"), CPU)
     right = networks.logits(split.images)[0].argmax(1) == len(classes) - 1 - split.labels
     record = load(tmp_path / "x/evaluation.json")
