@@ -19,6 +19,7 @@ from dml_accel.core.host import (
     expanded,
     forget_empty_variables,
     ignoring_hangup,
+    name_user,
     wait_briefly,
 )
 from dml_accel.core.streams import choose_encodings, drain, only_displayed
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after the program's name (default: this process's).
     """
     forget_empty_variables()
+    name_user()
     wait_briefly()  # before anything imports torch
     choose_encodings()
     with only_displayed("stderr"):

@@ -5,6 +5,7 @@ Results do not depend on any of it.
 
 import contextlib
 import ctypes
+import getpass
 import os
 import signal
 import threading
@@ -55,6 +56,17 @@ def forget_empty_variables() -> None:
     for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", *_HUB_CACHES):
         if os.environ.get(name) == "":
             del os.environ[name]
+
+
+def name_user() -> None:
+    """Give a user without an entry in the password file a name; call it before torch is imported.
+
+    Older versions of torch name a folder of compiled code after the user, and end without a name.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid_{os.getuid()}"
 
 
 def require_hub_cache() -> None:

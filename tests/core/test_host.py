@@ -1,5 +1,6 @@
 """What a run asks of the C and OpenMP libraries."""
 
+import getpass
 import os
 import pwd
 import re
@@ -125,6 +126,17 @@ def test_files_from_the_hub_need_a_folder(
     else:
         with pytest.raises(UsageError, match=f"{fault}.*HF_HOME.*DML_CACHE"):
             host.require_hub_cache()
+
+
+def test_who_has_no_name_is_given_one(homeless: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        homeless.delenv(name, raising=False)
+    homeless.setenv("LOGNAME", "somebody")
+    host.name_user()
+    assert getpass.getuser() == "somebody"
+    homeless.delenv("LOGNAME")
+    host.name_user()
+    assert getpass.getuser() == f"uid_{os.getuid()}"
 
 
 def test_an_empty_variable_is_none(homeless: pytest.MonkeyPatch) -> None:
