@@ -17,6 +17,8 @@ from dml_accel.training.run_folder import RunFolder, SavedRun
 from tests.helpers import load, status_of
 
 HERE = socket.gethostname()
+# By name, because the names of tests must be the same in every process.
+PIDS: dict[object, int] = {"ours": os.getpid(), "parent": os.getppid()}
 GONE = 2**22 + 1  # more than any process id
 OURS = '{"config": {}, "versions": {}}'
 
@@ -121,10 +123,10 @@ def test_without_locks_a_run_says_so_and_goes_on(
 @pytest.mark.parametrize(
     ("host", "pid", "ago", "outcome"),
     [
-        (HERE, os.getppid(), 5, "refused"),
-        (HERE, os.getppid(), 500, "silent"),
+        (HERE, "parent", 5, "refused"),
+        (HERE, "parent", 500, "silent"),
         (HERE, GONE, 5, "silent"),
-        (HERE, os.getpid(), 5, "silent"),
+        (HERE, "ours", 5, "silent"),
         ("elsewhere", 42, 5, "named"),
         ("elsewhere", 42, 500, "silent"),
     ],
@@ -134,11 +136,12 @@ def test_without_locks_the_last_sign_of_life_counts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     host: str,
-    pid: int,
+    pid: int | str,
     ago: float,
     outcome: str,
 ) -> None:
     refuse_locks(monkeypatch)
+    pid = PIDS.get(pid, pid)
     found = {"status": "running", "step": 3, "host": host, "pid": pid, "heartbeat": seen(ago)}
     (tmp_path / "status.json").write_text(json.dumps(found))
     folder = RunFolder(tmp_path, "", resumes=True)
@@ -214,11 +217,11 @@ def test_a_failure_after_the_results_leaves_the_run_done(tmp_path: Path) -> None
     [
         ("held", HERE, 42, 5, True),
         ("held", HERE, 42, 5000, True),
-        ("free", HERE, os.getpid(), 5, False),
+        ("free", HERE, "ours", 5, False),
         ("free", "elsewhere", 42, 5, True),  # whose locks may not be seen here
         ("free", "elsewhere", 42, 500, False),
-        ("none", HERE, os.getpid(), 5, True),
-        ("none", HERE, os.getpid(), 500, False),
+        ("none", HERE, "ours", 5, True),
+        ("none", HERE, "ours", 500, False),
         ("none", HERE, GONE, 5, False),
         ("none", HERE, 10**30, 5, False),
         ("none", "elsewhere", 42, 5, True),
@@ -231,11 +234,11 @@ def test_a_run_that_was_killed_is_told_from_one_that_runs(
     monkeypatch: pytest.MonkeyPatch,
     lock: str,
     host: str,
-    pid: int,
+    pid: int | str,
     ago: float,
     alive: bool,
 ) -> None:
-    at = seen(ago)
+    at, pid = seen(ago), PIDS.get(pid, pid)
     found = {"status": "running", "step": 3, "host": host, "pid": pid, "heartbeat": at}
     (tmp_path / "status.json").write_text(json.dumps(found))
     if lock != "absent":
