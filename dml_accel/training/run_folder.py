@@ -385,6 +385,10 @@ class RunFolder(LockedFolder):
     def __enter__(self) -> Self:
         super().__enter__()
         self._status = StatusFile(self.path)  # the folder may have got another name
+        step = read_status(self.path).get(
+            "step"
+        )  # of an earlier attempt, should this one not begin
+        self._status.step = step if isinstance(step, int) else 0
         return self
 
     def print_restart(self) -> None:
