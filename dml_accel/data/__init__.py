@@ -4,6 +4,8 @@ In reading order:
 
     pixels         one image: from a file to RGB levels
     listing        a split before it is decoded: labels, and where each image lies
+    image_files    files below a folder: images, what lies beside them, links
+    holdout        a test split that is cut from a single one
     class_folders  folders whose names are the classes
     arrow          data sets that the datasets library opens
     splits         decoded images and labels, and what tells them from others

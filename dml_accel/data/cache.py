@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dml_accel.core.errors import UnreadableError
-from dml_accel.core.files import read_json, replacing, write_json
+from dml_accel.core.files import in_utf8, read_json, replacing, write_json
 from dml_accel.core.host import cache_dir
 from dml_accel.core.locks import Lock, lock
 from dml_accel.core.rng import key
@@ -119,7 +119,7 @@ def _load(
     """
     if not path.exists():
         raise FileNotFoundError(path)
-    with safe_open(path, framework="pt") as file:
+    with in_utf8(path) as readable, safe_open(readable, framework="pt") as file:
         about = file.metadata() or {}
         state, sidecar = _state_of(files), path.with_suffix(".json")
         try:

@@ -12,33 +12,34 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from dml_accel.core.config import DataConfig
-from dml_accel.core.errors import UnreadableError, UsageError
-from dml_accel.core.files import read_json, write_json
-from dml_accel.core.host import cache_dir
-from dml_accel.core.rng import key
+from dml_accel.core.errors import UsageError
 from dml_accel.core.tables import printable
+from dml_accel.data.holdout import held_out
+from dml_accel.data.image_files import (
+    ending_of,
+    files_below,
+    folders_in,
+    has_image,
+    identity_of,
+    is_image,
+    is_passed,
+    kind_of,
+)
 from dml_accel.data.listing import Listing, StoredFile, file_digest
-from dml_accel.data.pixels import bounded_pixels, endings, opened
+from dml_accel.data.pixels import endings
 
 HERE = "."  # as a split: the folder of the data set itself
-_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
-_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
-# Texts that lie beside images: boxes and captions of other programs, notes, lists.
-_BESIDE = frozenset(
-    ".txt .csv .tsv .json .jsonl .xml .yaml .yml .toml .ini .cfg .md .rst .html .htm .log .py "
-    ".ipynb .names .md5 .sha1 .sha256".split()
-)
 _TABLES = (".parquet", ".arrow")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 _NAMED = 5
-_LOOKED_AT = 20  # files of unknown kind, to tell whether a folder holds images
 
 
 # ---------------------------------------------------------------- the layout
@@ -72,13 +73,13 @@ def find_layout(root: Path, data: DataConfig, roles: Sequence[str]) -> Layout | 
     Raises:
         UsageError: the folder lacks a split, or it is not clear which folders are splits.
     """
-    folders = _folders(root)
+    folders = folders_in(root)
     if _is_table(root, folders):
         return None
     asked = {"train": data.train_split, "test": data.test_split}
     is_split = {role: _is_split(root, name) for role, name in asked.items()}
     if not any(is_split.values()):
-        if _holds_tables(root, folders) or not any(_has_image(root / name) for name in folders):
+        if _holds_tables(root, folders) or not any(has_image(root / name) for name in folders):
             _refuse_archives(root, folders)
             return None
         if HERE in (data.train_split, data.test_split):
@@ -88,11 +89,12 @@ def find_layout(root: Path, data: DataConfig, roles: Sequence[str]) -> Layout | 
         return Layout(root, {"train": only, "test": only}, data.test_fraction)
     for role in roles:
         if not is_split[role]:
-            _refuse_missing(root, role, asked[role], folders, any(is_split.values()))
-    _refuse_overlap(root, asked, is_split)
+            _refuse_missing(root, role, asked[role], folders, any(is_split.values()), roles)
+    if "train" in roles:
+        _refuse_overlap(root, asked)
     splits = {role: name for role, name in asked.items() if is_split[role]}
     tops = {Path(name).parts[0] for name in splits.values() if name != HERE}
-    unused = [n for n in folders if n not in tops and _has_image(root / n)] if tops else []
+    unused = [n for n in folders if n not in tops and has_image(root / n)] if tops else []
     return Layout(root, splits, 0.0, tuple(unused))
 
 
@@ -100,7 +102,7 @@ def _only_split(root: Path, data: DataConfig, folders: list[str], train: bool, t
     """Return the split that a test split is to be cut from."""
     if data.train_split == HERE or not train:
         return HERE
-    others = [name for name in folders if name != data.train_split and _has_image(root / name)]
+    others = [name for name in folders if name != data.train_split and has_image(root / name)]
     if test:
         raise UsageError(
             f"--dataset {root} has a split {data.test_split!r} already: drop --test-fraction "
@@ -115,28 +117,32 @@ def _only_split(root: Path, data: DataConfig, folders: list[str], train: bool, t
     return data.train_split
 
 
-def _refuse_missing(root: Path, role: str, name: str, folders: list[str], other: bool) -> None:
-    found = [folder for folder in folders if _has_image(root / folder)]
-    flag, without = f"--{role}-split", "--test-fraction 0.2 holds out a fifth of each class"
+def _refuse_missing(
+    root: Path, role: str, name: str, folders: list[str], other: bool, roles: Sequence[str]
+) -> NoReturn:
+    found = [folder for folder in folders if has_image(root / folder)]
+    if "train" not in roles:
+        said = f"choose another with --test-split ({HERE} is all of it)"
+        raise UsageError(
+            f"--dataset {root} has no split {name!r} (it has: {_listed(found, False)}): {said}"
+        )
     if other:
         raise UsageError(
             f"the data set has no split {name!r} (it has: {_listed(found, quotes=False)}); choose "
-            f"one with {flag}, or add --test-fraction 0.2, which holds out a fifth of each class"
+            f"one with --{role}-split, or hold out a fifth of each class with --test-fraction 0.2"
         )
     for folder in found:
         if any(_is_split(root / folder, one) for one in ("train", name)):
             raise UsageError(f"--dataset {root} has its splits in {root / folder}: name that")
     raise UsageError(
         f"--dataset {root} has no folder {name!r}: if its folders ({_listed(found)}) are the "
-        f"classes, {without} for testing; else arrange it as train/<class>/*.jpg and "
-        "test/<class>/*.jpg"
+        "classes, --test-fraction 0.2 holds out a fifth of each for testing; else arrange it as "
+        "train/<class>/*.jpg and test/<class>/*.jpg"
     )
 
 
-def _refuse_overlap(root: Path, asked: Mapping[str, str], present: Mapping[str, bool]) -> None:
+def _refuse_overlap(root: Path, asked: Mapping[str, str]) -> None:
     """Refuse splits that share a folder: test images must not be training images."""
-    if not all(present.values()):
-        return
     train, test = ((root / asked[role]).resolve() for role in ("train", "test"))
     if train.is_relative_to(test) or test.is_relative_to(train):
         raise UsageError(
@@ -154,32 +160,7 @@ def _is_split(root: Path, name: str) -> bool:
     if inside.is_absolute() or ".." in inside.parts:
         return False
     folder = root / inside
-    return folder.is_dir() and any(_has_image(folder / label) for label in _folders(folder))
-
-
-def _folders(folder: Path) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if not _is_passed(e.name) and e.is_dir())
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be read: {error.strerror}") from error
-
-
-def _is_passed(name: str) -> bool:
-    """Whether the system or a program keeps a file or folder of this name for itself."""
-    return name.startswith(".") or name in _SYSTEM_FOLDERS or name.lower() in _SYSTEM_FILES
-
-
-def _has_image(folder: Path) -> bool:
-    """Whether an image lies somewhere below a folder."""
-    kinds = ((path, kind_of(path)) for path, stat in files_below(folder, "") if stat)
-    unknown: list[str] = []
-    for path, kind in kinds:
-        if kind == "image":
-            return True
-        if kind == "unknown" and len(unknown) < _LOOKED_AT:
-            unknown.append(path)
-    return any(is_image(folder / path) for path in unknown)
+    return folder.is_dir() and any(has_image(folder / label) for label in folders_in(folder))
 
 
 def _is_table(root: Path, folders: Sequence[str]) -> bool:
@@ -325,7 +306,7 @@ def read_folders(
     sides = {role: found[name] for role, name in layout.splits.items()}
     if layout.test_fraction:
         (images,) = found.values()
-        tested = _test_side(layout.root, images, layout.test_fraction)
+        tested = held_out(layout.root, images, layout.test_fraction)
         sides = {
             "train": {file: label for file, label in images.items() if file.path not in tested},
             "test": {file: label for file, label in images.items() if file.path in tested},
@@ -351,10 +332,10 @@ def _read_split(root: Path, split: str, left_out: LeftOut) -> dict[StoredFile, s
     top = root if split == HERE else root / split
     prefix = "" if split == HERE else f"{split}/"
     found: dict[StoredFile, str] = {}
-    for label in _folders(top):
+    for label in folders_in(top):
         before = len(found)
         place = f"{prefix}{label}"
-        for path, stat in files_below(top / label, place, (_identity(root), _identity(top))):
+        for path, stat in files_below(top / label, place, (identity_of(root), identity_of(top))):
             kind = "unreadable" if stat is None else kind_of(path)
             if kind == "unknown":
                 kind = "image" if is_image(root / path) else "unreadable"
@@ -362,126 +343,13 @@ def _read_split(root: Path, split: str, left_out: LeftOut) -> dict[StoredFile, s
                 # A name has several spellings in Unicode, and file systems choose differently.
                 found[StoredFile.of(path, stat)] = unicodedata.normalize("NFC", label)
             elif kind == "beside":
-                left_out.beside[_ending(path)] += 1
+                left_out.beside[ending_of(path)] += 1
             else:
-                left_out.unreadable[place, _ending(path) if stat else "a broken link"] += 1
+                left_out.unreadable[place, ending_of(path) if stat else "a broken link"] += 1
         if len(found) == before:
             left_out.empty.append(place)
     with os.scandir(top) as entries:
-        loose = [e.name for e in entries if not _is_passed(e.name) and e.is_file()]
+        loose = [e.name for e in entries if not is_passed(e.name) and e.is_file()]
     left_out.classless[split] += sum(kind_of(name) == "image" for name in loose)
     left_out.classless += Counter()  # drops what is zero
     return dict(sorted(found.items(), key=lambda item: item[0].path))
-
-
-def files_below(
-    folder: Path, path: str, above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Yield the files below a folder and what the system knows of them; None for a broken link.
-
-    Args:
-        folder: where to look.
-        path: what to call it.
-        above: folders that contain it, by their identity.
-    """
-    above = (*above, _identity(folder))
-    try:
-        with os.scandir(folder) as entries:
-            children = [entry for entry in entries if not _is_passed(entry.name)]
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be read: {error.strerror}") from error
-    for entry in children:
-        name = f"{path}/{entry.name}" if path else entry.name
-        try:
-            if entry.is_dir():
-                if entry.is_symlink() and _identity(Path(entry.path)) in above:
-                    raise UsageError(f"{entry.path} is a link to a folder above it: remove it")
-                yield from files_below(Path(entry.path), name, above)
-            else:
-                yield name, entry.stat() if entry.is_file() else None
-        except OSError:
-            yield name, None
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    stat = os.stat(folder)
-    return stat.st_dev, stat.st_ino
-
-
-def _ending(path: str) -> str:
-    return printable(os.path.splitext(path)[1].lower()) or "no ending"
-
-
-def kind_of(path: str) -> str:
-    """Return what a file is by its ending: image, beside (a text), or unknown."""
-    ending = os.path.splitext(path)[1].lower()
-    if ending in endings():
-        return "image"
-    return "beside" if ending in _BESIDE else "unknown"
-
-
-def is_image(path: Path) -> bool:
-    """Whether Pillow recognises the content of a file whose ending says nothing."""
-    try:
-        with bounded_pixels(), opened(path):
-            return True
-    except Exception:  # Pillow raises many kinds for files that are no images
-        return False
-
-
-# ---------------------------------------------------------------- a test split of one's own
-
-
-def _test_side(root: Path, images: Mapping[StoredFile, str], fraction: float) -> set[str]:
-    """Return the paths of the images that are for testing.
-
-    Each image falls on a side by its path alone, so that images that are added move no other.
-    Copies and links of an image lie on its side: that of their shortest path. In a class with
-    several images, each side has one.
-    """
-    first = _copies(root, list(images))
-    labels = {file.path: label for file, label in images.items()}
-    by_class: dict[str, list[tuple[float, str]]] = {}
-    for path in sorted({first.get(path, path) for path in labels}):
-        place = key("test split", unicodedata.normalize("NFC", path)) / 2**63
-        by_class.setdefault(labels[path], []).append((place, path))
-    tested: set[str] = set()
-    for places in by_class.values():
-        places.sort()
-        chosen = [path for place, path in places if place < fraction]
-        if len(places) > 1:  # with very few images, chance may leave a side empty
-            chosen = chosen or [places[0][1]]
-            chosen = chosen if len(chosen) < len(places) else chosen[:-1]
-        tested.update(chosen)
-    return {path for path in labels if first.get(path, path) in tested}
-
-
-def _copies(root: Path, files: Sequence[StoredFile]) -> dict[str, str]:
-    """Return the shortest path of every image that lies in several places, by each of its paths.
-
-    What was found is kept beside the decoded images, because it takes reading the files.
-    """
-    names = tuple((file.name, file.state) for file in files)
-    cache = cache_dir()
-    kept = cache and cache / f"{key('copies', os.path.realpath(root), names):016x}.copies.json"
-    if kept:
-        with contextlib.suppress(UnreadableError, ValueError, TypeError, KeyError):
-            before = read_json(kept)
-            return {files[int(row)].path: files[first].path for row, first in before.items()}
-    sizes = Counter(file.size for file in files)
-    groups: dict[bytes, list[int]] = {}
-    for row, file in enumerate(files):
-        if sizes[file.size] > 1:
-            groups.setdefault(file_digest(root / file.path), []).append(row)
-    # A copy has mostly a longer name than the image, such as "cat (1).jpg".
-    found = {
-        row: min(rows, key=lambda one: (len(files[one].path), files[one].path))
-        for rows in groups.values()
-        if len(rows) > 1
-        for row in rows
-    }
-    if kept:
-        with contextlib.suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, {str(row): first for row, first in found.items()})
-    return {files[row].path: files[first].path for row, first in found.items()}

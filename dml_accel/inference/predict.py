@@ -21,7 +21,7 @@ import torch
 from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.core.files import as_utf8, read_at_most
 from dml_accel.core.tables import printable, table
-from dml_accel.data.class_folders import files_below, is_image, kind_of
+from dml_accel.data.image_files import files_below, is_image, kind_of
 from dml_accel.data.pixels import bounded_pixels, opened, to_rgb, unreadable
 from dml_accel.inference.load import BATCH_SIZE, Networks
 from dml_accel.mutual.metrics import best_five, log_posteriors

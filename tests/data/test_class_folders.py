@@ -216,7 +216,7 @@ REFUSED: Mapping[str, tuple[list[str], dict[str, object], str]] = {
     "no test split": (
         splits("a", "b", names=("train", "val")),
         {},
-        r"no split 'test' \(it has: train, val\); choose one with --test-split, or add --test-frac",
+        r"no split 'test' \(it has: train, val\); choose one with --test-split, or hold out a fi",
     ),
     "splits a folder below": (
         splits("a", "b", names=("data/train", "data/test")),
@@ -320,6 +320,18 @@ def test_the_only_split_can_be_cut(tmp_path: Path) -> None:
     config = tiny_config(dataset=str(below / "train"), test_split=".", image_size=SIZE)
     every, _, _ = sources.read_test(config.data)
     assert len(every) == len(NAMES)
+
+
+def test_networks_can_be_evaluated_on_any_split(tmp_path: Path) -> None:
+    root = make(tmp_path / "set", *splits("a", "b", images=3), "val/a/1.png")
+    for split, count in (("train", 6), ("test", 6), ("val", 1)):
+        config = tiny_config(dataset=str(root), test_split=split)
+        images, classes, _ = sources.read_test(config.data)
+        assert (len(images), classes) == (count, ("a", "b"))
+    unsplit = make(tmp_path / "unsplit", "a/1.png", "b/1.png")
+    message = r"has no split 'test' \(it has: a, b\): choose another with --test-split \(. is all"
+    with pytest.raises(UsageError, match=message):
+        sources.read_test(tiny_config(dataset=str(unsplit)).data)
 
 
 def test_a_limit_reads_only_the_images_that_it_needs(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dml_accel.core.errors import UsageError
-from dml_accel.data import sources
+from dml_accel.data import arrow, sources
 from tests.data.folders import CLASSES, SIZE, Write, png, read, split
 from tests.helpers import ROOT, free_port, load, run_program, tiny_config, train
 from tests.hub import serve_hub
@@ -393,6 +393,27 @@ def test_a_data_set_of_the_hub_is_downloaded_once_and_then_read_offline(
         assert text.startswith("--dataset some-one/other: not a local folder, and not a data set")
     text, _ = read_in_a_process("some-one/some-set", variables)  # nobody answers any more
     assert text == "3 [0, 1, 2] cat dog eel"
+
+
+def test_a_bare_name_is_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        id = "owner/digits-of-all-kinds"
+
+    opened = []
+    monkeypatch.setattr(arrow, "hub_answers", lambda: True)
+    monkeypatch.setattr(arrow, "_load", lambda name, *_: opened.append(name) or {})
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: Found())
+    with pytest.raises(UsageError, match="no split 'train'"):
+        read("digits-of-all-kinds")
+    assert opened == [Found.id]
+
+    def missing(*_: object, **__: object) -> None:
+        raise OSError("404")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", missing)
+    with pytest.raises(UsageError, match="no folder .*/of-no-kind, and the hub has no data set of"):
+        read("of-no-kind")
+    assert len(opened) == 1
 
 
 def test_an_unreachable_hub_is_reported_at_once(online: dict[str, str]) -> None:
