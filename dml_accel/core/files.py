@@ -43,6 +43,16 @@ def as_utf8(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+@contextlib.contextmanager
+def in_utf8(path: Path) -> Iterator[Path]:
+    """Yield a path to the same file for safetensors, which reads none that is not UTF-8."""
+    if as_utf8(str(path)) == str(path):
+        yield path
+        return
+    with open(path, "rb") as file:
+        yield Path("/dev/fd") / str(file.fileno())
+
+
 def text_of(path: Path, content: bytes) -> str:
     """Return the text of a file that people write: UTF-8, with or without a mark at its start.
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dml_accel.core.errors import UsageError, one_line
-from dml_accel.core.files import replacing, write_text
+from dml_accel.core.files import in_utf8, replacing, write_text
 from dml_accel.data.batches import Normalisation
 from dml_accel.models.build import image_problem
 from dml_accel.models.model_card import peer_card
@@ -143,7 +143,7 @@ def load_network(folder: PeerFolder) -> nn.Module:
         )
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with in_utf8(path) as readable, safe_open(readable, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shapes = {name: one.get_shape() for name, one in slices.items()}
             # Sizes are compared before anything is allocated, and the network that is built for it

@@ -20,6 +20,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from dml_accel.core.errors import UsageError, one_line
+from dml_accel.core.files import in_utf8
 from dml_accel.core.host import require_hub_cache
 from dml_accel.data.arrow import hub_answers
 from dml_accel.models.spec import HUB
@@ -229,7 +230,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        tensors = load_file(path)
+        with in_utf8(path) as readable:
+            tensors = load_file(readable)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
     if not tensors:  # timm would load other weights instead

@@ -54,6 +54,14 @@ def test_a_folder_is_read_back(module: torch.nn.Module, tmp_path: Path) -> None:
         assert r"`K\udce4fer`" in (folder / CARD).read_text(encoding="utf-8")
 
 
+def test_a_folder_whose_name_is_not_utf_8_is_read_back(
+    module: torch.nn.Module, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / ODD, module)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(load_network(read_peer(folder))(x), module(x), rtol=0, atol=0)
+
+
 def test_levels_of_grey_that_no_image_has_are_refused(
     module: torch.nn.Module, tmp_path: Path
 ) -> None:
