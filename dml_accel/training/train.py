@@ -193,17 +193,19 @@ def run_one(
 
 def _what_starts(ready: Prepared, steps: int) -> str:
     """Return in one line what is trained, where, how long, and where its records go."""
-    processes, epochs = ready.placement.processes, ready.config.optim.epochs
+    processes = ready.placement.processes
+    epochs = -(-steps // ready.cohort.steps_per_epoch)
     names = ", ".join(ready.checked.names[:_NAMED]) + ", ..." * (len(ready.checked.names) > _NAMED)
-    device = str(ready.placement.device)
+    device = ready.placement.device
+    where = device.type if device.type == "cpu" else str(device)
     if processes.world_size > 1:
-        device += f" in {processes.world_size} processes"
+        where += f" in {processes.world_size} processes"
     if ready.start.step:
         steps_text = f"steps {ready.start.step + 1:,} to {steps:,}"
     else:
         steps_text = f"{steps:,} step{'s' * (steps > 1)}"
     return (
-        f"{names} on {device}: {steps_text}, {epochs} epoch{'s' * (epochs > 1)}; run folder "
+        f"{names} on {where}: {steps_text}, {epochs} epoch{'s' * (epochs > 1)}; run folder "
         f"{printable(str(ready.path))}"
     )
 
