@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from dml_accel.core.errors import ProcessLostError
-from dml_accel.distributed.launch import launched_local_rank, restarts
+from dml_accel.distributed.launch import launched_local_rank
 
 BEAT_SECONDS = 0.5
 LOOK_SECONDS = 2.0
@@ -260,7 +260,7 @@ class Liveness:
         }
 
 
-def connect(timeout: timedelta) -> Any:
+def connect(timeout: timedelta, label: str) -> Any:
     """Return a connection of our own to the launcher's store.
 
     On the connection of the process group, heartbeats would wait while the main thread waits for a
@@ -268,6 +268,7 @@ def connect(timeout: timedelta) -> Any:
 
     Args:
         timeout: for connecting.
+        label: keeps the heartbeats of this run apart from those of an earlier one.
     """
     store: Any = dist.distributed_c10d._get_default_store()
     while isinstance(store, PrefixStore):
@@ -275,7 +276,7 @@ def connect(timeout: timedelta) -> Any:
     if isinstance(store, TCPStore):
         address = store.host, store.port
         store = TCPStore(*address, is_master=False, timeout=timeout, wait_for_workers=False)
-    return PrefixStore(f"alive-{restarts()}", store)
+    return PrefixStore(f"alive-{label}", store)
 
 
 def _key(rank: int) -> str:

@@ -1,6 +1,8 @@
 """The process group of a run: collectives of a few bytes, and the end if a process is lost."""
 
+import atexit
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -28,6 +30,9 @@ from dml_accel.distributed.launch import (
 )
 from dml_accel.distributed.liveness import Liveness, Record, connect
 
+# How many times the processes have come together in this one; all of them count alike.
+_calls, _FIRST = itertools.count(), "0-0"
+
 
 class Processes:
     """The processes that were launched together: one group for all runs that they share.
@@ -53,8 +58,9 @@ class Processes:
         self._owns_group = not dist.is_initialized()
         try:
             with shown_to_accelerate(torch.get_num_threads()):
-                if launched > 1 and restarts():
-                    self._join_after_restart(compute)
+                label = f"{restarts()}-{next(_calls)}" if launched > 1 else _FIRST
+                if label != _FIRST and self._owns_group:
+                    self._join_again(compute, label)
                 self.accelerator = OwnAccelerator(
                     cpu=on_cpu,
                     mixed_precision=launched_precision(numerics),
@@ -66,7 +72,7 @@ class Processes:
             self.world_size: int = self.accelerator.num_processes
             self._liveness: Liveness | None = None
             if self.world_size > 1:
-                store = connect(self._timeout)
+                store = connect(self._timeout, label)
                 self._liveness = Liveness(self.rank, self.world_size, store)
         except RuntimeError as error:
             if not _is_communication(error):
@@ -83,10 +89,10 @@ class Processes:
                 "add --cpu to the flags of train.py"
             )
 
-    def _join_after_restart(self, compute: ComputeConfig) -> None:
-        """Join the process group after the launcher has restarted its processes.
+    def _join_again(self, compute: ComputeConfig, label: str) -> None:
+        """Join the process group after a restart by the launcher, or after an earlier run.
 
-        The launcher's store still holds the addresses of the processes before, under the names that
+        The launcher's store still holds the addresses of the group before, under the names that
         these would use; a prefix keeps the two apart.
         """
         on_cpu = runs_on_cpu(compute)
@@ -95,7 +101,7 @@ class Processes:
         store, rank, size = next(rendezvous("env://", timeout=self._timeout))
         dist.init_process_group(
             "gloo" if on_cpu else "nccl",
-            store=PrefixStore(f"restart-{restarts()}", store),
+            store=PrefixStore(f"group-{label}", store),
             rank=rank,
             world_size=size,
             timeout=self._timeout,
@@ -212,10 +218,16 @@ class Processes:
         """Drop the networks of a finished run, which Accelerate keeps in a list."""
         self.accelerator.free_memory()
 
-    def close(self) -> None:
-        """Leave the process group in order; it stays if it was there before."""
+    def close(self, keeps_group: bool = False) -> None:
+        """Leave the process group in order; it stays if it was there before.
+
+        Args:
+            keeps_group: leave it at the end of the process: more runs may come, or the user's own.
+        """
         self.stop_heartbeat()
-        if self._owns_group:
+        if self._owns_group and keeps_group:
+            atexit.register(_leave)
+        elif self._owns_group:
             self.accelerator.end_training()
         self.accelerator.release()
 
@@ -223,6 +235,11 @@ class Processes:
         """Send no more heartbeats: this process has ended in order."""
         if self._liveness:
             self._liveness.close()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def set_arithmetic(device: torch.device, tf32: bool) -> None:

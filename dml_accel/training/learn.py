@@ -131,7 +131,7 @@ def _records(
                     with processes.looking_away():  # the caller may keep it as long as they like
                         yield record
             processes.free_networks()
-            processes.close()
+            processes.close(keeps_group=True)
     finally:
         processes.stop_heartbeat()
         processes.accelerator.release()

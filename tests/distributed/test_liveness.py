@@ -101,7 +101,7 @@ def group(store: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def pair(group: Any) -> Iterator[list[Liveness]]:
     """The liveness of rank 0 and of rank 1."""
-    both = [Liveness(rank, 2, connect(timedelta(seconds=20))) for rank in (0, 1)]
+    both = [Liveness(rank, 2, connect(timedelta(seconds=20), "0-0")) for rank in (0, 1)]
     yield both
     for one in both:
         one.close()
@@ -149,7 +149,7 @@ def test_the_process_is_ended_only_while_its_main_thread_waits(
     exits: list[int], place: str
 ) -> None:
     said: list[ProcessLostError] = []
-    alone = Liveness(0, 2, connect(timedelta(seconds=20)))  # rank 1 never appears
+    alone = Liveness(0, 2, connect(timedelta(seconds=20), "0-0"))  # rank 1 never appears
     with contextlib.ExitStack() as stack:
         if place != "has left":
             stack.enter_context(alone.watching(said.append))
@@ -165,7 +165,7 @@ def test_the_process_is_ended_only_while_its_main_thread_waits(
 def test_an_announced_loss_ends_a_process_once_its_main_thread_stands_still(
     exits: list[int], pair: list[Liveness], store: Any
 ) -> None:
-    store.set("alive-0/lost", "1 rank 7 stopped responding")
+    store.set("alive-0-0/lost", "1 rank 7 stopped responding")
     with pair[0].watching(None):
         # Another instruction at each look: it works, and waits for nobody.
         exec("import time\n" + 20 * "time.sleep(0.1)\n", {})
@@ -183,7 +183,7 @@ def test_a_store_that_does_not_answer_counts_only_after_longer(
 
     monkeypatch.setattr(liveness, "_LOOKS_WITHOUT_STORE", looks)
     monkeypatch.setattr(Liveness, "_read", refuse)
-    alone = Liveness(1, 2, connect(timedelta(seconds=20)))
+    alone = Liveness(1, 2, connect(timedelta(seconds=20), "0-0"))
     with alone.watching(None):
         threading.Event().wait(3)
     alone.close()
