@@ -631,6 +631,7 @@ def _out_of_memory(folder: Path) -> None:
 def _too_many(folder: Path) -> None:
     here = str(torch.cuda.device_count() + 1)
     launched = {
+        "MASTER_ADDR": "127.0.0.1",
         "RANK": "0",
         "WORLD_SIZE": here,
         "LOCAL_RANK": "0",
