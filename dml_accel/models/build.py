@@ -108,7 +108,8 @@ def require_learning(
             raise UsageError(
                 f"{name} cannot learn from a single image at a time, because its batch norm would "
                 "see one value per channel: raise --batch-size or lower --grad-accum"
-                + remedy * (processes > 1)
+                + remedy
+                * (processes > 1)
             )
         if reason:
             raise UsageError(f"{name} cannot be trained: in training mode it {reason}")

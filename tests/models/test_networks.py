@@ -8,8 +8,8 @@ from torch import nn
 
 import dml_accel  # noqa: F401  (registers the networks)
 from dml_accel.core.errors import UsageError
-from dml_accel.data.splits import Split
 from dml_accel.data.sources import Source
+from dml_accel.data.splits import Split
 from dml_accel.models.build import parameter_count
 from dml_accel.models.spec import SHORT_NAMES, parse_cohort
 from dml_accel.training.setup import image_format
