@@ -40,6 +40,7 @@ from benchmarks.measuring import (
     timed,
 )
 from dml_accel.core.config import Config
+from dml_accel.data.arrow import list_tables
 from dml_accel.data.decode import decode
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import everywhere
@@ -138,8 +139,9 @@ def start_cost(images: Path | None) -> dict[str, Any]:
         os.environ.update(DML_CACHE=str(folder / "cache"), HF_DATASETS_CACHE=str(folder / "hf"))
         dataset = datasets.load_dataset(str(folder / "set"), split="train")
         label = "fine_label" if "fine_label" in dataset.features else "label"
-        image = next(n for n, f in dataset.features.items() if isinstance(f, datasets.Image))
-        decoding_s = timed(lambda: decode(dataset, "train", image, 32))
+        data = Config(dataset=str(folder / "set"), label_column=label).data
+        listings, _ = list_tables(data, folder / "set", ("train",), quiet=True)
+        decoding_s = timed(lambda: decode(listings["train"], range(len(dataset)), 32))
         command = [sys.executable, "train.py", "--dataset", str(folder / "set")]
         command += ["--cpu"] if device().type == "cpu" else []
         command += ["--label-column", label, "--cohort", "resnet32*2", "--max-steps", "4"]

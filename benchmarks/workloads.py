@@ -19,8 +19,8 @@ from dml_accel.core.config import Config
 from dml_accel.core.host import keep_memory
 from dml_accel.data import sources
 from dml_accel.data.batches import Data
-from dml_accel.data.splits import Split
 from dml_accel.data.sources import Source
+from dml_accel.data.splits import Split
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import allocate
 from dml_accel.distributed.processes import Processes

@@ -156,7 +156,7 @@ class ComparisonFolder(LockedFolder):
         self._plan = plan
         self.failed: dict[str, str] = {}
         label = "-".join(["compare", *dict.fromkeys(planned.cohort for planned in plan)])[:80]
-        super().__init__(path, label, plan[0].config.data.dataset)
+        super().__init__(path, label, sources.folders_read(plan[0].config.data))
 
     def finished(self) -> list[Run]:
         """Return the finished runs.
@@ -269,7 +269,7 @@ class ComparisonFolder(LockedFolder):
         has_tables = any((self.path / name).exists() for name in _TABLES)
         if not has_tables and not any((self.path / one.folder).is_dir() for one in self._plan):
             refuse_foreign(self.path, "none of the runs that these flags ask for")
-            refuse_inside(self.path, self._dataset)
+            refuse_inside(self.path, self._images)
         for planned in self._plan:
             RunFolder(self.path / planned.folder, "", resumes=True)  # refuses foreign files
             _refuse_other_flags(self.saved(planned), planned.config)
@@ -366,14 +366,13 @@ def compare(
     plan, first = plan_runs(config, cohorts, methods, seeds), launched_rank() == 0
     folder = ComparisonFolder(config.run.output_dir, plan) if first else None
     source = sources.read(config.data, quiet=not first)
-    if first:
-        print(sources.describe(config.data, source), file=sys.stderr, flush=True)
     image_costs = _check_cohorts(plan, source, config.run.output_dir)
     with explaining_stop(folder), Stop() as stop, folder or contextlib.nullcontext():
         unfinished = plan
         if folder:  # rank 0 decides, and broadcasts what it decides
             unfinished = folder.unfinished()
             folder.set_done()
+            print(sources.describe(config.data, source), file=sys.stderr, flush=True)
             folder.say_what_differs()
             print(
                 f"comparison: {folder.path}, {len(plan) - len(unfinished)} of {len(plan)} runs are "

@@ -296,9 +296,9 @@ def list_tables(
     Raises:
         UsageError: see ``open_tables``; or a split, column or label cannot be used.
     """
-    import datasets
-
     splits, origin = open_tables(data, folder, quiet)
+    import datasets  # is there: opening has required it
+
     asked = {"train": data.train_split, "test": data.test_split}
     tables = {role: _split(splits, asked[role], f"--{role}-split") for role in roles}
     first, *others = (table.features for table in tables.values())

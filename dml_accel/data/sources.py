@@ -23,7 +23,7 @@ from dml_accel.core.tables import printable
 from dml_accel.core.versions import require_packages
 from dml_accel.data.arrow import list_tables
 from dml_accel.data.cache import Decoded
-from dml_accel.data.class_folders import find_layout, is_archive, read_folders
+from dml_accel.data.class_folders import HERE, find_layout, is_archive, read_folders
 from dml_accel.data.decode import Damage, DamagedImagesError, decoded, require_memory
 from dml_accel.data.listing import Listing
 from dml_accel.data.pixels import to_rgb
@@ -87,6 +87,20 @@ def find_folder(dataset: str) -> Path | None:
     if dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or dataset.endswith("/"):
         raise UsageError(f"--dataset {dataset}: this folder does not exist")
     return None
+
+
+def folders_read(data: DataConfig) -> list[Path]:
+    """Return the local folders that images are read from; none for the hub and digits.
+
+    Raises:
+        UsageError: see ``located``, and ``class_folders.find_layout``.
+    """
+    folder = find_folder(data.dataset)
+    if folder is None:
+        return []
+    layout = find_layout(folder, data, ("train", "test"))
+    names = set(layout.splits.values()) if layout else {HERE}
+    return [folder if name == HERE else folder / name for name in sorted(names)]
 
 
 def read(data: DataConfig, quiet: bool = False) -> Source:

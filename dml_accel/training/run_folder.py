@@ -19,7 +19,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
@@ -96,20 +96,18 @@ def _is_harmless(entry: Path) -> bool:
     return entry.suffix in _LOGS and entry.is_file()
 
 
-def refuse_inside(path: Path, dataset: str | None) -> None:
-    """Refuse a folder within that of a data set, which the next command would read with it.
+def refuse_inside(path: Path, images: Sequence[Path]) -> None:
+    """Refuse a folder within those that images are read from: the next command would read it.
 
     Raises:
         UsageError: see above.
     """
-    if dataset in (None, "digits"):  # they have no folder
-        return
-    folder = Path(dataset).expanduser()
-    if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(
-            f"--output-dir {path} lies in the folder of the data set, {folder}, and would change "
-            "it: name a folder elsewhere"
-        )
+    for folder in images:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"--output-dir {path} lies in {folder}, where images are read from, and would "
+                "change what is read: name a folder elsewhere"
+            )
 
 
 class LockedFolder:
@@ -118,7 +116,7 @@ class LockedFolder:
     Args:
         path: of the folder; None for a new ``runs/<time>-<label>``.
         label: see above.
-        dataset: what a new folder must not lie in, if it is a folder.
+        images: folders that a new one must not lie in.
         part: of a folder that is locked already.
 
     Raises:
@@ -126,9 +124,9 @@ class LockedFolder:
     """
 
     def __init__(
-        self, path: str | Path | None, label: str, dataset: str | None = None, part: bool = False
+        self, path: str | Path | None, label: str, images: Sequence[Path] = (), part: bool = False
     ) -> None:
-        self._given, self._dataset, self._part = path is not None, dataset, part
+        self._given, self._images, self._part = path is not None, images, part
         self.path = Path(path or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}")
         try:
             self._refuse_early()
@@ -143,7 +141,7 @@ class LockedFolder:
         if self._given:
             self._refuse_content()
         else:
-            refuse_inside(self.path, self._dataset)
+            refuse_inside(self.path, self._images)
         parent = self.path
         while not parent.exists() and parent != parent.parent:
             parent = parent.parent
@@ -360,14 +358,14 @@ class RunFolder(LockedFolder):
         path: str | Path | None,
         label: str,
         resumes: bool = False,
-        dataset: str | None = None,
+        images: Sequence[Path] = (),
         part: bool = False,
     ) -> None:
         self._resumes = resumes
         self._metrics: TextIO | None = None
         self._started = False
         self._follower: Follower | None = None
-        super().__init__(path, label, dataset, part)
+        super().__init__(path, label, images, part)
         self._status = StatusFile(self.path)
 
     def _refuse_content(self) -> None:
@@ -380,7 +378,7 @@ class RunFolder(LockedFolder):
         if not mark:
             what = "no run that could be resumed" if self._resumes else "no run"
             refuse_foreign(self.path, what)
-            refuse_inside(self.path, self._dataset)
+            refuse_inside(self.path, self._images)
 
     def __enter__(self) -> Self:
         super().__enter__()

@@ -63,10 +63,8 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
     folder = None
     if first:
         where, label = config.run.output_dir, cohort_label(names)
-        folder = RunFolder(where, label, in_place, dataset=config.data.dataset)
+        folder = RunFolder(where, label, in_place, sources.folders_read(config.data))
     source = sources.read(config.data, quiet=not first)
-    if first:
-        print(sources.describe(config.data, source), file=sys.stderr, flush=True)
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
     work = progress.workload(config, source)
     nothing = resume.nothing_to_do(config, source, folder.path, work.steps) if folder else ""
@@ -83,6 +81,7 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         if folder and not nothing:
             origin = origin or resume.find_origin(config, checked)
             _refuse_to_shorten(origin, work.steps)
+            print(sources.describe(config.data, source), file=sys.stderr, flush=True)
             if origin.path:
                 print(f"resuming from {origin.path}", file=sys.stderr, flush=True)
             else:

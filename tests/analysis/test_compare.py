@@ -444,7 +444,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set/train/cat").mkdir(parents=True)
     for where, text in {
         tmp_path: "holds set but none of the runs that these flags ask for; name another folder",
-        tmp_path / "set/compared": "lies in the folder of the data set",
+        tmp_path / "set/compared": "where images are read from",
     }.items():
         with pytest.raises(UsageError, match=text):
             compare.ComparisonFolder(str(where), plan)

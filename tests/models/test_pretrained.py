@@ -1,6 +1,7 @@
 """Starting from trained weights: where they come from, what is recorded, what is refused."""
 
 import hashlib
+import json
 import pickle
 import re
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dml_accel import cli
 from dml_accel.core.errors import UsageError
+from dml_accel.data.sources import Source
 from dml_accel.models.build import refuse_twins
 from dml_accel.models.pretrained import read_weights
 from dml_accel.models.spec import parse_cohort
@@ -191,25 +193,29 @@ class _Other:
 
     rank = 1
 
-    def __init__(self, first: str) -> None:
-        self._first = first
+    def __init__(self, *first: object) -> None:
+        self._first = [json.dumps(one) for one in first]
 
     def broadcast_text(self, _: str) -> str:
-        return self._first
+        return self._first.pop(0)
 
     def failed_rank(self, failed: bool) -> int | None:
         return self.rank if failed else None
 
 
-def test_processes_must_read_the_same_files() -> None:
+def test_processes_must_read_the_same_files(digits: Source) -> None:
     def checked(sha256: str) -> Checked:
         start = {"resnet8-0": {"source": "somewhere", "sha256": sha256}}
-        return Checked([], None, {}, {}, None, start)
+        return Checked([], digits, {}, {}, None, start)
 
-    same = '[{"resnet8-0": "a"}, {"frozen": {}, "links": null}]'
-    refuse_other_files(checked("a"), _Other(same))
+    images = digits.fingerprint.record()
+    same = [{"resnet8-0": "a"}, {"frozen": {}, "links": None}]
+    refuse_other_files(checked("a"), _Other(images, same))
     with pytest.raises(UsageError, match="rank 1 reads other files than rank 0"):
-        refuse_other_files(checked("b"), _Other(same))
+        refuse_other_files(checked("b"), _Other(images, same))
+    images["classes"][0] = "zero"
+    with pytest.raises(UsageError, match="rank 1 reads other images, labels or class names than"):
+        refuse_other_files(checked("a"), _Other(images))
 
 
 # ---------------------------------------------------------------- what is refused

@@ -82,16 +82,13 @@ def test_no_run_is_put_into_its_data_set(
 ) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "set")
     (tmp_path / "set").mkdir()
-    said = "lies in the folder of the data set, .*: name a folder elsewhere"
+    said = "where images are read from, and would change what is read: name a folder elsewhere"
     with pytest.raises(UsageError, match=said):
-        RunFolder(tmp_path / "set" / inside, "", dataset=str(tmp_path / "link"))
+        RunFolder(tmp_path / "set" / inside, "", images=[tmp_path / "link"])
     monkeypatch.chdir(tmp_path / "set")
     with pytest.raises(UsageError, match=said):
-        RunFolder(None, "", dataset=".")
-    RunFolder(tmp_path / "settled", "", dataset=str(tmp_path / "set"))
-    (tmp_path / "digits").mkdir()
-    monkeypatch.chdir(tmp_path)
-    RunFolder("digits/run", "", dataset="digits")  # that of scikit-learn
+        RunFolder(None, "", images=[Path(".")])
+    RunFolder(tmp_path / "settled", "", images=[tmp_path / "set"])
 
 
 # ---------------------------------------------------------------- the lock
