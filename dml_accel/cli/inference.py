@@ -141,10 +141,13 @@ def _read_images(peers: TrainedPeers, data: DataConfig, named: bool) -> tuple[Sp
         named: whether the user has named the data set; else it must be that of the training.
     """
     split, classes, images = sources.read_test(data, peers.grey_bits)
+    labels = evaluation.match_labels(split.labels, classes, peers.classes, str(peers.path))
+    # A split need not have images of all classes, and its own names may be fewer.
+    images = SplitPrint.of(labels, len(peers.classes), images.pixels)
     recorded = SavedRun(peers.path).description.get("data") if peers.config else None
     own = data.dataset == peers.config.get("dataset")
     if recorded and own and data.test_split == peers.config.get("test_split"):
-        difference = Fingerprint(classes, {"test": images}).difference(recorded)
+        difference = Fingerprint(peers.classes, {"test": images}).difference(recorded)
         if difference and not named:
             raise UsageError(
                 f"the images of {data.dataset} have changed since {peers.path} was trained: "
@@ -153,7 +156,6 @@ def _read_images(peers: TrainedPeers, data: DataConfig, named: bool) -> tuple[Sp
             )
         if difference:
             print(f"not the images of the training: {difference}", file=sys.stderr)
-    labels = evaluation.match_labels(split.labels, classes, peers.classes, str(peers.path))
     if classes != peers.classes:
         missing = len(peers.classes) - len(classes)
         how = f"the data set lacks {missing} of them" if missing else "their order differs"

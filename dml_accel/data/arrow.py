@@ -30,6 +30,7 @@ from dml_accel.core.locks import lock
 from dml_accel.core.rng import key
 from dml_accel.core.tables import printable
 from dml_accel.core.versions import require_packages
+from dml_accel.data.image_files import files_below
 from dml_accel.data.listing import Listing, StoredFile, file_digest
 
 _SHOWN_CONFIGURATIONS = 8
@@ -58,6 +59,8 @@ def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> tuple[Any
 
     if quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    # Older versions would ask whether to run a program that a data set brings along.
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     name = data.dataset
     try:
         if folder is None:
@@ -140,15 +143,13 @@ def _link(path: Path, folder: Path) -> Path:
 
 
 def _files_in(folder: Path) -> list[StoredFile]:
-    """Return the files in or below a folder, by path, without hidden ones."""
-    found = []
-    for top, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = os.path.join(top, name)
-            if not name.startswith(".") and os.path.isfile(path):
-                found.append(StoredFile.of(path, os.stat(path)))
-    return found
+    """Return the files in or below a folder, by path; links are followed."""
+    found = [
+        StoredFile.of(os.path.join(folder, name), stat)
+        for name, stat in files_below(folder, "")
+        if stat is not None
+    ]
+    return sorted(found, key=lambda file: file.path)
 
 
 def _id_on_the_hub(name: str) -> str:

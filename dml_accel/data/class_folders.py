@@ -76,16 +76,17 @@ def find_layout(root: Path, data: DataConfig, roles: Sequence[str]) -> Layout | 
     folders = folders_in(root)
     if _is_table(root, folders):
         return None
-    asked = {"train": data.train_split, "test": data.test_split}
+    names = {"train": data.train_split, "test": data.test_split}
+    asked = {role: os.path.normpath(name) if name else "" for role, name in names.items()}
     is_split = {role: _is_split(root, name) for role, name in asked.items()}
     if not any(is_split.values()):
         if _holds_tables(root, folders) or not any(has_image(root / name) for name in folders):
             _refuse_archives(root, folders)
             return None
-        if HERE in (data.train_split, data.test_split):
+        if HERE in asked.values():
             is_split = {role: name == HERE for role, name in asked.items()}
     if data.test_fraction:
-        only = _only_split(root, data, folders, is_split["train"], is_split["test"])
+        only = _only_split(root, data, asked["train"], folders, is_split)
         return Layout(root, {"train": only, "test": only}, data.test_fraction)
     for role in roles:
         if not is_split[role]:
@@ -94,35 +95,46 @@ def find_layout(root: Path, data: DataConfig, roles: Sequence[str]) -> Layout | 
         _refuse_overlap(root, asked)
     splits = {role: name for role, name in asked.items() if is_split[role]}
     tops = {Path(name).parts[0] for name in splits.values() if name != HERE}
-    unused = [n for n in folders if n not in tops and has_image(root / n)] if tops else []
+    unused = [name for name in folders if name not in tops and _may_have_images(root / name)]
+    unused = unused if tops else []
     return Layout(root, splits, 0.0, tuple(unused))
 
 
-def _only_split(root: Path, data: DataConfig, folders: list[str], train: bool, test: bool) -> str:
+def _only_split(
+    root: Path, data: DataConfig, train: str, folders: list[str], is_split: Mapping[str, bool]
+) -> str:
     """Return the split that a test split is to be cut from."""
-    if data.train_split == HERE or not train:
+    if train == HERE or not is_split["train"]:
         return HERE
-    others = [name for name in folders if name != data.train_split and has_image(root / name)]
-    if test:
+    others = [name for name in folders if name != train and _may_have_images(root / name)]
+    if is_split["test"]:
         raise UsageError(
             f"--dataset {root} has a split {data.test_split!r} already: drop --test-fraction "
             f"{data.test_fraction:g}, or name the folder of one split"
         )
     if others:
         raise UsageError(
-            f"--dataset {root}: is {data.train_split!r} a split, or a class like "
+            f"--dataset {root}: is {train!r} a split, or a class like "
             f"{_listed(others)}? Write --train-split {HERE} if all folders are classes, or name "
-            f"{root / data.train_split} itself as the data set"
+            f"{root / train} itself as the data set"
         )
-    return data.train_split
+    return train
+
+
+def _may_have_images(folder: Path) -> bool:
+    """Whether a folder that is not read has images, as far as it can be read."""
+    try:
+        return has_image(folder)
+    except UsageError:
+        return False
 
 
 def _refuse_missing(
     root: Path, role: str, name: str, folders: list[str], other: bool, roles: Sequence[str]
 ) -> NoReturn:
-    found = [folder for folder in folders if has_image(root / folder)]
+    found = [folder for folder in folders if _may_have_images(root / folder)]
     if "train" not in roles:
-        said = f"choose another with --test-split ({HERE} is all of it)"
+        said = "choose another with --test-split" + f" ({HERE} is all of it)" * (not other)
         raise UsageError(
             f"--dataset {root} has no split {name!r} (it has: {_listed(found, False)}): {said}"
         )

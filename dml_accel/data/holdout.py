@@ -19,7 +19,7 @@ def held_out(root: Path, images: Mapping[StoredFile, str], fraction: float) -> s
 
     Each image falls on a side by its path alone, so that images that are added move no other.
     Copies and links of an image lie on its side: that of their shortest path. In a class with
-    several images, each side has one.
+    several images each side has one, which may move back when images are added.
     """
     first = _copies(root, list(images))
     labels = {file.path: label for file, label in images.items()}

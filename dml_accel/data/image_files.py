@@ -41,24 +41,32 @@ def files_below(
         folder: where to look.
         path: what to call it.
         above: folders that contain it, by their identity.
+
+    Raises:
+        UsageError: a folder cannot be read, or a link leads to a folder above it.
     """
-    above = (*above, identity_of(folder))
-    try:
-        with os.scandir(folder) as entries:
-            children = [entry for entry in entries if not is_passed(entry.name)]
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be read: {error.strerror}") from error
-    for entry in children:
-        name = f"{path}/{entry.name}" if path else entry.name
+    waiting = [(folder, path, above)]
+    while waiting:
+        folder, path, above = waiting.pop()
         try:
-            if entry.is_dir():
-                if entry.is_symlink() and identity_of(Path(entry.path)) in above:
-                    raise UsageError(f"{entry.path} is a link to a folder above it: remove it")
-                yield from files_below(Path(entry.path), name, above)
-            else:
-                yield name, entry.stat() if entry.is_file() else None
-        except OSError:
-            yield name, None
+            above = (*above, identity_of(folder))
+            with os.scandir(folder) as entries:
+                children = [entry for entry in entries if not is_passed(entry.name)]
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be read: {error.strerror}") from error
+        for entry in children:
+            name = f"{path}/{entry.name}" if path else entry.name
+            try:
+                if not entry.is_dir():
+                    yield name, entry.stat() if entry.is_file() else None
+                    continue
+                in_a_circle = entry.is_symlink() and identity_of(Path(entry.path)) in above
+            except OSError:
+                yield name, None
+                continue
+            if in_a_circle:
+                raise UsageError(f"{entry.path} is a link to a folder above it: remove it")
+            waiting.append((Path(entry.path), name, above))
 
 
 def identity_of(folder: Path) -> tuple[int, int]:

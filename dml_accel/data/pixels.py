@@ -107,7 +107,7 @@ def to_rgb(image: Image.Image, size: int, grey_bits: int | None = None) -> np.nd
         white = 2 ** (grey_bits or depth_of(brightest)) - 1
         levels = np.asarray(image).astype(np.uint32).clip(0, white) * 255 // white
         image = Image.fromarray(levels.astype(np.uint8))
-    elif wide and np.asarray(image.convert("RGB")).max() < _DARK:
+    elif wide and 0 < np.asarray(image.convert("RGB")).max() < _DARK:
         raise ValueError("it uses the low bits of 16-bit colour, of which 8 are kept; store 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")

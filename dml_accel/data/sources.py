@@ -99,7 +99,8 @@ def folders_read(data: DataConfig) -> list[Path]:
     if folder is None:
         return []
     layout = find_layout(folder, data, ("train", "test"))
-    names = set(layout.splits.values()) if layout else {HERE}
+    # Beside a split that is to be cut, any folder with images may be one.
+    names = {HERE} if data.test_fraction or not layout else set(layout.splits.values())
     return [folder if name == HERE else folder / name for name in sorted(names)]
 
 

@@ -94,7 +94,7 @@ class Fingerprint:
             theirs = tuple(map(str, saved["classes"]))
             before = {role: SplitPrint(**one) for role, one in saved["splits"].items()}
             return "; ".join(self._differences(theirs, before))
-        except (KeyError, TypeError, AttributeError, IndexError):
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError):
             return "the record of its images cannot be read"
 
     def _differences(self, theirs: Sequence[str], before: Mapping[str, SplitPrint]) -> list[str]:

@@ -131,13 +131,16 @@ class Processes:
         if self.world_size == 1:
             return text
         # As bytes in a tensor: torch's object collectives would unpickle what they receive.
-        content = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        # Names of files need not be valid UTF-8.
+        content = text.encode(errors="surrogateescape")
         size = self.all_reduce_max(len(content) if self.rank == 0 else 0)
+        if size == 0:
+            return ""
         word = torch.zeros(size, dtype=torch.uint8, device=self.device)
         if self.rank == 0:
-            word.copy_(content)
+            word.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         dist.broadcast(word, src=0)
-        return bytes(word.tolist()).decode().strip()
+        return bytes(word.tolist()).decode(errors="surrogateescape")
 
     def all_reduce_max(self, value: int) -> int:
         """Return the largest of all processes' values."""

@@ -158,6 +158,27 @@ def test_a_link_in_a_circle_is_refused(tmp_path: Path, leads_to: str) -> None:
         read(str(root))
 
 
+def test_a_folder_beside_the_splits_need_not_be_readable(tmp_path: Path) -> None:
+    root = make(tmp_path / "set", *splits("a", "b"), "latest/x/notes")
+    (root / "latest/x/up").symlink_to(root)
+    assert len(read(str(root)).train) == 4
+    assert len(read(str(root), train_split="./train", test_split="test/").train) == 4
+
+
+def test_folders_may_be_nested_as_deep_as_the_system_allows(tmp_path: Path) -> None:
+    root = make(tmp_path / "set", *splits("a", "b"))
+    here = os.getcwd()
+    try:
+        os.chdir(root / "train/a")
+        for _ in range(1100):  # deeper than Python calls functions
+            os.mkdir("x")
+            os.chdir("x")
+    finally:
+        os.chdir(here)
+    assert len(read(str(root)).train) == 4
+    os.removedirs(root / "train/a" / ("x/" * 1100))  # no function that calls itself could
+
+
 def test_splits_that_share_a_folder_are_refused(tmp_path: Path) -> None:
     root = make(tmp_path / "set", *splits("a", "b", names=("train", "train/test")))
     (root / "test").symlink_to(root / "train")

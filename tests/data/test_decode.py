@@ -280,6 +280,24 @@ def test_tables_of_a_folder_are_made_again_for_other_files_of_the_same_name_size
     assert read(folder).train.images[:, 0, 0, 0].tolist() == [20, 10]
 
 
+def test_tables_behind_links_are_compared_as_well(tmp_path: Path) -> None:
+    def save(shift: int) -> None:
+        for name, labels in (("train", [0, 1]), ("test", [1])):
+            images = [png(10 * label + shift) for label in labels]
+            split(labels, images).save_to_disk(tmp_path / "disk" / name)
+
+    save(10)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for name in ("train", "test"):
+        (folder / name).symlink_to(tmp_path / "disk" / name)
+    assert read(str(folder)).train.images[:, 0, 0, 0].tolist() == [10, 20]
+    shutil.rmtree(tmp_path / "disk")
+    save(50)
+    assert read(str(folder)).train.images[:, 0, 0, 0].tolist() == [50, 60]
+
+
 def test_two_folders_of_one_name_are_not_taken_for_each_other(
     parquet: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,9 +60,17 @@ def test_a_difference_is_said_in_words(case: str) -> None:
     assert now.difference(saved) == words
 
 
-@pytest.mark.parametrize(
-    "record", [{}, {"classes": 3, "splits": {}}, {"classes": [], "splits": []}]
-)
+def forged(**changes: object) -> dict:
+    record = fingerprint(level=8).record()
+    record["splits"]["train"] |= changes
+    return record
+
+
+UNREADABLE = [{}, {"classes": 3, "splits": {}}, {"classes": [], "splits": []}]
+UNREADABLE += [forged(by_class=[1]), forged(images="four"), forged(extra=1)]
+
+
+@pytest.mark.parametrize("record", UNREADABLE)
 def test_a_record_that_cannot_be_read_is_a_difference(record: dict) -> None:
     assert fingerprint().difference(record) == "the record of its images cannot be read"
 

@@ -16,21 +16,22 @@ def test_a_split_run_writes_what_one_process_writes(tmp_path: Path) -> None:
     words = [*SMALL, "--cohort", "wrn_16_2", "resnet8*2", "--float64", "--max-steps", "4"]
     words += ["--placement", "split", "--val-fraction", "0.1"]
     assert train(tmp_path / "one", *words) == 0
+    # A name that ends in a space is another folder.
     launch = accelerate_launch(2, "train.py")
-    done = run_program(*launch, *words, "--output-dir", tmp_path / "two")
+    done = run_program(*launch, *words, "--output-dir", tmp_path / "two ")
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (load(tmp_path / folder / "results.json") for folder in ("one", "two"))
+    one, two = (load(tmp_path / folder / "results.json") for folder in ("one", "two "))
     assert one["placement"]["kind"] == "replicate"
     ranks = {"wrn_16_2-0": [0], "resnet8-0": [1], "resnet8-1": [1]}
     assert two["placement"] == {"kind": "split", "ranks": ranks}
-    assert load(tmp_path / "two/config.json")["config"]["placement"] == "split"
+    assert load(tmp_path / "two /config.json")["config"]["placement"] == "split"
     files = {
         folder: {
             str(path.relative_to(tmp_path / folder)) for path in (tmp_path / folder).rglob("*")
         }
-        for folder in ("one", "two")
+        for folder in ("one", "two ")
     }
-    assert files["one"] == files["two"]
+    assert files["one"] == files["two "]
     for peer, other in zip(one["peers"], two["peers"], strict=True):
         for part in ("test", "val"):
             assert peer[part]["top1"] == other[part]["top1"]
@@ -38,7 +39,7 @@ def test_a_split_run_writes_what_one_process_writes(tmp_path: Path) -> None:
         assert (peer["name"], peer["params"]) == (other["name"], other["params"])
         weights, others = (
             load_file(tmp_path / folder / "peers" / peer["name"] / "model.safetensors")
-            for folder in ("one", "two")
+            for folder in ("one", "two ")
         )
         for key, value in weights.items():
             assert (value.double() - others[key].double()).abs().max() < 1e-9, key

@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 
 from dml_accel import cli
-from tests.data.folders import png
+from tests.data.folders import png, split
 from tests.helpers import load, train
 
 FLAGS = "--cohort resnet8 --image-size 16 --batch-size 4 --cpu".split()
@@ -14,11 +15,11 @@ FLAGS = "--cohort resnet8 --image-size 16 --batch-size 4 --cpu".split()
 
 def photos(root: Path, shift: int = 0) -> Path:
     """Two classes of four images in both splits."""
-    for split in ("train", "test"):
+    for side in ("train", "test"):
         for place, label in enumerate(("cat", "dog")):
-            (root / split / label).mkdir(parents=True)
+            (root / side / label).mkdir(parents=True)
             for number in range(4):
-                level = 60 * place + 10 * number + shift + 5 * (split == "test")
+                level = 60 * place + 10 * number + shift + 5 * (side == "test")
                 (root / split / label / f"{number}.png").write_bytes(png(level))
     return root
 
@@ -63,8 +64,8 @@ def test_equal_images_at_another_place_are_accepted(run: Path) -> None:
 
 
 def rename(root: Path) -> None:
-    for split in ("train", "test"):
-        (root / split / "cat").rename(root / split / "zebra")
+    for side in ("train", "test"):
+        (root / side / "cat").rename(root / side / "zebra")
 
 
 def exchange(root: Path) -> None:
@@ -130,6 +131,18 @@ def test_an_evaluation_is_of_the_images_that_are_named(
         assert (folder / "evaluation.json").read_bytes() == before
     finally:
         (images / "test/cat/0.png").write_bytes(png(5))
+
+
+def test_a_test_split_may_lack_classes(tmp_path: Path) -> None:
+    for name, kinds in (("train", ["a", "b", "c", "a"]), ("test", ["b", "a"])):
+        column = (datasets.Value("string"), kinds)
+        images = [png(30 * row + 5) for row in range(len(kinds))]
+        table = split([0] * len(kinds), images, kind=column)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / f"set/{name}.parquet")
+    words = [*FLAGS, "--label-column", "kind", "--dataset", str(tmp_path / "set")]
+    assert train(tmp_path / "run", *words, "--max-steps", "1") == 0
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--cpu"]) == 0
 
 
 def test_evaluation_and_resume_use_the_test_split_that_was_cut(tmp_path: Path) -> None:
