@@ -3,10 +3,14 @@
 Shape letters: B images, K classes.
 """
 
+import collections
 import contextlib
-import copy
+import functools
+import gc
 import random
-from collections.abc import Iterator
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,6 +52,14 @@ def require_trainable(name: str, net: nn.Module, dtype: torch.dtype = torch.floa
                 f"{name}.float(), and choose the precision with Config(float64=True) or "
                 "Config(mixed_precision='bf16')"
             )
+    for one, buffer in net.named_buffers():
+        if is_lazy(buffer):
+            raise UsageError(f"{name}: the layer of {one} is lazy: call {name} on an image first")
+        if buffer.layout != torch.strided:
+            raise UsageError(
+                f"{name}: the buffer {one} is sparse ({buffer.layout}), and cannot be kept over a "
+                f"step that is skipped: make it dense with {one}.to_dense()"
+            )
     devices = sorted({str(weight.device) for weight in weights.values()})
     if len(devices) > 1:
         raise UsageError(f"{name} is on {' and '.join(devices)}: move it to one of them")
@@ -84,13 +96,15 @@ def logits_problem(
     """
     x = x.detach().to(dtype, copy=True)
     before, where = x._version, x.device.type
-    with _tried(net) as tried, torch.enable_grad() if train else torch.no_grad():
-        tried.train(train)
+    with _without_a_trace(net), torch.enable_grad() if train else torch.no_grad():
+        net.train(train)
         if dtype == torch.float64:
-            tried.double()
+            net.double()
+        # Before the forward pass, which may put other tensors in their places.
+        weights = {name: one for name, one in net.named_parameters() if one.requires_grad}
         try:
             with torch.autocast(where, autocast, enabled=autocast is not None):
-                logits = tried(x)
+                logits = net(x)
             reason = _output_problem(logits, len(x), classes)
             if x._version != before:
                 reason = "changes its images in place, which its peers see too: use x = x.clone()"
@@ -98,7 +112,7 @@ def logits_problem(
                 return reason, 0
             found = int(logits.shape[1])
             if train:
-                reason = _backward_problem(tried, logits, all_used)
+                reason = _backward_problem(weights, logits, all_used)
             return reason, found
         except Exception as error:  # whatever a user's network raises
             return f"fails: {one_line(error) or type(error).__name__}", 0
@@ -120,16 +134,15 @@ def _output_problem(logits: Any, rows: int, classes: int | None) -> str:
     return ""
 
 
-def _backward_problem(net: nn.Module, logits: Tensor, all_used: bool) -> str:
+def _backward_problem(weights: Mapping[str, Tensor], logits: Tensor, all_used: bool) -> str:
     if not logits.requires_grad:
         return "returns logits that carry no gradient to its weights"
     wide = logits if logits.dtype == torch.float64 else logits.float()
     nn.functional.cross_entropy(
         wide, torch.zeros(len(wide), dtype=torch.int64).to(wide.device)
     ).backward()
-    learns = {name: one for name, one in net.named_parameters() if one.requires_grad}
-    unused = [name for name, weight in learns.items() if weight.grad is None]
-    if len(unused) == len(learns):
+    unused = [name for name, weight in weights.items() if weight.grad is None]
+    if len(unused) == len(weights):
         return "returns logits that carry no gradient to its weights"
     if unused and all_used:
         return (
@@ -141,57 +154,163 @@ def _backward_problem(net: nn.Module, logits: Tensor, all_used: bool) -> str:
 
 # ---------------------------------------------------------------- without a trace
 
+_CALLED = (types.FunctionType, types.MethodType, functools.partial)
+_CONTAINERS = (dict, list, set, collections.deque, tuple)
+_RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+
 
 @contextlib.contextmanager
-def _tried(net: nn.Module) -> Iterator[nn.Module]:
-    """Yield a copy of a network, or itself if it cannot be copied; then all is as it was before."""
-    devices = {one.device for one in net.parameters() if one.device.type == "cuda"}
+def _without_a_trace(net: nn.Module) -> Iterator[None]:
+    """Put back at the end what a network and all that it holds were, and the random numbers.
+
+    The network itself is tried, not a copy: a function that it holds would call the layers of the
+    original. An object that is neither a module nor one of Python's containers is put back up to
+    what its attributes hold.
+    """
+    held = _held(net)
+    tensors = [one for one in held if isinstance(one, Tensor)]
+    devices = {one.device for one in tensors if one.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            copied = _copied(net)
-            if copied is not None:
-                copied.zero_grad()
-                yield copied
-            else:
-                with _restoring(net):
-                    yield net
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def _copied(net: nn.Module) -> nn.Module | None:
-    try:
-        copied = copy.deepcopy(net)
-    except Exception:  # locks, hooks, tensors with a history: whatever a user's network holds
-        return None
-    mine = {id(one) for one in (*net.modules(), *_tensors(net))}
-    # A network can say how it is copied, and may say wrong.
-    return None if mine & {id(one) for one in (*copied.modules(), *_tensors(copied))} else copied
-
-
-def _tensors(net: nn.Module) -> list[Tensor]:
-    return [*net.parameters(), *net.buffers()]
-
-
-@contextlib.contextmanager
-def _restoring(net: nn.Module) -> Iterator[None]:
-    """Put everything that a network holds back at the end, up to what its attributes hold."""
-    owners = [vars(module) for module in net.modules()]
-    owners += [owner[name] for owner in owners for name in ("_parameters", "_buffers", "_modules")]
-    held = [(owner, dict(owner)) for owner in owners]
-    tensors = [(one, one.data, one.detach().clone()) for one in _tensors(net)]
-    gradients = [(one, one.grad) for one in net.parameters()]
-    net.zero_grad()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(np.random.set_state, numpy)
+        stack.callback(random.setstate, python)
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        for one in held:
+            stack.callback(_undoing(one))
+        for tensor in tensors:
+            if tensor.is_leaf:
+                tensor.grad = None
+                (tensor._post_accumulate_grad_hooks or {}).clear()  # such as an optimizer's step
         yield
-    finally:
-        for owner, before in held:
-            owner.clear()
-            owner.update(before)
-        for tensor, data, value in tensors:
-            data.copy_(value)
-            tensor.data = data
-        for weight, gradient in gradients:
-            weight.grad = gradient
+
+
+def _held(net: nn.Module) -> list[Any]:
+    """Return what can change of a network: modules, tensors, containers and generators."""
+    found: dict[int, Any] = {}
+    waiting: list[tuple[Any, bool]] = [(net, True)]
+    while waiting:
+        one, by_module = waiting.pop()
+        if id(one) in found:
+            continue
+        parts: Iterable[Any] = ()
+        if isinstance(one, nn.Module):
+            parts, by_module = (vars(one), *_scripted(one).values()), True
+        elif isinstance(one, Tensor):
+            parts = [one._post_accumulate_grad_hooks] if one.is_leaf else ()
+        elif isinstance(one, _CONTAINERS):
+            parts = one.values() if isinstance(one, dict) else one
+        elif isinstance(one, _CALLED):
+            # Modules alone: what else a function uses is not the network's, and may be large.
+            parts = [part for part in _uses(one) if isinstance(part, (nn.Module, *_CALLED))]
+        elif by_module and _has_attributes(one):
+            parts, by_module = [vars(one)], False
+        elif not isinstance(one, _RANDOM + (np.ndarray,)):
+            continue
+        found[id(one)] = one
+        waiting += [(part, by_module) for part in parts]
+    return list(found.values())
+
+
+def _has_attributes(one: Any) -> bool:
+    other = (type, types.ModuleType, threading.Thread, *_RANDOM)
+    return isinstance(getattr(one, "__dict__", None), dict) and not isinstance(one, other)
+
+
+def _uses(function: Any) -> list[Any]:
+    """Return what a function, a method or a partial function was made with."""
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, types.MethodType):
+        return [function.__func__, function.__self__]
+    cells = gc.get_referents(*function.__closure__ or ())  # ``cell_contents`` fails if it is empty
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _scripted(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes that TorchScript holds, not Python, with parameters and buffers.
+
+    A module that was loaded from a file lists only these two, and its mode.
+    """
+    if not isinstance(module, torch.jit.ScriptModule):
+        return {}
+    kind = vars(module).get("_concrete_type")
+    names = {"training", *module._parameters.keys(), *module._buffers.keys()}
+    names |= set(kind.get_attributes()) if kind else set()
+    return {name: getattr(module, name) for name in sorted(names)}
+
+
+def _undoing(one: Any) -> Callable[[], object]:
+    """Return what puts something back to what it is now, without what it holds."""
+    if isinstance(one, Tensor):
+        return _undoing_tensor(one)
+    if isinstance(one, torch.Generator):
+        return functools.partial(one.set_state, one.get_state())
+    if isinstance(one, random.Random):
+        return functools.partial(one.setstate, one.getstate())
+    if isinstance(one, np.random.RandomState):
+        return functools.partial(one.set_state, one.get_state())
+    if isinstance(one, np.random.Generator):
+        return functools.partial(setattr, one.bit_generator, "state", one.bit_generator.state)
+    if isinstance(one, np.ndarray):
+        return functools.partial(np.copyto, one, one.copy()) if one.flags.writeable else _nothing
+    if isinstance(one, nn.Module):
+        scripted: Any = one
+        before = _scripted(scripted)
+
+        def undo() -> None:
+            for name, value in before.items():
+                scripted._c.setattr(name, value)
+
+        return undo
+    if isinstance(one, dict | set | list | collections.deque):
+        return _undoing_container(one)
+    return _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+def _undoing_container(one: Any) -> Callable[[], object]:
+    before = dict(one) if isinstance(one, dict) else list(one)
+    marks = _marks(one)
+
+    def undo() -> None:
+        if _marks(one) != marks:  # some may be read only
+            one.clear()
+            (one.update if isinstance(one, dict | set) else one.extend)(before)
+
+    return undo
+
+
+def _marks(container: Any) -> list[int]:
+    parts = container
+    if isinstance(container, dict):
+        parts = [part for pair in container.items() for part in pair]
+    return [id(part) for part in parts]
+
+
+def _undoing_tensor(one: Tensor) -> Callable[[], object]:
+    if is_lazy(one):
+        return _nothing
+    data, leaf = one.data, one.is_leaf
+    gradient, learns = one.grad if leaf else None, one.requires_grad
+    whole = data
+    if data.layout == torch.strided and data.numel():
+        # The memory, because an expanded tensor cannot be written to.
+        strides = zip(data.shape, data.stride(), strict=True)
+        whole = data.as_strided((1 + sum((size - 1) * stride for size, stride in strides),), (1,))
+    value = whole.clone()
+
+    def undo() -> None:
+        with torch.inference_mode(data.is_inference()):
+            whole.copy_(value)
+        if not data.is_inference():
+            one.data = data
+        if leaf:
+            one.grad = None
+            if one.requires_grad != learns:
+                one.requires_grad_(learns)
+            one.grad = gradient
+
+    return undo

@@ -1,8 +1,11 @@
 """Networks of a run share nothing, can learn, and are left as they were by looking at them."""
 
 import copy
+import functools
 import random
 import threading
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -273,3 +276,159 @@ def test_a_rehearsal_leaves_no_trace(
     assert torch.equal(torch.get_rng_state(), randomness[0])
     assert random.getstate() == randomness[1]
     assert (np.random.get_state()[1] == randomness[2]).all()
+
+
+class Held(nn.Module):
+    """Three layers, of which ``norm`` is called through what a test makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x)).mean((2, 3)))
+
+
+class Through(Held):
+    """Calls all of its layers through a function."""
+
+    call: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+class Counting(Held):
+    """Counts in Python and in TorchScript, whichever it is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("total", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.total = self.total + 1
+        return self.head(self.norm(self.conv(x)).mean((2, 3)))
+
+
+def through(make: Callable[[Any], Callable[[Tensor], Tensor]]) -> nn.Module:
+    net = Through()
+    net.call = make(net)
+    return net
+
+
+def with_hook(call: Callable[[Any], Any]) -> nn.Module:
+    net = Held()
+
+    def hook(*_: object) -> None:
+        call(net)
+
+    net.conv.register_forward_hook(hook)
+    return net
+
+
+def with_hidden_layer(hold: Callable[[Any], Any], call: Callable[..., Tensor]) -> nn.Module:
+    """Return a network that uses a layer which is not among its modules."""
+    net, hidden = Held(), nn.BatchNorm2d(3)
+    vars(net).update(held=hold(hidden), hidden=weakref.ref(hidden))  # the latter for ``everything``
+    net.register_forward_pre_hook(lambda net, args: (call(net.held, args[0]),))
+    return net
+
+
+def with_buffer(buffer: Tensor) -> nn.Module:
+    net = Held()
+    net.register_buffer("constant", buffer)
+    return net
+
+
+def drawing(source: Any, draw: Callable[[Any], Any]) -> nn.Module:
+    net = with_hook(lambda net: draw(net.source))
+    net.source = source
+    return net
+
+
+def with_optimizer_in_backward() -> nn.Module:
+    net = Held()
+    steps = [0]
+    vars(net)["steps"] = steps
+
+    def step(weight: Tensor) -> None:
+        steps[0] += 1
+
+    net.head.weight.register_post_accumulate_grad_hook(step)
+    return net
+
+
+def made_in_inference() -> nn.Module:
+    with torch.inference_mode():
+        buffer = torch.ones(3)
+    return with_buffer(buffer)
+
+
+HELD: dict[str, Callable[[], nn.Module]] = {
+    "closure": lambda: through(lambda net: lambda x: Held.forward(net, x)),
+    "default": lambda: through(lambda net: lambda x, net=net: Held.forward(net, x)),
+    "method": lambda: through(lambda net: types.MethodType(Held.forward, net)),
+    "partial": lambda: through(lambda net: functools.partial(Held.forward, net)),
+    "hook": lambda: with_hook(lambda net: net.norm(torch.ones(2, 4, 1, 1))),
+    "hidden in a list": lambda: with_hidden_layer(lambda one: [one], lambda at, x: at[0](x)),
+    "hidden in an object": lambda: with_hidden_layer(
+        lambda one: types.SimpleNamespace(a=one), lambda at, x: at.a(x)
+    ),
+    "hidden in a function": lambda: with_hidden_layer(
+        lambda one: lambda x: one(x), lambda at, x: at(x)
+    ),
+    "script": lambda: torch.jit.script(Counting()),
+    "trace": lambda: torch.jit.trace(Held(), torch.ones(2, 3, 8, 8), check_trace=False),
+    "list": lambda: drawing([1], lambda found: found.append(1)),
+    "dict": lambda: drawing({}, lambda found: found.setdefault(1, 1)),
+    "set": lambda: drawing({2}, lambda found: found.add(1)),
+    "object": lambda: drawing(types.SimpleNamespace(n=1), lambda o: setattr(o, "n", o.n + 1)),
+    "tensor": lambda: drawing(torch.zeros(2), lambda found: found.add_(1)),
+    "array": lambda: drawing(np.zeros(2), lambda found: found.put(0, 1)),
+    "generator": lambda: drawing(torch.Generator(), lambda g: torch.rand(1, generator=g)),
+    "random": lambda: drawing(random.Random(1), lambda source: source.random()),
+    "numpy": lambda: drawing(np.random.default_rng(1), lambda source: source.random()),
+    "expanded": lambda: with_buffer(torch.ones(1).expand(3)),
+    "of inference": made_in_inference,
+    "optimizer": with_optimizer_in_backward,
+}
+
+
+def everything(net: Any) -> str:
+    """Return, as text, all that the networks above hold."""
+    source = getattr(net, "source", None)
+    if isinstance(source, torch.Generator):
+        source = source.get_state().tolist()
+    elif isinstance(source, random.Random):
+        source = source.getstate()
+    elif isinstance(source, np.random.Generator):
+        source = source.bit_generator.state
+    modules = [*net.modules(), *([net.hidden()] if hasattr(net, "hidden") else [])]
+    tensors = [t for m in modules for t in (*m.parameters(False), *m.buffers(False))]
+    return repr(
+        [
+            [(t.tolist(), t.dtype, t.grad, t.requires_grad) for t in tensors],
+            [module.training for module in modules],
+            [getattr(net, name, None) for name in ("calls", "steps")],
+            source,
+        ]
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls TorchScript deprecated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", HELD)
+def test_what_a_network_holds_is_tried_and_put_back(kind: str, dtype: torch.dtype) -> None:
+    net, x = HELD[kind](), torch.rand(2, 3, 8, 8)
+    before = everything(net)
+    reason, _ = logits_problem(net, x, 10, train=True, dtype=dtype, all_used=True)
+    assert not reason or (dtype == torch.float64 and kind in NEVER_DOUBLE), reason
+    assert everything(net) == before
+    assert everything(net.eval()) != before  # the comparison sees something
+
+
+# A layer, or an image in a hook, that ``net.double()`` does not reach.
+NEVER_DOUBLE = [*(kind for kind in HELD if kind.startswith("hidden")), "hook"]

@@ -180,6 +180,18 @@ def lazy() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
 
 
+def lazy_buffer() -> nn.Module:
+    module = net(4)
+    module.insert(1, nn.LazyBatchNorm1d(affine=False))
+    return module
+
+
+def sparse_buffer() -> nn.Module:
+    module = net(4)
+    module.register_buffer("table", torch.eye(3).to_sparse())
+    return module
+
+
 def mixed() -> nn.Module:
     module = net(4)
     module[3].half()
@@ -229,6 +241,8 @@ NETWORKS: dict[str, tuple[Callable[[], Any], str]] = {
     "lazy": (lazy, "a: the layer of 1.weight is lazy: call a on an image first"),
     "inference": (made_for_inference, r"a: 1.weight was made under torch.inference_mode\(\)"),
     "changes images": (in_place, "a cannot take images .* changes its images in place, which its"),
+    "lazy buffer": (lazy_buffer, "a: the layer of 1.running_mean is lazy: call a on an image"),
+    "sparse buffer": (sparse_buffer, r"a: the buffer table is sparse .*: .* table.to_dense\(\)"),
     "evaluation": (lambda: Trained(lambda z: z, nn.Flatten()), "a has no parameters to train"),
     "class": (lambda: nn.Linear, r"modules\['a'\] is a type; names must be text"),
     "function": (lambda: torch.relu, r"modules\['a'\] is a builtin_function_or_method"),
