@@ -352,12 +352,18 @@ def drawing(source: Any, draw: Callable[[Any], Any]) -> nn.Module:
 def with_optimizer_in_backward() -> nn.Module:
     net = Held()
     steps = [0]
-    vars(net)["steps"] = steps
+    vars(net)["steps"] = lambda: tuple(steps)  # the list is not the network's
 
     def step(weight: Tensor) -> None:
         steps[0] += 1
 
     net.head.weight.register_post_accumulate_grad_hook(step)
+    return net
+
+
+def that_thaws() -> nn.Module:
+    net = with_hook(lambda net: net.head.bias.requires_grad_(True))
+    net.head.bias.requires_grad_(False)
     return net
 
 
@@ -393,6 +399,7 @@ HELD: dict[str, Callable[[], nn.Module]] = {
     "numpy": lambda: drawing(np.random.default_rng(1), lambda source: source.random()),
     "expanded": lambda: with_buffer(torch.ones(1).expand(3)),
     "of inference": made_in_inference,
+    "thaws": that_thaws,
     "optimizer": with_optimizer_in_backward,
 }
 
@@ -411,8 +418,10 @@ def everything(net: Any) -> str:
     return repr(
         [
             [(t.tolist(), t.dtype, t.grad, t.requires_grad) for t in tensors],
+            [len(t._post_accumulate_grad_hooks or ()) for t in tensors],
             [module.training for module in modules],
-            [getattr(net, name, None) for name in ("calls", "steps")],
+            getattr(net, "calls", None),
+            net.steps() if hasattr(net, "steps") else None,
             source,
         ]
     )
