@@ -13,6 +13,7 @@ from typing import Any
 
 from dml_accel.analysis.methods import PRESETS
 from dml_accel.cli.parser import parse
+from dml_accel.core import streams
 from dml_accel.core.config import Config, require
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
 from dml_accel.core.host import (
@@ -58,6 +59,8 @@ def _run(arguments: Sequence[str]) -> int:
         values = _parsed(arguments)
         command = values.pop("subcommand")
         environment.check()
+        if command in _PRINT_RESULTS and "stdout" in streams.missing:
+            raise UsageError(f"the standard output is closed, where {command} prints its results")
         with contextlib.ExitStack() as contexts:
             if command not in _PRINT_RESULTS:
                 contexts.enter_context(only_displayed("stdout"))

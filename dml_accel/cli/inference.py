@@ -1,6 +1,7 @@
 """The commands for trained networks: evaluate, predict and export."""
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ from dml_accel.inference.load import Networks, TrainedPeers, read_trained_peers
 from dml_accel.training.run_folder import SavedRun
 
 # What selects the images of a run beside the flags of evaluate.
-_OF_ITS_OWN = ("train_split", "test_fraction")
+_COLUMNS = ("image_column", "label_column")
+_OF_ITS_OWN = ("train_split",)
 
 
 def run(command: str, values: dict[str, Any]) -> int:
@@ -82,7 +84,7 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
 
 def _choose_images(peers: TrainedPeers, values: dict[str, Any]) -> DataConfig:
     """Return which images to evaluate on: the run's own, unless flags name others."""
-    names = ("dataset", "dataset_config", "image_column", "label_column", "test_split")
+    names = ("dataset", "dataset_config", *_COLUMNS, "test_split", "test_fraction")
     given = {name: values[name] for name in names if values[name] is not None}
     if folder := sources.find_folder(given.get("dataset", sources.DIGITS)):
         given["dataset"] = str(folder)
@@ -91,10 +93,17 @@ def _choose_images(peers: TrainedPeers, values: dict[str, Any]) -> DataConfig:
         raise UsageError(
             f"--dataset is needed: {peers.path} is not a run, which would name its data set"
         )
-    # Columns and splits of the run belong to its own data set.
-    if given.get("dataset", own.get("dataset")) == own.get("dataset"):
+    theirs = str(own.get("dataset", ""))
+    is_gone = os.path.isabs(theirs) and not os.path.exists(theirs)
+    if is_gone and "dataset" not in given:
+        raise UsageError(
+            f"{theirs}, the data set of {peers.path}, is not there any more: say with --dataset "
+            "where it lies now"
+        )
+    # Columns and splits of the run belong to its own data set, which may have moved.
+    if is_gone or given.get("dataset", theirs) == theirs:
         given = own | given
-        if "test_split" in given and values["test_split"]:
+        if values["test_split"] and values["test_fraction"] is None:
             given.pop("test_fraction", None)
     return Config(**given, image_size=peers.image_size).data
 
@@ -145,7 +154,8 @@ def _read_images(peers: TrainedPeers, data: DataConfig, named: bool) -> tuple[Sp
     # A split need not have images of all classes, and its own names may be fewer.
     images = SplitPrint.of(labels, len(peers.classes), images.pixels)
     recorded = SavedRun(peers.path).description.get("data") if peers.config else None
-    own = data.dataset == peers.config.get("dataset")
+    theirs = str(peers.config.get("dataset"))
+    own = data.dataset == theirs or (os.path.isabs(theirs) and not os.path.exists(theirs))
     if recorded and own and data.test_split == peers.config.get("test_split"):
         difference = Fingerprint(peers.classes, {"test": images}).difference(recorded)
         if difference and not named:

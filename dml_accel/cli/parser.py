@@ -265,6 +265,12 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", metavar="TEXT", help=text)
     parser.add_argument(
+        "--test-fraction",
+        type=float,
+        metavar="X",
+        help="share of unsplit class folders to evaluate on, as for train (default: as in the run)",
+    )
+    parser.add_argument(
         "--to",
         metavar="DIR",
         help="folder for evaluation.json, confusion.csv and confusion.png (default: "

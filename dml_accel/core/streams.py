@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+missing: set[str] = set()  # standard streams that this process was started without
+
 
 def open_missing() -> None:
     """Give a process that was started without standard streams some that lead nowhere.
@@ -20,6 +22,7 @@ def open_missing() -> None:
         try:
             os.fstat(number)
         except OSError:
+            missing.add(("stdin", "stdout", "stderr")[number])
             # The first free number is this one, because those below are in use by now.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

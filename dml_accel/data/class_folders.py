@@ -82,6 +82,8 @@ def find_layout(root: Path, data: DataConfig, roles: Sequence[str]) -> Layout | 
     if not any(is_split.values()):
         if _holds_tables(root, folders) or not any(has_image(root / name) for name in folders):
             _refuse_archives(root, folders)
+            if not _holds_tables(root, folders):
+                _refuse_without_classes(root)
             return None
         if HERE in asked.values():
             is_split = {role: name == HERE for role, name in asked.items()}
@@ -146,8 +148,17 @@ def _refuse_missing(
     for folder in found:
         if any(_is_split(root / folder, one) for one in ("train", name)):
             raise UsageError(f"--dataset {root} has its splits in {root / folder}: name that")
+    for folder in found:
+        if folder != name and folder.lower() == name.lower():
+            raise UsageError(
+                f"--dataset {root} has no folder {name!r}, but {folder!r}: name it with "
+                f"--{role}-split {folder}"
+            )
+    lacks = f"no folder {name!r}"
+    if name in found:
+        lacks = f"images, not class folders, in {name!r}"
     raise UsageError(
-        f"--dataset {root} has no folder {name!r}: if its folders ({_listed(found)}) are the "
+        f"--dataset {root} has {lacks}: if its folders ({_listed(found)}) are the "
         "classes, --test-fraction 0.2 holds out a fifth of each for testing; else arrange it as "
         "train/<class>/*.jpg and test/<class>/*.jpg"
     )
@@ -215,6 +226,19 @@ def _refuse_archives(root: Path, folders: Sequence[str]) -> None:
         raise UsageError(
             f"--dataset {root} holds archives: unpack {some}, so that the images lie in "
             "train/<class>/ and test/<class>/"
+        )
+
+
+def _refuse_without_classes(root: Path) -> None:
+    """Say what is missing in a folder that holds nothing, or images alone."""
+    with os.scandir(root) as entries:
+        names = [entry.name for entry in entries if not is_passed(entry.name)]
+    if not names:
+        raise UsageError(f"--dataset {root} is empty")
+    if any(kind_of(name) == "image" for name in names):
+        raise UsageError(
+            f"--dataset {root} holds images, but no folders that name their classes: arrange it as "
+            "<class>/*.jpg, or as train/<class>/*.jpg and test/<class>/*.jpg"
         )
 
 

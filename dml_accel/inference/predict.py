@@ -10,7 +10,6 @@ import io
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from dml_accel.mutual.metrics import best_five, log_posteriors
 
 FORMATS = ("table", "jsonl", "csv")
 CSV_HEADER = "image,rank,class,index,probability\n"
+_NAMED = 5  # files of a folder that cannot be read
 _LARGEST_FILE = 2**28  # bytes: Pillow reads some formats whole before it checks their header
 
 # How a list in UTF-16 begins, in the encoding of names of files.
@@ -105,20 +105,20 @@ def _expand_folders(paths: Iterable[str], on_error: OnError) -> Iterator[str]:
 def _images_below(folder: str, on_error: OnError) -> list[str]:
     """Return the images below a folder, sorted; what else lies there is counted and named."""
     images: list[str] = []
-    unreadable: Counter[str] = Counter()
+    unreadable: list[str] = []
     try:
         for path, stat in files_below(Path(folder), folder.rstrip("/") or "/"):
             kind = kind_of(path)
             if stat and (kind == "image" or (kind == "unknown" and is_image(Path(path)))):
                 images.append(path)
             elif kind != "beside":
-                unreadable[os.path.splitext(path)[1].lower() or "no ending"] += 1
+                unreadable.append(os.path.relpath(path, folder) + " (a broken link)" * (not stat))
     except UsageError as error:
         on_error(folder, str(error))
     if unreadable:
-        count = sum(unreadable.values())
-        endings = ", ".join(sorted(unreadable))
-        on_error(folder, f"{count:,} file{'s' * (count > 1)} cannot be read ({endings})")
+        count, some = len(unreadable), ", ".join(sorted(unreadable)[:_NAMED])
+        some += ", ..." * (count > _NAMED)
+        on_error(folder, f"{count:,} file{'s' * (count > 1)} cannot be read: {some}")
     elif not images:
         on_error(folder, "this folder contains no images")
     return sorted(images)

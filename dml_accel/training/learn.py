@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -73,7 +74,13 @@ def learn(
         UsageError: at once, before the first record: modules, images and ``config`` do not fit.
         DivergedError: a peer has diverged.
     """
-    config = config or Config()
+    config = Config() if config is None else config
+    if not isinstance(config, Config):
+        raise UsageError(
+            f"config is a {_kind(config)}; it must be a Config, as Config(epochs=5) is"
+        )
+    if isinstance(modules, nn.ModuleDict):
+        modules = dict(modules.items())
     if torch.is_inference_mode_enabled():
         raise UsageError("learn cannot train under torch.inference_mode(): leave it first")
     if not isinstance(modules, Mapping):
@@ -83,6 +90,10 @@ def learn(
             raise UsageError(
                 f"modules[{name!r}] is a {_kind(module)}; names must be text, and networks "
                 "torch.nn.Module"
+            )
+        if is_compiled_module(module):
+            raise UsageError(
+                f"{name} is compiled: give the network itself, and Config(compile='on')"
             )
     for name in _FILE_FLAGS:
         if value := getattr(config.run, name):

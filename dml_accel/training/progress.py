@@ -220,6 +220,8 @@ class Display:
             workload: its expected cost.
             epochs: as configured.
         """
+        if not self._done:  # what came before was not spent on steps
+            self._started = time.monotonic()
         self._label, self._workload, self._epochs = label, workload, epochs
         self._work -= workload.done  # it was done before and takes no time now
         self._end = self._done + workload.total - workload.done

@@ -88,6 +88,7 @@ OWN = {
         "--image-column",
         "--label-column",
         "--test-split",
+        "--test-fraction",
         "--to",
         "--cpu",
     },

@@ -256,6 +256,18 @@ REFUSED: Mapping[str, tuple[list[str], dict[str, object], str]] = {
         {"test_fraction": 0.2},
         "is 'train' a split, or a class like 'val'",
     ),
+    "images without classes": (["1.png", "2.png"], {}, "no folders that name their classes"),
+    "nothing": ([".hidden"], {}, "set is empty"),
+    "another spelling": (
+        splits("a", "b", names=("Train", "Test")),
+        {},
+        "has no folder 'train', but 'Train': name it with --train-split Train",
+    ),
+    "a class that is called train": (
+        ["train/1.png", "bus/1.png"],
+        {},
+        r"has images, not class folders, in 'train': if its folders \('bus', 'train'\) are the",
+    ),
     "one class": (splits("a"), {}, "has images of 1 class; at least 2 are needed"),
     "a column": (splits("a", "b"), {"label_column": "x"}, "--label-column has no effect with clas"),
     "one folder for both": (splits("a"), {"test_split": "train"}, "are both 'train'"),

@@ -20,7 +20,7 @@ def photos(root: Path, shift: int = 0) -> Path:
             (root / side / label).mkdir(parents=True)
             for number in range(4):
                 level = 60 * place + 10 * number + shift + 5 * (side == "test")
-                (root / split / label / f"{number}.png").write_bytes(png(level))
+                (root / side / label / f"{number}.png").write_bytes(png(level))
     return root
 
 
@@ -145,7 +145,9 @@ def test_a_test_split_may_lack_classes(tmp_path: Path) -> None:
     assert cli.main(["evaluate", str(tmp_path / "run"), "--cpu"]) == 0
 
 
-def test_evaluation_and_resume_use_the_test_split_that_was_cut(tmp_path: Path) -> None:
+def test_evaluation_and_resume_use_the_test_split_that_was_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for number in range(12):
@@ -157,5 +159,12 @@ def test_evaluation_and_resume_use_the_test_split_that_was_cut(tmp_path: Path) -
     assert cli.main(["evaluate", str(tmp_path / "run"), "--cpu"]) == 0
     (record,) = (tmp_path / "run/evaluations").glob("*/evaluation.json")
     data = load(tmp_path / "run/config.json")["data"]["splits"]
+    # The same images at another place, of which the run's own settings select the same split.
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--cpu"]) == 2
+    assert "photos, the data set of" in capsys.readouterr().err
+    where = ["--dataset", str(tmp_path / "moved"), "--to", str(tmp_path / "to")]
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--cpu", *where]) == 0
+    assert load(tmp_path / "to/evaluation.json")["images"] == data["test"]
     assert load(record)["images"] == data["test"]
     assert data["train"]["images"] + data["test"]["images"] == 24

@@ -245,6 +245,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse buffer": (sparse_buffer, r"a: the buffer table is sparse .*: .* table.to_dense\(\)"),
     "evaluation": (lambda: Trained(lambda z: z, nn.Flatten()), "a has no parameters to train"),
     "class": (lambda: nn.Linear, r"modules\['a'\] is a type; names must be text"),
+    "compiled": (lambda: torch.compile(net(4)), "a is compiled: give the network itself, and Conf"),
     "function": (lambda: torch.relu, r"modules\['a'\] is a builtin_function_or_method"),
 }
 
@@ -258,6 +259,14 @@ def test_networks_that_the_first_step_would_trip_over_are_refused_at_once(kind: 
     with pytest.raises(UsageError, match=text) as refused:
         learn({"b": net(9), "a": module}, data, data, config)
     assert "\n" not in str(refused.value)
+
+
+def test_a_module_dict_maps_names_to_networks_and_a_dict_is_no_configuration() -> None:
+    modules = nn.ModuleDict({"a": net(4), "b": net(9)})
+    *_, last = learn(modules, features(), features(5), settings())
+    assert set(last.test["peers"]) == {"a", "b"}
+    with pytest.raises(UsageError, match="config is a dict; it must be a Config"):
+        learn(modules, features(), features(5), {"epochs": 1})
 
 
 def test_networks_that_share_are_refused() -> None:
