@@ -25,8 +25,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
 from dml_accel.core.config import Config
-from dml_accel.core.errors import StoppedError, UsageError, one_line
-from dml_accel.core.files import read_json, write_json, write_text
+from dml_accel.core.errors import StoppedError, UnreadableError, UsageError, one_line
+from dml_accel.core.files import parse_json, read_json, write_json, write_text
 from dml_accel.core.locks import Lock, lock
 from dml_accel.core.tables import printable
 from dml_accel.training import checkpoint
@@ -43,10 +43,12 @@ from dml_accel.training.status import (
 from dml_accel.training.trackers import FOLDER, LOGS
 
 CHECKPOINTS = "checkpoints"
+_LONGEST_NAME = 200  # characters of run.lock, which anybody may have written
 _FILES_OF_A_RUN = (
     *("config.json", STATUS, CHECKPOINTS, "metrics.jsonl", "results.json", "peers"),
     FOLDER,
 )
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # What schedulers and shells put into a folder before a run starts there.
 _LOGS = (".out", ".err", ".log", ".txt", ".sh")
 
@@ -55,16 +57,16 @@ def mark_of_a_run(path: Path) -> str:
     """Return the file by which a folder shows that it holds a run, finished or not; empty if none.
 
     A run writes one of these before anything else. Many other programs write a file or folder of
-    such a name.
+    such a name. One that cannot be read counts: a power failure may have damaged it.
     """
     for name, keys in (("config.json", {"config", "versions"}), (STATUS, {"status", "step"})):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            content = (path / name).read_bytes()
-            try:
-                found = json.loads(content)
-            except ValueError:  # what a power failure leaves
+        try:
+            found = read_json(path / name)
+        except UnreadableError as error:
+            if not isinstance(error.__cause__, _NO_FILE):
                 return name
-            if isinstance(found, dict) and keys <= found.keys():
+        else:
+            if keys <= found.keys():
                 return name
     return CHECKPOINTS if checkpoint.named(path / CHECKPOINTS) else ""
 
@@ -175,7 +177,7 @@ class LockedFolder:
             raise self._cannot_be_made(error.strerror) from error
         path = self.path / LOCK
         try:
-            self._lock = open(path, "a+")
+            self._lock = open(path, "a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UsageError(
                 f"{path} cannot be opened: {error.strerror}; it shows that a process uses the "
@@ -199,7 +201,7 @@ class LockedFolder:
             return
         if became is Lock.ANOTHERS:
             self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+            holder = printable(self._lock.read(_LONGEST_NAME).strip()) or "another process"
             raise UsageError(f"--output-dir {self.path} is in use by {holder}")
         found, seen = read_status(self.path), ""
         if is_beating(found) and found.get("pid") != os.getpid():
@@ -258,7 +260,7 @@ class SavedRun:
             if "heartbeat" in found:
                 seen = f", last sign of life {found['heartbeat']}"
         step = found.get("step")
-        return (f"{words} at step {step}" if isinstance(step, int) else words) + seen
+        return printable((f"{words} at step {step}" if isinstance(step, int) else words) + seen)
 
     @property
     def is_done(self) -> bool:
@@ -325,9 +327,10 @@ class SavedRun:
         """
         path = self.path / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read: {error}") from error
+            with open(path, "rb") as file:
+                return [parse_json(path, line) for line in file]
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
 class Follower(Protocol):
@@ -383,9 +386,7 @@ class RunFolder(LockedFolder):
     def __enter__(self) -> Self:
         super().__enter__()
         self._status = StatusFile(self.path)  # the folder may have got another name
-        step = read_status(self.path).get(
-            "step"
-        )  # of an earlier attempt, should this one not begin
+        step = read_status(self.path).get("step")  # of an earlier attempt, until this one begins
         self._status.step = step if isinstance(step, int) else 0
         return self
 
@@ -410,7 +411,7 @@ class RunFolder(LockedFolder):
         found = read_status(self.path)
         if found.get("status") == RUNNING and SavedRun(self.path).is_done:
             with contextlib.suppress(UsageError), self:  # it may be in use, or not writable
-                self._status.step = found.get("step", 0)
+                pass  # entering has kept the step
 
     def begin(self, step: int | None, again: bool) -> None:
         """Open the records of a run that has taken ``step`` steps.
@@ -513,6 +514,6 @@ def _is_before(line: str, step: int, again: bool) -> bool:
     try:
         record = json.loads(line)
         event, at = record["event"], int(record["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
     return at < step or (at == step and event != "end" and not (again and event == "eval"))

@@ -21,6 +21,7 @@ from typing import Any
 from dml_accel.core.errors import UsageError
 from dml_accel.core.files import read_json, write_json
 from dml_accel.core.locks import Lock, lock
+from dml_accel.core.tables import printable
 
 FILE = "status.json"
 LOCK = "run.lock"
@@ -137,7 +138,7 @@ def _is_gone(found: dict[str, Any]) -> bool:
 
 def writer_of(found: dict[str, Any]) -> str:
     """Return which process has written a status.json, and when, in words."""
-    return (
+    return printable(
         f"process {found.get('pid')} on {found.get('host')}, last sign of life "
         f"{found.get('heartbeat')}"
     )

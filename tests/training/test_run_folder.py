@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dml_accel.core.errors import StoppedError, UsageError
+from dml_accel.core.files import LARGEST_JSON
 from dml_accel.training import status
 from dml_accel.training.run_folder import RunFolder, SavedRun
 from tests.helpers import load, status_of
@@ -20,6 +21,7 @@ HERE = socket.gethostname()
 # By name, because the names of tests must be the same in every process.
 PIDS: dict[object, int] = {"ours": os.getpid(), "parent": os.getppid()}
 GONE = 2**22 + 1  # more than any process id
+DEEP = "[" * 200_000  # deeper than Python's parser goes
 OURS = '{"config": {}, "versions": {}}'
 
 
@@ -46,10 +48,13 @@ def seen(ago: float) -> str:
         (['status.json={"status": "up"}'], "holds status.json but no run; name"),
         (["notes.txt/"], "holds notes.txt but no run; name"),
         ([f"config.json={OURS}"], r"already holds a run \(config.json\); name a new folder, or"),
+        (["config.json/"], "holds config.json but no run; name"),
+        (["config.json=" + DEEP], r"already holds a run \(config.json\)"),
+        (["config.json=" + " " * (LARGEST_JSON + 1)], r"already holds a run \(config.json\)"),
         (["config.json="], r"already holds a run \(config.json\)"),
         (["checkpoints/step-00000001/"], r"already holds a run \(checkpoints\)"),
     ],
-    ids=str,
+    ids=lambda one: str(one)[:60],
 )
 def test_a_folder_of_something_else_is_refused(
     tmp_path: Path, names: list[str], refused: str
@@ -255,3 +260,36 @@ def test_a_run_that_was_killed_is_told_from_one_that_runs(
 def test_a_damaged_status_is_read(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
     assert SavedRun(tmp_path).state in ("not started", "interrupted, last sign of life x")
+
+
+def test_control_sequences_in_a_folder_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    evil = "\x1b[2J\n"
+    found = {"status": "running", "heartbeat": f"x{evil}", "host": evil, "pid": evil}
+    (tmp_path / "run.lock").write_bytes(f"process 1 on {evil * 999}\xe9".encode("latin-1"))
+    said = [status.writer_of(found)]
+    for words in ("running", f"up{evil}"):
+        (tmp_path / "status.json").write_text(json.dumps(found | {"status": words}))
+        said.append(SavedRun(tmp_path).state)
+    (tmp_path / "status.json").unlink()
+    folder = RunFolder(tmp_path, "")
+    with open(tmp_path / "run.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="is in use by process 1 on ") as refused, folder:
+            pass
+    said.append(str(refused.value))
+    assert all(text.isprintable() and len(text) < 999 for text in said), said
+
+
+@pytest.mark.parametrize("line", [DEEP, "[3]", "torn", '{"step": NaN}', "\xe9"])
+def test_records_that_cannot_be_read_are_refused_or_replaced(tmp_path: Path, line: str) -> None:
+    records = tmp_path / "metrics.jsonl"
+    records.write_bytes(b'{"event": "step", "step": 1}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(UsageError, match="metrics.jsonl (is not valid JSON|does not hold a JSON)"):
+        _ = SavedRun(tmp_path).events
+    (tmp_path / "config.json").write_text(OURS)
+    for more in ("", '{"event": "step", "step": 1e999}\n'):
+        records.write_bytes(records.read_bytes() + more.encode())
+        with pytest.raises(StoppedError), RunFolder(tmp_path, "", resumes=True) as folder:
+            folder.begin(2, again=False)
+            raise StoppedError("enough")
+        assert SavedRun(tmp_path).events == [{"event": "step", "step": 1}]
