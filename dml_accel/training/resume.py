@@ -141,7 +141,15 @@ def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str
         _refuse(path, config.refused_on_resume(saved.config))
         return f"{path} has reached {newest.name}, beyond the {steps} steps asked for"
     # Compared only when the run is finished: else find_origin compares more than the flags.
-    if not saved.is_done or (taken := saved.results["steps"]) < steps:
+    if not saved.is_done:
+        return ""
+    taken = saved.results.get("steps")
+    if type(taken) is not int:
+        raise UsageError(
+            f"{path / 'results.json'} does not hold the results of a run: remove it, and --resume "
+            "auto finishes the run from its newest checkpoint"
+        )
+    if taken < steps:
         return ""
     _refuse(path, config.refused_on_resume(saved.config))
     refuse_other_images(saved, config, source)

@@ -10,10 +10,12 @@ import pytest
 from safetensors import SafetensorError
 
 from dml_accel import cli
+from dml_accel.core.errors import UsageError
+from dml_accel.data.sources import Source
 from dml_accel.training import checkpoint, loop, record, resume, setup
 from dml_accel.training import train as training
 from dml_accel.training.run_folder import RunFolder
-from tests.helpers import events, load, saved_steps, status_of
+from tests.helpers import events, load, saved_steps, status_of, tiny_config
 from tests.training.interrupting import (
     NAMES,
     WORDS,
@@ -155,6 +157,14 @@ def test_a_finished_run_is_left_untouched(
     assert train(straight, "--seed", "1") == 2
     assert "was started with --seed 0, but this command says --seed 1" in capsys.readouterr().err
     assert content(straight) == before
+
+
+@pytest.mark.parametrize("results", ["{}", '{"steps": "x"}', '{"steps": null}', '{"steps": true}'])
+def test_results_without_steps_are_refused(tmp_path: Path, digits: Source, results: str) -> None:
+    (tmp_path / "results.json").write_text(results)
+    config = tiny_config(output_dir=str(tmp_path), resume="auto")
+    with pytest.raises(UsageError, match="results.json does not hold the results .*: remove it"):
+        resume.nothing_to_do(config, digits, tmp_path, 15)
 
 
 @pytest.mark.parametrize(
