@@ -21,7 +21,7 @@ from typing import Any
 from dml_accel.analysis import plots, statistics
 from dml_accel.analysis.methods import changes_of, is_cifar100, refuse
 from dml_accel.analysis.runs import Run, read_run
-from dml_accel.analysis.speeds import speed_differences
+from dml_accel.analysis.speeds import speed_differences, speed_of
 from dml_accel.analysis.tables import comparison_markdown, comparison_title
 from dml_accel.core.config import Config, differences_text, require
 from dml_accel.core.errors import DivergedError, UsageError, one_line
@@ -169,6 +169,7 @@ class ComparisonFolder(LockedFolder):
         for run in runs:
             try:
                 statistics.refuse_incomplete(run)
+                speed_of(run)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 raise UsageError(
                     f"the finished run in {run.folder} is damaged ({type(error).__name__}: "

@@ -7,6 +7,7 @@ import torch
 
 from dml_accel.analysis.runs import Run
 from dml_accel.core.config import ComputeConfig, Config
+from dml_accel.core.tables import printable
 from dml_accel.core.versions import versions
 from dml_accel.distributed.device import device_versions, own_device
 from dml_accel.distributed.launch import launched_processes
@@ -64,7 +65,7 @@ def speed_differences(runs: Sequence[Run], config: Config | None) -> str:
         by_value: dict[str, list[str]] = {}
         for run, speed in speeds.items():
             if name in speed:
-                by_value.setdefault(str(speed[name]), []).append(run)
+                by_value.setdefault(printable(str(speed[name])), []).append(run)
         if len(by_value) > 1:
             parts.append(
                 f"{name} {', '.join(f'{value} in {_some(w)}' for value, w in by_value.items())}"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -422,17 +423,20 @@ def test_nothing_around_the_runs_ends_a_comparison(
     [
         ("results.json", '{"mixed_precision": "no"}', "mutual/seed-3 is damaged (KeyError: '"),
         ("results.json", "{", "results.json is not valid JSON"),
-        ("metrics.jsonl", "torn", "metrics.jsonl cannot be read: "),
-        ("metrics.jsonl", "[3]", "mutual/seed-3 is damaged ("),
+        ("results.json", {"placement": "x"}, "mutual/seed-3 is damaged (AttributeError: "),
+        ("results.json", {"versions": ["torch"]}, "mutual/seed-3 is damaged (TypeError: "),
+        ("metrics.jsonl", "torn", "metrics.jsonl is not valid JSON"),
+        ("metrics.jsonl", "[3]", "metrics.jsonl does not hold a JSON object"),
         ("config.json", '{"config": 3, "versions": {}}', "config.json does not describe a run"),
     ],
 )
 def test_a_damaged_run_is_refused_before_the_others_are_trained(
-    finished: Path, tmp_path: Path, name: str, content: str, message: str
+    finished: Path, tmp_path: Path, name: str, content: str | dict[str, Any], message: str
 ) -> None:
     folder = tmp_path / "copied"
     shutil.copytree(finished, folder)
-    (folder / "mutual/seed-3" / name).write_text(content)
+    file = folder / "mutual/seed-3" / name
+    file.write_text(content if isinstance(content, str) else json.dumps(load(file) | content))
     plan = compare.plan_runs(Config(**record(finished)["config"]), *PLANNED)
     with pytest.raises(UsageError) as refused:
         compare.ComparisonFolder(str(folder), plan)
