@@ -1,9 +1,12 @@
 """The peers of a run as one of its checkpoints holds them, whether or not the run is finished."""
 
+import contextlib
 import dataclasses
-import json
+import math
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,15 @@ from safetensors.torch import save_file
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UnreadableError, UsageError, one_line
-from dml_accel.core.files import write_text
+from dml_accel.core.files import parse_json, write_text
+from dml_accel.core.host import expanded
 from dml_accel.data.batches import Normalisation
 from dml_accel.inference.load import TrainedPeers, read_trained_peers
 from dml_accel.models.build import build, parameter_count
 from dml_accel.models.model_card import model_card, public_name
 from dml_accel.models.peer_folder import CARD, WEIGHTS
 from dml_accel.models.spec import PeerSpec, parse_cohort
-from dml_accel.models.timm_config import FILE, write_timm_config
+from dml_accel.models.timm_config import DEPTHS, FILE, write_timm_config
 from dml_accel.training import checkpoint
 from dml_accel.training.loop import steps_to_take
 from dml_accel.training.run_folder import CHECKPOINTS, SavedRun
@@ -47,7 +51,7 @@ def read_checkpoint_peers(path: Path, asked: str, scratch: Path) -> TrainedPeers
     named = checkpoint.named(root)
     if not named:
         raise UsageError(f"--checkpoint {asked}: {path} ({saved.state}) has no checkpoint yet")
-    specs = parse_cohort(config.cohort)
+    prepared, specs = _prepared(path / "config.json", description), parse_cohort(config.cohort)
     try:
         if asked == LATEST:
             chosen, state = _newest_good(root, specs)
@@ -57,7 +61,7 @@ def read_checkpoint_peers(path: Path, asked: str, scratch: Path) -> TrainedPeers
         events = _evaluations(path, state["step"])
         note = _note(saved, config, description, chosen)
         for spec in specs:
-            _write(scratch / spec.name, spec, config, description, (chosen, state), events, note)
+            _write(scratch / spec.name, spec, config, prepared, (chosen, state), events, note)
     except UnreadableError as error:
         raise UsageError(f"{error}; name another --checkpoint") from error
     except OSError as error:
@@ -77,11 +81,11 @@ def read_checkpoint_peers(path: Path, asked: str, scratch: Path) -> TrainedPeers
 
 def _named(path: Path, asked: str, named: Sequence[Path]) -> Path:
     """Return the checkpoint of a run that a step, a name or a path stands for."""
+    given = os.path.realpath(expanded(asked))  # not ``resolve``, which fails in a loop of links
     found = [
         one
         for one in named
-        if asked in (str(checkpoint.step_of(one)), one.name)
-        or Path(asked).expanduser().resolve() == one.resolve()
+        if asked in (str(checkpoint.step_of(one)), one.name) or given == os.path.realpath(one)
     ]
     if found:
         return found[0]
@@ -124,16 +128,15 @@ def _write(
     folder: Path,
     spec: PeerSpec,
     config: Config,
-    description: dict[str, Any],
+    prepared: "_Prepared",
     origin: tuple[Path, dict[str, Any]],
     evaluations: dict[str, Any],
     note: str,
 ) -> None:
     """Write the folder of a peer, with the files that ``models.peer_folder`` reads."""
-    names, normalisation = _classes(description), _normalisation(description)
     net = build(
         spec,
-        classes=len(names),
+        classes=len(prepared.classes),
         image_size=config.data.image_size,
         seed=config.seed,
         dtype=torch.float64 if config.numerics.float64 else torch.float32,
@@ -148,10 +151,10 @@ def _write(
         folder / FILE,
         net,
         spec,
-        classes=names,
-        normalisation=normalisation,
+        classes=prepared.classes,
+        normalisation=prepared.normalisation,
         image_size=config.data.image_size,
-        grey_bits=description.get("grey_bits"),
+        grey_bits=prepared.grey_bits,
     )
     dataset = public_name(config.data.dataset)
     card = model_card(
@@ -165,22 +168,51 @@ def _write(
     write_text(folder / CARD, str(card))
 
 
-def _classes(description: dict[str, Any]) -> tuple[str, ...]:
-    names = description.get("class_names")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+@dataclass(frozen=True)
+class _Prepared:
+    """How a run prepared its images, and what it called their classes."""
+
+    classes: tuple[str, ...]
+    normalisation: Normalisation
+    grey_bits: int | None
+
+
+def _prepared(path: Path, description: dict[str, Any]) -> _Prepared:
+    """Return what a run recorded of its images.
+
+    Args:
+        path: of its config.json, for messages.
+        description: the content of the file.
+
+    Raises:
+        UsageError: an entry is missing, or is not what a run writes.
+    """
+    names, grey_bits = description.get("class_names"), description.get("grey_bits")
+    if names is None:
         raise UsageError(
             "the run was started by a version that did not record its class names: finish it with "
             "--resume auto, which records them"
         )
-    return tuple(names)
-
-
-def _normalisation(description: dict[str, Any]) -> Normalisation:
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)) or not names:
+        raise UsageError(f"{path}: class_names must be a list of names")
+    if grey_bits is not None and (type(grey_bits) is not int or grey_bits not in DEPTHS):
+        raise UsageError(
+            f"{path}: grey_bits is {grey_bits!r}; it must be an integer from {DEPTHS[0]} to "
+            f"{DEPTHS[-1]}"
+        )
+    found: Any = description.get("normalisation")
     try:
-        found = description["normalisation"]
-        return Normalisation(tuple(map(float, found["mean"])), tuple(map(float, found["std"])))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError("the config.json of the run has no valid normalisation") from error
+        mean, std = (tuple(map(float, found[name])) for name in ("mean", "std"))
+        good = len(mean) == len(std) == 3 and all(map(math.isfinite, mean))
+        good = good and all(0 < value < math.inf for value in std)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        raise UsageError(
+            f"{path}: normalisation is {found!r}; it must hold a mean and a std above 0 for each "
+            "of three channels"
+        )
+    return _Prepared(tuple(names), Normalisation(mean, std), grey_bits)
 
 
 # ---------------------------------------------------------------- what the run has measured
@@ -189,17 +221,13 @@ def _normalisation(description: dict[str, Any]) -> Normalisation:
 def _evaluations(path: Path, step: int) -> dict[str, Any]:
     """Return the evaluation of a step in metrics.jsonl; empty if there is none."""
     found: dict[str, Any] = {}
-    try:
-        lines = (path / "metrics.jsonl").read_text(errors="replace").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # the run may be writing it
-            continue
-        if isinstance(record, dict) and (record.get("event"), record.get("step")) == ("eval", step):
-            found = record
+    path /= "metrics.jsonl"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(UnreadableError):  # the run may be writing it
+                record = parse_json(path, line)
+                if (record.get("event"), record.get("step")) == ("eval", step):
+                    found = record
     return found
 
 
@@ -215,6 +243,7 @@ def _results(
     state: dict[str, Any], specs: Sequence[PeerSpec], evaluation: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what stands in for the results.json of the run."""
+    test = evaluation.get("test")
     return {
         "mixed_precision": state.get("mixed_precision"),
         "steps": state["step"],
@@ -223,5 +252,5 @@ def _results(
             | {split: _of_peer(evaluation, split, spec.name) for split in ("test", "val")}
             for spec in specs
         ],
-        "ensemble": (evaluation.get("test") or {}).get("ensemble"),
+        "ensemble": test.get("ensemble") if isinstance(test, dict) else None,
     }

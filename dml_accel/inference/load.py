@@ -61,9 +61,20 @@ class TrainedPeers:
 
     @property
     def precision(self) -> str:
-        """The mixed precision in which the networks were trained and evaluated."""
+        """The mixed precision in which the networks were trained and evaluated.
+
+        Raises:
+            UsageError: the record of the run holds another one than there are.
+        """
         recorded = self.results.get("mixed_precision")
-        return recorded if recorded in _HALF else "no"
+        if recorded is None:
+            return "no"
+        if recorded not in ["no", *_HALF]:
+            raise UsageError(
+                f"{self.path}: its mixed_precision is recorded as {recorded!r}; it must be no, "
+                f"{' or '.join(_HALF)}"
+            )
+        return str(recorded)
 
     @property
     def results_by_peer(self) -> Mapping[str, Mapping[str, Any]]:

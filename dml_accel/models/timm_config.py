@@ -18,7 +18,7 @@ from dml_accel.models.spec import PeerSpec
 FILE = "config.json"
 # Entries that timm does not know and leaves alone.
 OURS, GREY_BITS = "dml_accel", "grey_bits"
-_DEPTHS = range(8, 17)
+DEPTHS = range(8, 17)  # bits of a grey level
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def _grey_bits(path: Path, content: Mapping[str, Any]) -> int | None:
     found = ours.get(GREY_BITS) if isinstance(ours, dict) else ours
     if found is None:
         return None
-    if type(found) is not int or found not in _DEPTHS:
+    if type(found) is not int or found not in DEPTHS:
         raise UsageError(
-            f"{path}: {OURS}.{GREY_BITS} is {found!r}; it must be an integer from {_DEPTHS[0]} to "
-            f"{_DEPTHS[-1]}"
+            f"{path}: {OURS}.{GREY_BITS} is {found!r}; it must be an integer from {DEPTHS[0]} to "
+            f"{DEPTHS[-1]}"
         )
     return found
 

@@ -1,5 +1,6 @@
 """The peers of a run that is not finished, from its checkpoints."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -108,7 +109,10 @@ def test_a_damaged_checkpoint_is_skipped_by_latest_and_refused_by_its_name(
 
 
 def test_what_is_no_checkpoint_is_refused(unfinished: Path, tmp_path: Path) -> None:
-    for asked in ("7", "newest", str(tmp_path)):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match="~nobodyx/y: there is no such home directory"):
+        read_checkpoint_peers(unfinished, "~nobodyx/y", tmp_path / "scratch")
+    for asked in ("7", "newest", str(tmp_path), str(tmp_path / "loop")):
         with pytest.raises(UsageError, match="no such checkpoint; it has those of steps 8: name"):
             read_checkpoint_peers(unfinished, asked, tmp_path / "scratch")
     with pytest.raises(UsageError, match=r"is a checkpoint: name its run, and .*--checkpoint 8"):
@@ -143,3 +147,37 @@ def test_folders_of_another_kind_say_what_to_name(
     }.items():
         with pytest.raises(UsageError, match=text):
             read_trained_peers(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("normalisation", {"mean": [1], "std": [1, 1, 1]}),
+        ("normalisation", {"mean": [0, 0, 0], "std": [0, 0, 0]}),
+        ("normalisation", {"mean": [0, 0, 10**400], "std": [1, 1, 1]}),
+        ("normalisation", ["mean", "std"]),
+        ("grey_bits", "x"),
+        ("grey_bits", 7),
+        ("class_names", []),
+        ("class_names", "x"),
+    ],
+    ids=str,
+)
+def test_entries_of_the_run_are_refused_where_they_are(
+    unfinished: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    file = unfinished / "config.json"
+    file.write_text(json.dumps(load(file) | {name: value}))
+    with pytest.raises(UsageError, match=f"^{file}: {name} (is|must)"):
+        read_checkpoint_peers(unfinished, "latest", tmp_path / "scratch")
+
+
+def test_records_of_another_kind_are_passed_over(unfinished: Path, tmp_path: Path) -> None:
+    with open(unfinished / "metrics.jsonl", "a") as file:
+        file.write("[" * 200_000 + '\n[3]\n{"event": "eval", "step": 8, "test": [3]}\n')
+    peers = read_checkpoint_peers(unfinished, "latest", tmp_path / "scratch")
+    assert peers.results["ensemble"] is None
+    for recorded in ([], "fp8", {}):
+        wrong = dataclasses.replace(peers, results={"mixed_precision": recorded})
+        with pytest.raises(UsageError, match="its mixed_precision is recorded as"):
+            _ = wrong.precision
