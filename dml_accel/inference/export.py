@@ -19,7 +19,7 @@ from dml_accel.inference import onnx
 from dml_accel.inference.load import TrainedPeers
 from dml_accel.models.model_card import model_card, own_networks, public_name
 from dml_accel.models.peer_folder import CARD, WEIGHTS, PeerFolder, load_network
-from dml_accel.models.timm_config import FILE
+from dml_accel.models.timm_config import FILE, GREY_BITS, OURS
 
 BEST, ENSEMBLE = "best", "ensemble"
 FORMATS = ("safetensors", "onnx")
@@ -207,7 +207,8 @@ def _onnx_config(peers: TrainedPeers, first: PeerFolder, output: str) -> dict[st
         onnx.LOGITS: "logits",
         onnx.LOG_MEAN: "natural logarithm of the mean of the networks' posteriors",
     }
-    return {
+    grey = {} if first.grey_bits is None else {OURS: {GREY_BITS: first.grey_bits}}
+    return grey | {
         "networks": {name: folder.arch for name, folder in peers.folders.items()},
         "num_classes": classes,
         "label_names": list(peers.classes),

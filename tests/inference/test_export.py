@@ -1,5 +1,6 @@
 """Exported networks compute the same elsewhere: timm and ONNX runtimes without this package."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -16,7 +17,7 @@ from huggingface_hub import ModelCard
 from dml_accel import cli
 from dml_accel.core.errors import UsageError
 from dml_accel.inference import onnx
-from dml_accel.inference.export import select_peers
+from dml_accel.inference.export import _onnx_config, select_peers
 from dml_accel.inference.load import Networks, read_trained_peers
 from tests.helpers import load
 from tests.inference.conftest import CPU, PEERS, logits_of
@@ -118,6 +119,14 @@ def test_onnx_alone_computes_what_torch_does(
     assert config["label_names"] == theirs["label_names"]
     assert config["onnx"]["output"]["name"] == ("log_mean_posterior", "logits")[peer != "ensemble"]
     assert ModelCard.load(target / "README.md").data.library_name == "onnx"
+
+
+@pytest.mark.parametrize("grey_bits", [None, 12])
+def test_the_onnx_config_holds_the_depth_of_grey_images(run: Path, grey_bits: int | None) -> None:
+    peers = read_trained_peers(run)
+    first = dataclasses.replace(peers.folders[PEERS[0]], grey_bits=grey_bits)
+    found = _onnx_config(peers, first, onnx.LOGITS)
+    assert found.get("dml_accel") == (grey_bits and {"grey_bits": grey_bits})
 
 
 def test_the_best_peer_is_that_of_the_validation_split(
