@@ -259,8 +259,10 @@ class SavedRun:
             words = "interrupted"
             if "heartbeat" in found:
                 seen = f", last sign of life {found['heartbeat']}"
-        step = found.get("step")
-        return printable((f"{words} at step {step}" if isinstance(step, int) else words) + seen)
+        # A run that is killed between two signs of life may have come as far as its checkpoint.
+        saved = [checkpoint.step_of(one) for one in checkpoint.named(self.path / CHECKPOINTS)[:1]]
+        steps = [step for step in (found.get("step"), *saved) if isinstance(step, int)]
+        return printable((f"{words} at step {max(steps)}" if steps else words) + seen)
 
     @property
     def is_done(self) -> bool:

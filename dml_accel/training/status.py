@@ -66,7 +66,11 @@ class StatusFile:
             self._thread.join(1.0)  # no longer: it may wait for a disk
 
     def _beat(self) -> None:
-        while not self._closing.wait(_SECONDS_BETWEEN_BEATS):
+        seconds = min(
+            1.0, _SECONDS_BETWEEN_BEATS
+        )  # soon at first, because short runs are looked at as well
+        while not self._closing.wait(seconds):
+            seconds = min(2 * seconds, _SECONDS_BETWEEN_BEATS)
             with self._writing:
                 if self._content["status"] != RUNNING or self._closing.is_set():
                     return
