@@ -161,7 +161,7 @@ def test_folders_of_another_kind_say_what_to_name(
         ("class_names", []),
         ("class_names", "x"),
     ],
-    ids=str,
+    ids=lambda one: str(one)[:40],
 )
 def test_entries_of_the_run_are_refused_where_they_are(
     unfinished: Path, tmp_path: Path, name: str, value: object

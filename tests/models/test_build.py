@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import random
 import threading
 import types
@@ -367,6 +368,13 @@ def that_thaws() -> nn.Module:
     return net
 
 
+def loaded_script() -> nn.Module:
+    content = io.BytesIO()
+    torch.jit.save(torch.jit.script(Held()), content)
+    content.seek(0)
+    return torch.jit.load(content)
+
+
 def made_in_inference() -> nn.Module:
     with torch.inference_mode():
         buffer = torch.ones(3)
@@ -387,6 +395,7 @@ HELD: dict[str, Callable[[], nn.Module]] = {
         lambda one: lambda x: one(x), lambda at, x: at(x)
     ),
     "script": lambda: torch.jit.script(Counting()),
+    "loaded script": loaded_script,
     "trace": lambda: torch.jit.trace(Held(), torch.ones(2, 3, 8, 8), check_trace=False),
     "list": lambda: drawing([1], lambda found: found.append(1)),
     "dict": lambda: drawing({}, lambda found: found.setdefault(1, 1)),
