@@ -45,14 +45,17 @@ def test_an_unfinished_run_is_refused_with_its_state(
     (copy / "results.json").unlink()  # as while a run is made longer
     assert cli.main(["evaluate", str(copy), "--cpu"]) == 2
     assert "run is not finished (done at step 8): finish it with --res" in capsys.readouterr().err
-    (copy / "status.json").write_text('{"status": "running", "step": 5}')
+    (copy / "status.json").write_text('{"status": "running", "step": 0}')
+    assert cli.main(["predict", str(copy), "x.png"]) == 2
+    assert "(interrupted at step 8)" in capsys.readouterr().err  # as far as its checkpoint
+    (copy / "status.json").write_text('{"status": "running", "step": 9}')
     shutil.rmtree(copy / "peers/resnet8-0")  # as when it was killed before its end
     assert cli.main(["predict", str(copy), "x.png"]) == 2
-    assert "run is not finished (interrupted at step 5)" in capsys.readouterr().err
+    assert "run is not finished (interrupted at step 9)" in capsys.readouterr().err
     with open(copy / "run.lock") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert cli.main(["predict", str(copy), "x.png"]) == 2
-    assert "run is not finished (running at step 5)" in capsys.readouterr().err
+    assert "run is not finished (running at step 9)" in capsys.readouterr().err
 
 
 def test_a_peer_that_cannot_be_read_is_refused(run: Path, tmp_path: Path, capsys: Captured) -> None:
