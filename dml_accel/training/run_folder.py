@@ -63,7 +63,7 @@ def mark_of_a_run(path: Path) -> str:
         try:
             found = read_json(path / name)
         except UnreadableError as error:
-            if not isinstance(error.__cause__, _NO_FILE):
+            if os.path.lexists(path / name) and not isinstance(error.__cause__, _NO_FILE):
                 return name
         else:
             if keys <= found.keys():

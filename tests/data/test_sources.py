@@ -343,7 +343,7 @@ def test_flags_that_have_no_effect_on_digits_are_refused(change: dict) -> None:
 
 
 def test_a_file_or_an_empty_folder_is_not_a_data_set(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="is empty"):
         read(str(tmp_path))
     (tmp_path / "x.png").write_bytes(png(0))
     with pytest.raises(UsageError, match="is not a folder"):

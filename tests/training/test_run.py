@@ -384,6 +384,7 @@ def test_digits_are_trained_on_without_the_packages_that_others_need(
         monkeypatch.setitem(sys.modules, package, None)
     assert train(tmp_path / "run", "--cohort", "resnet8", "--max-steps", "1") == 0
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/train.parquet").touch()
     words = ["--cohort", "resnet8*2", "--dataset", str(tmp_path / "photos")]
     capsys.readouterr()
     assert cli.main(["train", *words, "--output-dir", str(tmp_path / "new")]) == 2
