@@ -14,7 +14,7 @@ from torch import Tensor
 from dml_accel.core.config import Config
 from dml_accel.core.versions import torch_release
 from dml_accel.training import checkpoint, loop
-from dml_accel.training.learn import _on_host
+from dml_accel.training.learn import _as_split
 from tests.fake_cuda import CUDA, FakeTraining, backward, fake_cuda, fake_tensors
 
 TORCH = torch_release()
@@ -115,7 +115,7 @@ def test_learn_takes_tensors_from_a_device() -> None:
     # Images are measured, and orders drawn, on the host: these would be on two devices there.
     images, labels = torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
     with fake_cuda(), fake_tensors():
-        split = _on_host(images.to(CUDA), labels.to(CUDA))
+        split = _as_split("train", (images.to(CUDA), labels.to(CUDA)))
     assert {split.images.device.type, split.labels.device.type} == {"cpu"}
 
 
