@@ -93,8 +93,7 @@ def _choose_images(peers: TrainedPeers, values: dict[str, Any]) -> DataConfig:
         raise UsageError(
             f"--dataset is needed: {peers.path} is not a run, which would name its data set"
         )
-    theirs = str(own.get("dataset", ""))
-    is_gone = os.path.isabs(theirs) and not os.path.exists(theirs)
+    theirs, is_gone = _data_set_of(peers)
     if is_gone and "dataset" not in given:
         raise UsageError(
             f"{theirs}, the data set of {peers.path}, is not there any more: say with --dataset "
@@ -106,6 +105,12 @@ def _choose_images(peers: TrainedPeers, values: dict[str, Any]) -> DataConfig:
         if values["test_split"] and values["test_fraction"] is None:
             given.pop("test_fraction", None)
     return Config(**given, image_size=peers.image_size).data
+
+
+def _data_set_of(peers: TrainedPeers) -> tuple[str, bool]:
+    """Return the data set of a run, empty without one, and whether its folder has gone."""
+    theirs = str(peers.config.get("dataset") or "")
+    return theirs, os.path.isabs(theirs) and not os.path.exists(theirs)
 
 
 def _check_folder(folder: Path) -> None:
@@ -154,8 +159,8 @@ def _read_images(peers: TrainedPeers, data: DataConfig, named: bool) -> tuple[Sp
     # A split need not have images of all classes, and its own names may be fewer.
     images = SplitPrint.of(labels, len(peers.classes), images.pixels)
     recorded = SavedRun(peers.path).description.get("data") if peers.config else None
-    theirs = str(peers.config.get("dataset"))
-    own = data.dataset == theirs or (os.path.isabs(theirs) and not os.path.exists(theirs))
+    theirs, is_gone = _data_set_of(peers)
+    own = is_gone or data.dataset == theirs
     if recorded and own and data.test_split == peers.config.get("test_split"):
         difference = Fingerprint(peers.classes, {"test": images}).difference(recorded)
         if difference and not named:

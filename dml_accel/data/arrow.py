@@ -39,7 +39,9 @@ _SHOWN_CONFIGURATIONS = 8
 # ---------------------------------------------------------------- opening
 
 
-def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> tuple[Any, Path | None]:
+def open_tables(
+    data: DataConfig, folder: Path | None, quiet: bool
+) -> tuple[Any, list[StoredFile] | None]:
     """Open a data set with the datasets library; nothing is decoded.
 
     Args:
@@ -48,7 +50,8 @@ def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> tuple[Any
         quiet: show no progress, because another process does.
 
     Returns:
-        A mapping from names of splits to tables, and the folder whose files they come from.
+        A mapping from names of splits to tables, and the files of the folder that they come from;
+        None for the hub.
 
     Raises:
         UsageError: it cannot be reached or read, or has several configurations.
@@ -66,13 +69,14 @@ def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> tuple[Any
         if folder is None:
             name = _id_on_the_hub(name)
             return _load(name, data.dataset_config, None), None
-        found = _open_folder(folder, data.dataset_config)
+        files = _files_in(folder)
+        found = _open_folder(folder, files, data.dataset_config)
         if not isinstance(found, Mapping):
             raise UsageError(
                 f"--dataset {name} was saved as a single split: save a DatasetDict with the splits "
                 f"{data.train_split!r} and {data.test_split!r}"
             )
-        return found, folder
+        return found, files
     except UsageError:
         raise
     except ConnectionError as error:
@@ -99,13 +103,13 @@ def _load(name: str, configuration: str | None, cache: Path | None) -> Any:
     )
 
 
-def _open_folder(folder: Path, configuration: str | None) -> Any:
+def _open_folder(folder: Path, stored: Sequence[StoredFile], configuration: str | None) -> Any:
     """Open a local folder; its tables are made again if any file in it is another one."""
     import datasets
 
     kept = _kept(folder)
     kept.mkdir(parents=True, exist_ok=True)
-    files = [[*one.name, list(one.state)] for one in _files_in(folder)]
+    files = [[*one.name, list(one.state)] for one in stored]
     asked = json.loads(json.dumps({"files": files}))
     with open(kept / "lock", "w") as file:
         lock(file, wait=True)  # without locks, two processes may both make the tables
@@ -297,7 +301,7 @@ def list_tables(
     Raises:
         UsageError: see ``open_tables``; or a split, column or label cannot be used.
     """
-    splits, origin = open_tables(data, folder, quiet)
+    splits, stored = open_tables(data, folder, quiet)
     import datasets  # is there: opening has required it
 
     asked = {"train": data.train_split, "test": data.test_split}
@@ -317,7 +321,7 @@ def list_tables(
             f"column {label!r} has {len(classes)} distinct class; at least 2 are needed"
         )
     by_value = not hasattr(first[label], "names")
-    stored, listings = _files_in(origin) if origin else None, {}
+    listings = {}
     for role, table in tables.items():
         labels = _labels(table, asked[role], label, classes, by_value)
         records = table.select_columns(image).cast_column(image, datasets.Image(decode=False))

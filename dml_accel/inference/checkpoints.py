@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UnreadableError, UsageError, one_line
@@ -21,9 +20,9 @@ from dml_accel.data.batches import Normalisation
 from dml_accel.inference.load import TrainedPeers, read_trained_peers
 from dml_accel.models.build import build, parameter_count
 from dml_accel.models.model_card import model_card, public_name
-from dml_accel.models.peer_folder import CARD, WEIGHTS
+from dml_accel.models.peer_folder import CARD, write_network
 from dml_accel.models.spec import PeerSpec, parse_cohort
-from dml_accel.models.timm_config import DEPTHS, FILE, write_timm_config
+from dml_accel.models.timm_config import DEPTHS
 from dml_accel.training import checkpoint
 from dml_accel.training.loop import steps_to_take
 from dml_accel.training.run_folder import CHECKPOINTS, SavedRun
@@ -143,12 +142,8 @@ def _write(
     )
     path, state = origin
     checkpoint.load_weights(path, state, spec.name, net)
-    folder.mkdir(parents=True)
-    # Cloned, because the format refuses tensors that share memory (tied weights).
-    tensors = {n: t.contiguous().clone() for n, t in net.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_timm_config(
-        folder / FILE,
+    write_network(
+        folder,
         net,
         spec,
         classes=prepared.classes,

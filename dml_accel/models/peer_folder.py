@@ -238,6 +238,30 @@ def write_peer(
         grey_bits: how many of the 16 bits of a 16-bit grey image hold its levels; None if the
             network saw no such images.
     """
+    write_network(
+        folder,
+        module,
+        spec,
+        classes=classes,
+        normalisation=normalisation,
+        image_size=image_size,
+        grey_bits=grey_bits,
+    )
+    card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled)
+    write_text(folder / CARD, str(card))
+
+
+def write_network(
+    folder: Path,
+    module: nn.Module,
+    spec: PeerSpec,
+    *,
+    classes: tuple[str, ...],
+    normalisation: Normalisation,
+    image_size: int,
+    grey_bits: int | None = None,
+) -> None:
+    """Write what timm loads of a network: its weights and its config.json; see ``write_peer``."""
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned, because the format refuses tensors that share memory (tied weights).
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in module.state_dict().items()}
@@ -252,5 +276,3 @@ def write_peer(
         image_size=image_size,
         grey_bits=grey_bits,
     )
-    card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled)
-    write_text(folder / CARD, str(card))
