@@ -741,7 +741,7 @@ PARTS: dict[int, Part] = {
     6: Part("interrupted and resumed", interruptions, 120),
     7: Part("numbers that are not finite", overflow, 60),
     8: Part("compiled as eager", compiled, 180),
-    9: Part("speed of four ResNet-32", speed, 300),
+    9: Part("speed of four ResNet-32", speed, 480),
     10: Part("refusals", refusals, 60),
     11: Part("two ranks on one GPU", ranks, 90),
 }
