@@ -16,6 +16,7 @@ in ``config.optim.lr``.
 
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
 import os
@@ -29,6 +30,22 @@ from typing import Any, ClassVar, Literal
 from dml_accel.core.errors import UsageError
 from dml_accel.core.updates import UPDATE_SCHEDULES, UpdateSchedule
 
+# The words of ``--augment``, in the order in which they are applied.
+AUGMENTATIONS = {
+    "none": "nothing",
+    "crop": "a crop from the image padded by reflection with an eighth of its side",
+    "random-resized-crop": "a crop of random area and shape, resized",
+    "flip": "left and right, for half of the images",
+    "crop-flip": "crop and flip",
+    "randaugment": "RandAugment (2 operations of magnitude 9)",
+    "trivialaugment": "TrivialAugment",
+    "color-jitter": "brightness, contrast and saturation",
+    "erasing": "a box of random size replaced by the mean colour, for a quarter of the images",
+}
+# Optimizers whose usual rate is that of the paper.
+_SGD = ("sgd", "nesterov", "momentum")
+# What ``--peer-opt`` sets besides arguments of the optimizer.
+_OF_PEER = {"lr", "momentum", "optimizer", "weight_decay"}
 IntervalUnit = Literal["step", "ep", "min"]
 Differences = dict[str, tuple[Any, Any]]
 
@@ -102,9 +119,10 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     choices = field.metadata["argparse"].get("choices")
     if choices and value is not None:
         require(value in choices, field.name, value, "one of " + ", ".join(choices))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        require(abs(value) < math.inf, field.name, value, "a finite number")
-        require(value in field.metadata["range"], field.name, value, field.metadata["range"])
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, (int, float)) and not isinstance(one, bool):
+            require(abs(one) < math.inf, field.name, one, "a finite number")
+            require(one in field.metadata["range"], field.name, one, field.metadata["range"])
 
 
 def _differences(mine: object, other: object, names: Iterable[str]) -> Differences:
@@ -120,6 +138,35 @@ def require(holds: bool, name: str, value: object, allowed: object) -> None:
 def _refuse(conflict: bool, text: str) -> None:
     if conflict:
         raise UsageError(text)
+
+
+def _assignment(flag: str, text: str) -> tuple[str, str]:
+    """Return the two sides of ``key=value``, with the key as Python writes it."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.strip() and value.strip()):
+        raise UsageError(f"{flag} {text!r} is not KEY=VALUE, such as eps=1e-6")
+    return name.strip().replace("-", "_"), value.strip()
+
+
+def _number(flag: str, name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"{flag}: {name} is {value!r}; it must be a number") from None
+
+
+def peer_settings(text: str) -> tuple[str, dict[str, str]]:
+    """Return a peer's name and its settings, from ``--peer-opt NAME:key=value,key=value``.
+
+    Raises:
+        UsageError: it is not written so.
+    """
+    name, colon, rest = text.partition(":")
+    if not (colon and name.strip() and rest.strip()):
+        raise UsageError(f"--peer-opt {text!r} is not PEER:KEY=VALUE, such as mobilenet-0:lr=0.01")
+    # A comma within a value, as in betas=0.9,0.95, is followed by no key.
+    parts = re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", rest)
+    return name.strip(), dict(_assignment(f"--peer-opt {name}:", part) for part in parts)
 
 
 # ---------------------------------------------------------------- the sections
@@ -187,11 +234,32 @@ class DataConfig(Section):
         "pixels per side; images of another size are resized to a square",
         Range(at_least=8, at_most=4096),
     )
-    augment: str | None = flag(
+    augment: tuple[str, ...] | None = flag(
         None,
-        "random crop from the reflect-padded image, and horizontal flip "
-        "(default: crop-flip; crop for digits, because a mirrored digit is not a digit)",
-        choices=("crop-flip", "crop", "none"),
+        "words side by side, applied in the order of this list: "
+        + "; ".join(f"{word}: {text}" for word, text in AUGMENTATIONS.items())
+        + ". Arguments stand in brackets: 'randaugment[magnitude=7]' (default: crop-flip; crop "
+        "for digits, because a mirrored digit is not a digit)",
+        nargs="+",
+        metavar="WORD",
+    )
+    mixup: float = flag(
+        0.0,
+        "mix every batch with itself in another order; the shares are drawn from a beta "
+        "distribution with this alpha, 0.2 or 1 for instance, once per batch; with --cutmix too, "
+        "each batch has one of the two (default: off)",
+        Range(at_least=0),
+    )
+    cutmix: float = flag(
+        0.0,
+        "paste a box from the same batch in another order into every batch; alpha as for --mixup "
+        "(default: off)",
+        Range(at_least=0),
+    )
+    label_smoothing: float = flag(
+        0.0,
+        "share of each label that is spread evenly over all classes, 0.1 for instance",
+        Range(at_least=0, below=1),
     )
     train_limit: int | None = flag(
         None,
@@ -218,10 +286,23 @@ class DataConfig(Section):
         found.pop("dataset", None)
         return found
 
+    def check(self) -> None:
+        """Refuse mixed images where some have no label."""
+        for name in ("mixup", "cutmix"):
+            _refuse(
+                getattr(self, name) > 0 and self.labelled_fraction < 1,
+                f"--{name} mixes labels, but with --labelled-fraction {self.labelled_fraction} "
+                "some images have none: drop one of the two",
+            )
+        _refuse(
+            self.augment is not None and "none" in self.augment and len(self.augment) > 1,
+            f"--augment {' '.join(self.augment or ())}: none stands alone",
+        )
+
     @property
-    def augmentation(self) -> str:
+    def augmentation(self) -> tuple[str, ...]:
         """``augment`` with the default of the data set filled in."""
-        return self.augment or ("crop" if self.dataset == "digits" else "crop-flip")
+        return self.augment or (("crop",) if self.dataset == "digits" else ("crop-flip",))
 
 
 @dataclass(frozen=True)
@@ -230,10 +311,6 @@ class OptimConfig(Section):
 
     title = "optim"
     changes_result = True
-    # The learning rate is a function of the step alone. A schedule that depends on the last step
-    # must say so here, because a longer run would then have had other rates from the start.
-    depends_on_last_step: ClassVar[bool] = False
-
     epochs: int = flag(200, "passes over the training images", Range(at_least=1))
     max_steps: int | None = flag(
         None, "stop after this many optimizer steps (default: off)", Range(at_least=1)
@@ -246,24 +323,157 @@ class OptimConfig(Section):
     grad_accum: int = flag(
         1, "micro-batches per batch, computed one after the other", Range(at_least=1)
     )
-    lr: float = flag(0.1, "initial learning rate", Range(at_least=0))
-    lr_step: int = flag(60, "epochs between two drops of the learning rate", Range(at_least=1))
-    lr_gamma: float = flag(0.1, "factor of each drop", Range(at_least=0, at_most=1))
-    momentum: float = flag(
-        0.9, "Nesterov momentum of SGD; 0 turns it off", Range(at_least=0, below=1)
+    optimizer: str = flag(
+        "sgd",
+        "any optimizer of timm (timm.optim.list_optimizers()), such as adamw, lamb or lion; sgd "
+        "has Nesterov momentum",
     )
-    weight_decay: float = flag(5e-4, "L2 penalty on all parameters", Range(at_least=0))
+    opt_args: tuple[str, ...] = flag(
+        (),
+        "further arguments of the optimizer, as betas=0.9,0.95 or eps=1e-6 (default: none)",
+        nargs="+",
+        metavar="KEY=VALUE",
+    )
+    lr: float | None = flag(
+        None,
+        "highest learning rate (default: 0.1 with sgd, nesterov and momentum, else 0.001)",
+        Range(at_least=0),
+    )
+    lr_schedule: str = flag(
+        "step",
+        "how the rate falls after --warmup: by --lr-gamma every --lr-step epochs (step) or at "
+        "each of --lr-milestones (milestones); to --lr-min at the end of --epochs along half a "
+        "cosine or a power of what is left (poly); or never (constant)",
+        choices=("step", "milestones", "cosine", "poly", "constant"),
+    )
+    lr_step: int = flag(60, "epochs between two drops of the learning rate", Range(at_least=1))
+    lr_milestones: tuple[float, ...] = flag(
+        (),
+        "epochs of the drops of --lr-schedule milestones, as 150 180 210 (default: none)",
+        Range(above=0),
+        nargs="+",
+        metavar="EPOCH",
+    )
+    lr_gamma: float = flag(0.1, "factor of each drop", Range(at_least=0, at_most=1))
+    lr_min: float = flag(0.0, "rate at which cosine and poly end", Range(at_least=0))
+    lr_power: float = flag(1.0, "power of --lr-schedule poly; 1 is a line", Range(above=0))
+    lr_every: str = flag(
+        "step",
+        "whether cosine, poly and the warm-up change the rate every optimizer step or every epoch",
+        choices=("step", "epoch"),
+    )
+    warmup: float = flag(
+        0.0,
+        "epochs over which the rate grows linearly to --lr; fractions are allowed",
+        Range(at_least=0),
+    )
+    momentum: float = flag(
+        0.9,
+        "momentum of optimizers that take one; Nesterov's with sgd; 0 turns it off",
+        Range(at_least=0, below=1),
+    )
+    weight_decay: float = flag(
+        5e-4,
+        "L2 penalty on all parameters (decoupled from the gradient with adamw and its like)",
+        Range(at_least=0),
+    )
+    wd_exclude_norm_bias: bool = flag(
+        False, "no weight decay on biases and on the parameters of norms"
+    )
     clip_norm: float | None = flag(
         None, "largest gradient norm, per peer (default: off)", Range(above=0)
     )
+    peer_opt: tuple[str, ...] = flag(
+        (),
+        "other settings for one peer, as 'mobilenet-0:lr=0.01,optimizer=adamw': lr, optimizer, "
+        "momentum, weight_decay, and arguments of its optimizer; can be repeated (default: none)",
+        nargs="+",
+        action="extend",
+        metavar="PEER:KEY=VALUE",
+    )
+    ema: float | None = flag(
+        None,
+        "keep an exponential moving average of each peer's weights with this decay, 0.999 for "
+        "instance, evaluated and written beside the weights themselves (default: off)",
+        Range(above=0, below=1),
+    )
+    early_stop: int | None = flag(
+        None,
+        "stop after this many evaluations without a better mean validation top-1 of the cohort; "
+        "needs --val-fraction (default: off)",
+        Range(at_least=1),
+    )
+
+    def __post_init__(self) -> None:
+        if self.lr is None:
+            rate = 0.1 if self.optimizer in _SGD else 1e-3
+            object.__setattr__(self, "lr", rate)
+        super().__post_init__()
 
     def check(self) -> None:
-        """Refuse more micro-batches than images."""
+        """Refuse more micro-batches than images, and a schedule that cannot be followed."""
         if self.grad_accum > self.batch_size:
             raise UsageError(
                 f"--grad-accum is {self.grad_accum}; it must be at most --batch-size "
                 f"({self.batch_size})"
             )
+        drops, listed = self.lr_milestones, " ".join(f"{at:g}" for at in self.lr_milestones)
+        by_milestones = self.lr_schedule == "milestones"
+        _refuse(
+            by_milestones and not drops,
+            "--lr-schedule milestones needs --lr-milestones, the epochs of the drops",
+        )
+        _refuse(
+            bool(drops) and not by_milestones,
+            f"--lr-milestones {listed} needs --lr-schedule milestones, not {self.lr_schedule}",
+        )
+        _refuse(
+            any(b <= a for a, b in itertools.pairwise(drops)),
+            f"--lr-milestones {listed} is out of order: each must be above the one before",
+        )
+        _refuse(
+            self.warmup >= self.epochs,
+            f"--warmup {self.warmup:g} is not below --epochs {self.epochs}, so the rate would "
+            "never reach --lr: lower it",
+        )
+        for text in self.opt_args:
+            _assignment("--opt-args", text)
+        for text in self.peer_opt:
+            peer_settings(text)
+
+    @property
+    def highest_lr(self) -> float:
+        """``lr``, which is a number once the section is made."""
+        assert self.lr is not None
+        return self.lr
+
+    @property
+    def depends_on_last_epoch(self) -> bool:
+        """Whether the learning rate of a step depends on how many epochs there are in all."""
+        return self.lr_schedule in ("cosine", "poly")
+
+    def of_peer(self, name: str) -> "OptimConfig":
+        """Return the settings of one peer: these, with what ``peer_opt`` says of it."""
+        own: dict[str, str] = {}
+        for text in self.peer_opt:
+            peer, settings = peer_settings(text)
+            if peer == name:
+                own |= settings
+        if not own:
+            return self
+        changes: dict[str, Any] = {"peer_opt": ()}
+        for key in _OF_PEER & own.keys():
+            value = own.pop(key)
+            changes[key] = (
+                value if key == "optimizer" else _number(f"--peer-opt {name}", key, value)
+            )
+        if changes.get("optimizer", self.optimizer) != self.optimizer:
+            changes = {"lr": None, "opt_args": ()} | changes  # those were meant for another one
+        changes["opt_args"] = (
+            *changes.get("opt_args", self.opt_args),
+            *(f"{key}={value}" for key, value in own.items()),
+        )
+        return dataclasses.replace(self, **changes)
 
     @property
     def smallest_micro_batch(self) -> int:
@@ -273,10 +483,10 @@ class OptimConfig(Section):
     def refused_on_resume(self, saved: "Section") -> Differences:
         """A resumed run may stop at another step, and may have more epochs."""
         found = self.differences(saved)
-        if not self.depends_on_last_step:
-            found.pop("max_steps", None)
-            if self.epochs > typing.cast(OptimConfig, saved).epochs:
-                found.pop("epochs", None)
+        found.pop("max_steps", None)
+        longer = self.epochs > typing.cast(OptimConfig, saved).epochs
+        if longer and not self.depends_on_last_epoch:
+            found.pop("epochs", None)
         return found
 
 
@@ -328,6 +538,12 @@ class MethodConfig(Section):
         nargs="+",
         metavar="DIR",
     )
+    teach_with: str = flag(
+        "weights",
+        "what a peer teaches with: its weights as they are trained, or with --ema their average "
+        "(ema)",
+        choices=("weights", "ema"),
+    )
     kl_images: str = flag(
         "all",
         "with --labelled-fraction: the KL term on all images, or on the labelled ones only",
@@ -349,6 +565,11 @@ class MethodConfig(Section):
         _refuse(
             self.links == "frozen" and not self.frozen_peers,
             "--links frozen needs --frozen-peers, the only teachers",
+        )
+        _refuse(
+            self.teach_with == "ema" and self.schedule.takes_turns,
+            f"--teach-with ema needs --update simultaneous: with {self.update}, peers learn from "
+            "weights that were updated within the step",
         )
 
     @property
@@ -489,6 +710,12 @@ class RunConfig(Section):
         "1ep",
         "how often to write a checkpoint: optimizer steps, epochs or minutes; one is always "
         "written at the end, and when the run is asked to stop",
+    )
+    keep: str = flag(
+        "last",
+        "best: beside the last weights of each peer, keep those of its best evaluation by "
+        "validation top-1; needs --val-fraction",
+        choices=("last", "best"),
     )
     keep_checkpoints: int = flag(2, "how many of the newest checkpoints to keep", Range(at_least=1))
     max_nonfinite: int = flag(
@@ -641,6 +868,18 @@ def _refuse_conflicts(config: Config) -> None:
         "--kl-images labelled needs --labelled-fraction below 1",
     )
     _refuse(
+        method.teach_with == "ema" and config.optim.ema is None,
+        "--teach-with ema needs --ema, the decay of the averages",
+    )
+    for name, on in (
+        ("--keep best", config.run.keep == "best"),
+        (f"--early-stop {config.optim.early_stop}", config.optim.early_stop is not None),
+    ):
+        _refuse(
+            on and config.data.val_fraction == 0,
+            f"{name} needs --val-fraction above 0: the test split is for reporting only",
+        )
+    _refuse(
         method.kl_warmup > config.optim.epochs,
         f"--kl-warmup {method.kl_warmup} is more than --epochs {config.optim.epochs}, so the KL "
         "weight would never reach --kl-weight: lower it",
@@ -695,11 +934,15 @@ def _typed(name: str, value: Any) -> Any:
         UsageError: it does not have the type of the flag.
     """
     hint = flag_types()[name]
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
-            return tuple(value)
+    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    several = next((one for one in accepted if typing.get_origin(one) is tuple), None)
+    if several and type(None) in accepted and isinstance(value, str):
+        value = (value,)  # as a single word was once written
+    if several and isinstance(value, (list, tuple)):
+        kind, value = typing.get_args(several)[0], tuple(map(_plain, value))
+        if all(type(one) is kind or (kind is float and type(one) is int) for one in value):
+            return value
     else:
-        accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         value = _plain(value)
         if type(value) in accepted or (float in accepted and type(value) is int):
             return value

@@ -184,7 +184,7 @@ class PixelSet(ImageSet):
     Args:
         split: the decoded images.
         normalisation: what is subtracted and divided by.
-        augment: ``crop-flip``, ``crop`` or ``none``; the crop is taken from the image padded by
+        augment: words of ``--augment``; the crop is taken from the image padded by
             reflection with an eighth of its side (4 pixels at 32, as in the paper).
         memory_format: of the images in a batch.
         options: of ``ImageSet``: seed, device, dtype, labelled.
@@ -195,7 +195,7 @@ class PixelSet(ImageSet):
         split: Split,
         normalisation: Normalisation,
         *,
-        augment: str,
+        augment: tuple[str, ...],
         memory_format: torch.memory_format = torch.contiguous_format,
         **options: Any,
     ) -> None:
@@ -217,9 +217,9 @@ class PixelSet(ImageSet):
         n = len(self)
         top, left = torch.randint(0, 2 * self._pad + 1, (2, n), generator=generate)
         flip = torch.rand(n, generator=generate) < 0.5
-        if self._augment == "none":
+        if not {"crop", "crop-flip"} & set(self._augment):
             top, left = torch.full_like(top, self._pad), torch.full_like(left, self._pad)
-        if self._augment != "crop-flip":
+        if not {"flip", "crop-flip"} & set(self._augment):
             flip = torch.zeros_like(flip)
         self._draws = [drawn.to(self._device) for drawn in (top, left, flip)]
 

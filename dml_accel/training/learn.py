@@ -188,7 +188,7 @@ def _check(
         _check_split(name, split, splits["train"].images)
     shape, floating = splits["train"].images.shape[1:], splits["train"].images.is_floating_point()
     augment = config.data.augment
-    if floating and augment not in (None, "none"):
+    if floating and augment not in (None, ("none",)):
         raise UsageError(
             f"Config(augment={augment!r}): floating images are used as they are; give uint8 "
             "images [N, H, H, 3], or augment='none'"
