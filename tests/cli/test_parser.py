@@ -224,7 +224,8 @@ def test_a_usage_error_is_one_line_at_once(case: str) -> None:
         ("--output", "did you mean --output-dir?"),
         # Flags of other programs, which ours are not like.
         ("--no-such-optimizer", "see train --help"),
-        ("--beta-smoothing", "see train --help"),
+        ("--gradient-noise", "see train --help"),
+        ("--label-smoothin", "did you mean --label-smoothing?"),
         ("--workers", "see train --help"),
         ("--devices", "see train --help"),
         ("-x", "see train --help"),
@@ -266,7 +267,8 @@ def test_the_help_of_train_shows_the_default_of_every_flag(helps: dict[str, str]
         text = " ".join(shown[flag_of(name)].split())
         if default not in (None, [], False):
             value = " ".join(default) if isinstance(default, list) else default
-            assert f"(default: {value})" in text, name
+            end = " with sgd" if name == "lr" else ")"
+            assert f"(default: {value}{end}" in text, name
         assert len(text) > 20, name  # its help
 
 
@@ -307,6 +309,8 @@ def test_a_flag_sets_its_field(name: str) -> None:
         words = [value]
     elif "tuple" in hint:
         words, value = ["a", "b"], ["a", "b"]
+        if "float" in hint:
+            words, value = ["1", "2.5"], [1.0, 2.5]
     elif "int" in hint:
         words, value = ["9"], 9
     elif "float" in hint:

@@ -9,7 +9,6 @@ import pytest
 
 from dml_accel.core.config import (
     Config,
-    OptimConfig,
     Section,
     differences_text,
     flag_groups,
@@ -46,7 +45,7 @@ OTHER: dict[str, typing.Any] = {
     "lr": 0.05,
     "lr_schedule": "cosine",
     "lr_step": 30,
-    "lr_milestones": (30.0, 60.5),
+    "lr_milestones": (30, 60.5),
     "lr_gamma": 0.2,
     "lr_min": 1e-4,
     "lr_power": 2.0,
@@ -98,6 +97,7 @@ NEEDS = {
     "kl_images": {"labelled_fraction": 0.5},
     "compile_mode": {"compile": "auto"},
     "lr_milestones": {"lr_schedule": "milestones"},
+    "optimizer": {"lr": 0.05},
     "teach_with": {"ema": 0.99},
     "early_stop": {"val_fraction": 0.1},
     "keep": {"val_fraction": 0.1},
@@ -107,7 +107,8 @@ NEEDS = {
 def with_and_without(name: str) -> tuple[Config, Config]:
     """Two configurations that differ in one flag only."""
     needs = NEEDS.get(name, {})
-    return Config(**needs | {name: OTHER[name]}), Config(**needs)
+    without = {"lr_milestones": (40,)} if name == "lr_milestones" else {}
+    return Config(**needs | {name: OTHER[name]}), Config(**needs | without)
 
 
 # ---------------------------------------------------------------- sections
@@ -209,6 +210,8 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
 
 def is_number(name: str) -> bool:
     hint = flag_types()[name]
+    if typing.get_origin(hint) is tuple:
+        return False
     return bool({int, float} & {hint, *typing.get_args(hint)})
 
 
@@ -219,13 +222,14 @@ def test_the_range_of_every_number_is_tested() -> None:
 @pytest.mark.parametrize("name", RANGES)
 def test_values_just_inside_a_range_are_accepted_and_just_outside_refused(name: str) -> None:
     inside, outside = RANGES[name]
+    needs = NEEDS.get(name, {})
     for value in inside:
-        assert Config(**{name: value}).as_dict()[name] == value
+        assert Config(**needs | {name: value}).as_dict()[name] == value
     if isinstance(inside[0], float):
         outside = [*outside, math.inf, -math.inf, math.nan]
     for value in outside:
         with pytest.raises(UsageError) as refusal:
-            Config(**{name: value})
+            Config(**needs | {name: value})
         assert str(refusal.value).startswith(f"--{name.replace('_', '-')} is {value}; it must be ")
 
 
@@ -262,7 +266,7 @@ def test_every_choice_is_accepted_and_any_other_word_refused() -> None:
                 said = f"--{field.name.replace('_', '-')} is other; it must be one of {choices[0]}"
                 with pytest.raises(UsageError, match=said):
                     Config(**{field.name: "other"})
-    assert chosen == 13
+    assert chosen == 15
 
 
 @pytest.mark.parametrize(
@@ -272,7 +276,10 @@ def test_every_choice_is_accepted_and_any_other_word_refused() -> None:
         ("cohort", (3,), "tuple[str, ...]"),
         ("seed", 1.0, "int"),
         ("epochs", True, "int"),
-        ("lr", "0.1", "float"),
+        ("lr_gamma", "0.1", "float"),
+        ("lr", "0.1", "float | None"),
+        ("lr_milestones", ("150",), "tuple[float, ...]"),
+        ("augment", 1, "tuple[str, ...] | None"),
         ("cpu", 1, "bool"),
         ("cpu", None, "bool"),
         ("dataset", None, "str"),
@@ -365,9 +372,11 @@ def test_a_run_resumes_with_its_own_flags() -> None:
 def test_resuming_may_change_what_does_not_change_the_result(name: str) -> None:
     config, saved = with_and_without(name)
     section = next((s for s, one in config.sections.items() if name in vars(one)), None)
-    difference = {name: (config.as_dict()[name], saved.as_dict()[name])}
-    if isinstance(OTHER[name], tuple):
-        difference = {name: (OTHER[name], tuple(saved.as_dict()[name]))}
+    owners = [(config, saved)]
+    owners += [(one, saved.sections[title]) for title, one in config.sections.items()]
+    (pair,) = [(vars(one)[name], vars(two)[name]) for one, two in owners if name in vars(one)]
+    assert pair[0] == OTHER[name] != pair[1]
+    difference = {name: pair}
     free = section in ("compute", "run")
     assert config.differences(saved) == ({} if free else difference)
     # What a data set holds is compared instead of its name, wherever it lies.
@@ -385,15 +394,69 @@ def test_resuming_may_stop_at_another_step_and_have_more_epochs() -> None:
     assert both.refused_on_resume(saved) == {"lr": (0.2, 0.1)}
 
 
-def test_a_learning_rate_that_depends_on_the_last_step_forbids_another_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    saved = Config(epochs=10)
-    longer, shorter = saved.changed(epochs=20), saved.changed(max_steps=5)
-    assert longer.refused_on_resume(saved) == shorter.refused_on_resume(saved) == {}
-    monkeypatch.setattr(OptimConfig, "depends_on_last_step", True)
-    assert longer.refused_on_resume(saved) == {"epochs": (20, 10)}
-    assert shorter.refused_on_resume(saved) == {"max_steps": (5, None)}
+@pytest.mark.parametrize("schedule", ["step", "milestones", "constant", "cosine", "poly"])
+def test_a_rate_that_depends_on_the_last_epoch_forbids_more_of_them(schedule: str) -> None:
+    drops = {"lr_milestones": (5,)} if schedule == "milestones" else {}
+    saved = Config(epochs=10, lr_schedule=schedule, **drops)
+    refused = {"epochs": (20, 10)} if schedule in ("cosine", "poly") else {}
+    assert saved.changed(epochs=20).refused_on_resume(saved) == refused
+    # The number of steps only ends the run, whatever the schedule.
+    assert saved.changed(max_steps=5).refused_on_resume(saved) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr_schedule": "milestones"}, "--lr-schedule milestones needs --lr-milestones, the epo"),
+        (
+            {"lr_milestones": (9, 12.5)},
+            "--lr-milestones 9 12.5 needs --lr-schedule milestones, not",
+        ),
+        (
+            {"lr_schedule": "milestones", "lr_milestones": (9, 8)},
+            "--lr-milestones 9 8 is out of order: each must be above the one before",
+        ),
+        ({"warmup": 4, "epochs": 4}, "--warmup 4 is not below --epochs 4, so the rate would never"),
+        ({"opt_args": ("eps",)}, "--opt-args 'eps' is not KEY=VALUE, such as eps=1e-6"),
+        ({"peer_opt": ("lr=1",)}, "--peer-opt 'lr=1' is not PEER:KEY=VALUE, such as mobilenet-0"),
+        ({"peer_opt": ("a-0:lr",)}, "--peer-opt a-0: 'lr' is not KEY=VALUE, such as eps=1e-6"),
+        ({"teach_with": "ema"}, "--teach-with ema needs --ema, the decay of the averages"),
+        (
+            {"teach_with": "ema", "ema": 0.9, "update": "official"},
+            "--teach-with ema needs --update simultaneous: with official, peers learn from weights",
+        ),
+        ({"keep": "best"}, "--keep best needs --val-fraction above 0: the test split is for"),
+        ({"early_stop": 3}, "--early-stop 3 needs --val-fraction above 0: the test split is for"),
+        (
+            {"mixup": 0.2, "labelled_fraction": 0.5},
+            "--mixup mixes labels, but with --labelled-fraction 0.5 some images have none: drop",
+        ),
+        ({"augment": ("none", "flip")}, "--augment none flip: none stands alone"),
+    ],
+    ids=str,
+)
+def test_what_a_recipe_cannot_be_is_refused(changes: dict, said: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Config(**changes)
+    assert str(refusal.value).startswith(said)
+
+
+def test_the_usual_rate_is_that_of_the_optimizer() -> None:
+    rates = {name: Config(optimizer=name).optim.lr for name in ("sgd", "momentum", "adamw", "lion")}
+    assert rates == {"sgd": 0.1, "momentum": 0.1, "adamw": 0.001, "lion": 0.001}
+    assert Config(optimizer="adamw", lr=0.1).optim.lr == 0.1
+
+
+def test_a_peer_has_settings_of_its_own() -> None:
+    given = ("a-0:lr=.01,weight-decay=0", "b-0:optimizer=adamw,betas=0.8,0.9,eps=1e-6", "a-0:lr=2")
+    optim = Config(peer_opt=given, opt_args=("maximize=False",), momentum=0.5).optim
+    assert optim.of_peer("c-0") is optim
+    first, second = optim.of_peer("a-0"), optim.of_peer("b-0")
+    assert (first.lr, first.weight_decay, first.momentum, first.optimizer) == (2, 0, 0.5, "sgd")
+    assert first.opt_args == ("maximize=False",)
+    # Another optimizer has its own usual rate, and none of the arguments of the shared one.
+    assert (second.lr, second.weight_decay, second.optimizer) == (0.001, 5e-4, "adamw")
+    assert second.opt_args == ("betas=0.8,0.9", "eps=1e-6")
 
 
 def test_a_section_without_rules_of_its_own_refuses_what_changes_the_result() -> None:
