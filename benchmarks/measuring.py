@@ -116,7 +116,7 @@ def image_set(split: Split | None = None) -> ImageSet:
     return PixelSet(
         split,
         Normalisation.of(split.images[:100]),
-        augment="crop-flip",
+        augment=("crop-flip",),
         seed=0,
         device=device(),
         dtype=torch.float32,
