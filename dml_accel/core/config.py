@@ -871,6 +871,11 @@ def _refuse_conflicts(config: Config) -> None:
         method.teach_with == "ema" and config.optim.ema is None,
         "--teach-with ema needs --ema, the decay of the averages",
     )
+    _refuse(
+        method.teach_with == "ema" and config.numerics.batch_norm == "local",
+        "--teach-with ema needs --batch-norm group: averages predict by their running statistics, "
+        "which must be the same in all processes of a peer",
+    )
     for name, on in (
         ("--keep best", config.run.keep == "best"),
         (f"--early-stop {config.optim.early_stop}", config.optim.early_stop is not None),

@@ -68,6 +68,12 @@ class Wrapper:
         self._warm_up(net)
         return net
 
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a network that is not trained to the device, in place, in the run's precision."""
+        set_memory_format(module, self._images.layout)
+        accelerator = self._placement.processes.accelerator
+        return accelerator.prepare_model(module, evaluation_mode=True).eval()
+
     def _warm_up(self, net: nn.Module) -> None:
         """Take a backward pass, without effect, for each size of a micro-batch.
 

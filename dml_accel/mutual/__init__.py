@@ -7,6 +7,7 @@ In reading order:
     metrics    metrics of a cohort as sums and counts
     links      --links, parsed: who learns from whom, with which weight
     teaching   the targets and losses of a run's peers
+    averages   the average of a peer's weights over its steps
     buffers    the buffers of a network over a step: counted, kept, put back
     peer       a peer in training: network, optimizer, loss scaler, one update
     teachers   frozen peers, which teach and are not updated

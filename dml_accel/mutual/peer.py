@@ -8,6 +8,7 @@ from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
 
 from dml_accel.models.spec import PeerSpec
+from dml_accel.mutual.averages import Average
 from dml_accel.mutual.buffers import Buffers
 
 
@@ -26,6 +27,8 @@ class Peer:
         scaler: does nothing outside fp16.
         keeps_gradients: give gradients memory of their own, because the memory of a backward pass
             is reused by the next network's, as with CUDA graphs.
+        average: the average of its weights, with ``--ema``.
+        best: with ``--keep best``, its weights at its best evaluation up to now, on the host.
     """
 
     spec: PeerSpec
@@ -34,6 +37,8 @@ class Peer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     keeps_gradients: bool = False
+    average: Average | None = None
+    best: dict[str, Tensor] | None = None
     _buffers: Buffers = field(init=False)
 
     def __post_init__(self) -> None:

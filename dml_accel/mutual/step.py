@@ -109,6 +109,13 @@ class Step:
         """Predict as in training but without a graph, [B, C]."""
         return peer.predict(x, self.dropout_key(peer, part))
 
+    def averages_logits(self, x: Tensor) -> Tensor | None:
+        """Return our peers' logits by the averages of their weights, [k, B, C], if those teach."""
+        if not (self.teaching.is_on and self.teaching.by_averages):
+            return None
+        averages = [peer.average for peer in self.peers]
+        return torch.stack([one.predict(x) for one in averages if one is not None])
+
     def frozen_contributions(self, x: Tensor) -> Tensor | None:
         """Return what the frozen peers contribute on our rows, [F, B, C + 2]; None without any."""
         teachers = self.cohort.teachers
@@ -151,7 +158,9 @@ class Step:
 
     def update(self, peer: Peer, finite: Tensor) -> None:
         """Let a peer take its step, if its loss is ``finite``, a bool on the device."""
-        peer.update(finite, self.cohort.optim.clip_norm)
+        taken = peer.update(finite, self.cohort.optim.clip_norm)
+        if peer.average is not None:
+            peer.average.update(finite if taken is None else taken, self.number)
 
 
 def train_step(
@@ -200,7 +209,9 @@ def _simultaneous(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
 def _together(step: Step, x: Tensor, y: Tensor, part: int, count: int) -> Tensor:
     """Forward of all peers, then backward of all; return sums of their losses' parts, [k, P]."""
     logits = torch.stack([step.forward(peer, x, part) for peer in step.peers])  # [k, B, C]
-    losses, sums = step.losses(logits, y, step.targets(logits, x, count), step.number)
+    taught = step.averages_logits(x)
+    targets = step.targets(logits if taught is None else taught, x, count)
+    losses, sums = step.losses(logits, y, targets, step.number)
     # A single backward pass for all peers: their graphs do not meet, because targets are constants.
     step.backward(losses, step.peers)
     return sums
@@ -210,7 +221,9 @@ def _in_turn(step: Step, x: Tensor, y: Tensor, part: int, count: int) -> Tensor:
     """As ``_together``, but with one peer's activations at a time: targets are made first."""
     targets = None
     if step.teaching.is_on:
-        looks = torch.stack([_look(step, peer, x, part) for peer in step.peers])
+        looks = step.averages_logits(x)
+        if looks is None:
+            looks = torch.stack([_look(step, peer, x, part) for peer in step.peers])
         targets = step.targets(looks, x, count)
     sums = []
     for place, peer in enumerate(step.peers):

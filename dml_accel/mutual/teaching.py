@@ -39,6 +39,7 @@ class Teaching:
 
     Attributes:
         is_on: whether there is a KL term at all; at weight 0 it is not computed.
+        by_averages: whether the averages of the peers' weights teach, not the weights themselves.
         turns: names of the peers that are trained, in the order in which they take turns.
     """
 
@@ -55,6 +56,7 @@ class Teaching:
         self._method, self._exchange = method, exchange
         self.turns, names = list(peers), sorted(peers)
         self.is_on = method.kl_weight > 0 and len(names) + len(frozen) > 1
+        self.by_averages = method.teach_with == "ema"
         self._exchange_dtype = torch.bfloat16 if exchange_dtype == "bf16" else None
         self._teachers = [*names, *frozen]
         self._links: Tensor | None = None

@@ -54,6 +54,7 @@ from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights
 from dml_accel.models.spec import PeerSpec, parse_cohort
+from dml_accel.mutual.averages import Average, copy_of
 from dml_accel.mutual.links import LinkWeights, read_links
 from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import Cohort
@@ -393,10 +394,14 @@ def make_cohort(
     for spec in sorted(specs, key=lambda spec: spec.name):
         if spec.name in placement.mine:
             module = modules.pop(spec.name)
+            copy = None if config.optim.ema is None else copy_of(module, spec.name)
             net = wrapper.wrap(module, spec.name, spec.name in to_compile)
             keeps = is_compiled_module(net) and mode != "default"
             optimizer = make_optimizer(module, config.optim)
-            peers.append(Peer(spec, module, net, optimizer, processes.loss_scaler(), keeps))
+            peer = Peer(spec, module, net, optimizer, processes.loss_scaler(), keeps)
+            if copy is not None and config.optim.ema is not None:
+                peer.average = Average(wrapper.place(copy), module, config.optim.ema)
+            peers.append(peer)
     return Cohort(
         peers,
         load_teachers(frozen, images.normalisation, format_, processes),
