@@ -2,7 +2,8 @@
 
 In reading order:
 
-    networks     the paper's networks, registered with timm
+    stems        timm's ResNets with a stem for small images
+    networks     networks for small images, registered with timm
     spec         --cohort, parsed: one specification per peer
     timm_config  config.json beside a network's weights, as timm writes it
     pretrained   trained weights to start from: of the hub, a peer's folder or a file

@@ -1,10 +1,11 @@
-"""The paper's networks at 32 x 32, built from timm's parts and registered with timm.
+"""Networks for 32 x 32 of the paper and of distillation, from timm's parts, registered with timm.
 
 After ``import dml_accel``, ``timm.create_model("resnet32_cifar", num_classes=100)`` works, and so
 does everything else in timm that takes a name. First convolutions have stride 1: at 32 x 32 the
 strides made for 224 x 224 would leave a single pixel. Weights start as torch or timm start them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from timm.layers import BatchNormAct2d, ConvNormAct, create_classifier, create_c
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import BasicBlock, downsample_conv
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
+
+from dml_accel.models import stems  # noqa: F401  (registers ResNets with another stem)
 
 # CIFAR-100's training split, the default of timm's input settings; runs export their own.
 _MEAN, _STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -43,10 +47,16 @@ default_cfgs = generate_default_cfgs(
         "resnet32_cifar": _RESNET,
         "resnet56_cifar": _RESNET,
         "resnet110_cifar": _RESNET,
+        "resnet8x4_cifar": _RESNET,
+        "resnet32x4_cifar": _RESNET,
         "mobilenet_cifar": _cfg("conv_stem", "classifier"),
         "inception_cifar": _cfg("stem.0.conv", "fc"),
+        "wrn_16_1_cifar": _WRN,
         "wrn_16_2_cifar": _WRN,
+        "wrn_16_10_cifar": _WRN,
         "wrn_28_10_cifar": _WRN,
+        "wrn_40_1_cifar": _WRN,
+        "wrn_40_2_cifar": _WRN,
     }
 )
 
@@ -113,32 +123,53 @@ class _ResidualBlock(nn.Module):
         return F.relu(x + y, inplace=True)
 
 
+def _projected_block(width_in: int, width: int, stride: int) -> nn.Module:
+    """Return timm's block; where the shape changes, its shortcut is a 1 x 1 convolution."""
+    same = stride == 1 and width_in == width
+    return BasicBlock(
+        width_in,
+        width,
+        stride,
+        downsample=None if same else downsample_conv(width_in, width, 1, stride),
+    )
+
+
 class CifarResNet(_Classifier):
-    """The CIFAR ResNet of depth 6n + 2 (He et al., CVPR 2016, section 4.2), option A shortcuts."""
+    """The CIFAR ResNet of depth 6n + 2 (He et al., CVPR 2016, section 4.2).
+
+    Args:
+        blocks: n, in each of three stages.
+        widths: channels of the first convolution and of each stage.
+        projected: whether shortcuts that change their shape are convolutions with batch norm, as
+            in the code of CRD (Tian et al., ICLR 2020); else they are option A, without weights.
+    """
 
     def __init__(
         self,
         blocks: int,
+        widths: Sequence[int] = (16, 16, 32, 64),
+        projected: bool = False,
         num_classes: int = 100,
         in_chans: int = 3,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        super().__init__(64, num_classes, drop_rate, global_pool)
-        self.conv1 = create_conv2d(in_chans, 16, 3)
-        self.bn1 = nn.BatchNorm2d(16)
-        layers, width_in = [], 16
-        for width in (16, 32, 64):
+        super().__init__(widths[-1], num_classes, drop_rate, global_pool)
+        width_in, make = widths[0], _projected_block if projected else _ResidualBlock
+        self.conv1 = create_conv2d(in_chans, width_in, 3)
+        self.bn1 = nn.BatchNorm2d(width_in)
+        layers = []
+        for stage, width in enumerate(widths[1:]):
             for block in range(blocks):
-                stride = 2 if width > 16 and block == 0 else 1
-                layers.append(_ResidualBlock(width_in, width, stride))
+                stride = 2 if stage > 0 and block == 0 else 1
+                layers.append(make(width_in, width, stride))
                 width_in = width
         self.layers = nn.Sequential(*layers)
-        self.feature_info = [{"num_chs": 64, "reduction": 4, "module": "layers"}]
+        self.feature_info = [{"num_chs": widths[-1], "reduction": 4, "module": "layers"}]
         self._add_head()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images [B, 3, S, S] to features [B, 64, S / 4, S / 4]."""
+        """Map images [B, 3, S, S] to features [B, num_features, S / 4, S / 4]."""
         return self.layers(F.relu(self.bn1(self.conv1(x)), inplace=True))
 
 
@@ -218,6 +249,11 @@ def _resnet(name: str, blocks: int, pretrained: bool, kw: dict[str, Any]) -> nn.
     return build_model_with_cfg(CifarResNet, name, pretrained, **({"blocks": blocks} | kw))
 
 
+def _resnet_x4(name: str, blocks: int, pretrained: bool, kw: dict[str, Any]) -> nn.Module:
+    wide = {"widths": (32, 64, 128, 256), "projected": True}
+    return _resnet(name, blocks, pretrained, wide | kw)
+
+
 def _wide_resnet(name: str, depth: int, width: int, pretrained: bool, kw: Any) -> nn.Module:
     defaults = {
         "layers": [(depth - 4) // 6] * 3,
@@ -264,6 +300,18 @@ def resnet110_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
 
 
 @register_model
+def resnet8x4_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
+    """CIFAR ResNet of depth 8, four times as wide, with projected shortcuts."""
+    return _resnet_x4("resnet8x4_cifar", 1, pretrained, kw)
+
+
+@register_model
+def resnet32x4_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
+    """CIFAR ResNet of depth 32, four times as wide, with projected shortcuts."""
+    return _resnet_x4("resnet32x4_cifar", 5, pretrained, kw)
+
+
+@register_model
 def mobilenet_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
     """MobileNet V1 (Howard et al., 2017) with feature maps of 32, 32, 16, 8 and 4 pixels."""
     stages = ["dsa_r1_k3_s1_c64", "dsa_r2_k3_s1_c128", "dsa_r2_k3_s2_c256"]
@@ -287,12 +335,36 @@ def inception_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
 
 
 @register_model
+def wrn_16_1_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
+    """Wide ResNet of depth 16 and width 1."""
+    return _wide_resnet("wrn_16_1_cifar", 16, 1, pretrained, kw)
+
+
+@register_model
 def wrn_16_2_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
     """Wide ResNet of depth 16 and width 2."""
     return _wide_resnet("wrn_16_2_cifar", 16, 2, pretrained, kw)
 
 
 @register_model
+def wrn_16_10_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
+    """Wide ResNet of depth 16 and width 10."""
+    return _wide_resnet("wrn_16_10_cifar", 16, 10, pretrained, kw)
+
+
+@register_model
 def wrn_28_10_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
     """Wide ResNet of depth 28 and width 10, the paper's largest network."""
     return _wide_resnet("wrn_28_10_cifar", 28, 10, pretrained, kw)
+
+
+@register_model
+def wrn_40_1_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
+    """Wide ResNet of depth 40 and width 1."""
+    return _wide_resnet("wrn_40_1_cifar", 40, 1, pretrained, kw)
+
+
+@register_model
+def wrn_40_2_cifar(pretrained: bool = False, **kw: Any) -> nn.Module:
+    """Wide ResNet of depth 40 and width 2."""
+    return _wide_resnet("wrn_40_2_cifar", 40, 2, pretrained, kw)

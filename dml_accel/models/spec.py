@@ -16,6 +16,7 @@ import timm
 
 from dml_accel.core.errors import UsageError
 from dml_accel.models import networks
+from dml_accel.models.stems import with_cifar_stem
 
 DEFAULT_NET = "resnet32"
 SHORT_NAMES = tuple(name.removesuffix("_cifar") for name in networks.default_cfgs)
@@ -69,6 +70,7 @@ def parse_cohort(cohort: Sequence[str]) -> list[PeerSpec]:
         arch = net if prefix else f"{net}_cifar"
         _require_known(arch, net, bool(prefix))
         arguments, start = _parse_arguments(text, words)
+        arch = _with_stem(text, arch, arguments)
         for _ in range(int(times or 1)):
             specs.append(PeerSpec(f"{net}-{count[net]}", arch, dict(arguments), start))
             count[net] += 1
@@ -126,6 +128,20 @@ def _parse_arguments(text: str, words: str) -> tuple[dict[str, Any], str | None]
                 "write pretrained, or pretrained=FOLDER_OR_FILE"
             )
     return {name: _literal(value) for name, value in found.items()}, start
+
+
+def _with_stem(text: str, arch: str, arguments: dict[str, Any]) -> str:
+    """Return the name of a network with the stem that its arguments ask for, which is taken out."""
+    stem = arguments.pop("stem", None)
+    if stem is None:
+        return arch
+    found = with_cifar_stem(arch) if stem == "cifar" else ""
+    if not found:
+        raise UsageError(
+            f"--cohort {text!r}: stem=cifar, the only one, is for ResNets of timm that begin with "
+            "a single convolution, such as timm:resnet18, timm:resnet50 or timm:seresnet18"
+        )
+    return found
 
 
 def _literal(text: str) -> Any:

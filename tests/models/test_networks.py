@@ -1,5 +1,7 @@
 """Networks: parameter counts against the literature, shapes, use through timm, what is refused."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -8,24 +10,34 @@ from torch import nn
 
 import dml_accel  # noqa: F401  (registers the networks)
 from dml_accel.core.errors import UsageError
+from dml_accel.data.batches import Normalisation
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
 from dml_accel.models.build import parameter_count
+from dml_accel.models.peer_folder import load_network, read_peer, write_network
+from dml_accel.models.pretrained import build_pretrained, read_weights
 from dml_accel.models.spec import SHORT_NAMES, parse_cohort
 from dml_accel.training.setup import image_format
-from tests.helpers import ROOT, Training, build_peer, tiny_config
+from tests.helpers import ROOT, Training, assert_same_state, build_peer, tiny_config
 
 # name: parameters with 100 classes. ResNets: He et al. 2016 (0.27M, 0.46M, 0.85M, 1.7M with 10
 # classes; a head of 100 adds 5,850). MobileNet 3.3M and WRN-28-10 36.5M: the paper's table 1.
-# WRN-16-2: Zagoruyko and Komodakis give 0.7M.
+# Zagoruyko and Komodakis give 0.2M, 0.7M, 17.1M, 0.6M and 2.2M for the other wide ResNets. The
+# ResNets x4 and resnet18 with a stem for CIFAR: the code of CRD, and of pytorch-cifar.
 LITERATURE = {
     "resnet20": 269_722 + 5_850,
     "resnet32": 464_154 + 5_850,
     "resnet56": 853_018 + 5_850,
     "resnet110": 1_727_962 + 5_850,
     "mobilenet": 3_309_476,
+    "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860,
+    "wrn_16_1": 180_916,
     "wrn_16_2": 703_284,
+    "wrn_16_10": 17_174_324,
     "wrn_28_10": 36_536_884,
+    "wrn_40_1": 569_780,
+    "wrn_40_2": 2_255_156,
 }
 
 
@@ -48,6 +60,20 @@ def test_resnet8_count_by_hand() -> None:
     blocks += convolution(16, 32) + convolution(32, 32)
     blocks += convolution(32, 64) + convolution(64, 64)
     assert parameter_count(meta("resnet8_cifar")) == stem + blocks + 64 * 100 + 100
+
+
+def test_resnet8x4_by_hand() -> None:
+    def convolution(width_in: int, width: int, kernel: int = 3) -> int:
+        return kernel * kernel * width_in * width + 2 * width  # with its batch norm
+
+    count = convolution(3, 32)
+    for width_in, width in ((32, 64), (64, 128), (128, 256)):
+        count += convolution(width_in, width) + convolution(width, width)
+        count += convolution(width_in, width, 1)  # the shortcut
+    assert parameter_count(meta("resnet8x4_cifar")) == count + 256 * 100 + 100
+    strides = [m.stride for m in meta("resnet8x4_cifar").modules() if isinstance(m, nn.Conv2d)]
+    first, *rest = [stride[0] for stride in strides]
+    assert first == 1 and rest == [1, 1, 1, 2, 1, 2, 2, 1, 2]
 
 
 def test_inception_count_by_hand() -> None:
@@ -133,6 +159,36 @@ def test_building_does_not_move_running_statistics() -> None:
 )
 def test_peers_are_named_after_their_net(text: list[str], expected: list[str]) -> None:
     assert [spec.name for spec in parse_cohort(text)] == expected
+
+
+def test_a_stem_for_small_images_replaces_that_of_a_resnet(tmp_path: Path) -> None:
+    (spec,) = parse_cohort(["timm:resnet18[stem=cifar]"])
+    assert (spec.name, spec.arguments) == ("resnet18-0", {})
+    net, usual = meta(spec.arch), meta("resnet18")
+    assert parameter_count(net) == 11_220_132 == parameter_count(usual) - 3 * 64 * (7 * 7 - 3 * 3)
+    maps = net.forward_features(torch.zeros(2, 3, 32, 32, device="meta"))
+    assert maps.shape[-1] == 4 and net.feature_info[-1]["reduction"] == 8
+    # A trained one loads again, through timm and through ours.
+    trained = build_peer(spec, tiny_config(float64=False), 3)
+    norm = Normalisation((0.5,) * 3, (0.25,) * 3)
+    write_network(
+        tmp_path, trained, spec, classes=("a", "b", "c"), normalisation=norm, image_size=16
+    )
+    ours = load_network(read_peer(tmp_path))
+    timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    started = build_pretrained(spec.arch, {}, 5, read_weights(spec.arch, str(tmp_path)))
+    for other in (ours, timms):
+        assert_same_state(trained.state_dict(), other.state_dict())
+    assert torch.equal(started.conv1.weight, trained.conv1.weight)
+    assert started.fc.out_features == 5
+
+
+@pytest.mark.parametrize(
+    "word", ["resnet8[stem=cifar]", "timm:resnet18d[stem=cifar]", "timm:resnet18[stem=wide]"]
+)
+def test_a_stem_that_a_network_cannot_have_is_refused(word: str) -> None:
+    with pytest.raises(UsageError, match="stem=cifar, the only one, is for ResNets of timm that"):
+        parse_cohort([word])
 
 
 @pytest.mark.parametrize(
