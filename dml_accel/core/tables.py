@@ -58,6 +58,10 @@ def results_table(results: dict[str, Any], style: str = "simple") -> str:
     """Return the metrics of every peer and the ensemble as a table; ``style`` is tabulate's."""
     rows = [[p["name"], f"{p['params']:,}", *_cells(p["test"])] for p in results["peers"]]
     rows.append(["ensemble", "", *_cells(results["ensemble"])])
+    if "ema_ensemble" in results:
+        of_peers = [(f"{p['name']}, averaged", p["ema"]["test"]) for p in results["peers"]]
+        averages = [*of_peers, ("ensemble, averaged", results["ema_ensemble"])]
+        rows += [[name, "", *_cells(metrics)] for name, metrics in averages]
     return table(rows, _HEADERS, style, left=1)
 
 

@@ -35,6 +35,7 @@ def peer_card(
     steps: int,
     teachers: list[str],
     distilled: bool,
+    note: str = "",
 ) -> ModelCard:
     """Return the card of a trained peer; see ``peer_folder.write_peer``."""
     dataset = public_name(dataset)
@@ -47,7 +48,7 @@ def peer_card(
     return model_card(
         spec.name,
         f"A `{spec.arch}` with {parameter_count(module):,} parameters, trained on "
-        f"`{dataset}`\n{how}.",
+        f"`{dataset}`\n{how}.{f' {note}' if note else ''}",
         metrics=metrics,
         dataset=dataset,
         steps=steps,

@@ -21,7 +21,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dml_accel.core.errors import UsageError, one_line
@@ -220,6 +220,8 @@ def write_peer(
     teachers: list[str],
     distilled: bool = False,
     grey_bits: int | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    note: str = "",
 ) -> None:
     """Write the three files of a trained peer.
 
@@ -237,6 +239,8 @@ def write_peer(
         distilled: whether none of the teachers was updated.
         grey_bits: how many of the 16 bits of a 16-bit grey image hold its levels; None if the
             network saw no such images.
+        weights: what is written (default: those of ``module``).
+        note: which weights these are, for the model card; empty if they are the last.
     """
     write_network(
         folder,
@@ -246,8 +250,9 @@ def write_peer(
         normalisation=normalisation,
         image_size=image_size,
         grey_bits=grey_bits,
+        weights=weights,
     )
-    card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled)
+    card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled, note)
     write_text(folder / CARD, str(card))
 
 
@@ -260,11 +265,13 @@ def write_network(
     normalisation: Normalisation,
     image_size: int,
     grey_bits: int | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write what timm loads of a network: its weights and its config.json; see ``write_peer``."""
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned, because the format refuses tensors that share memory (tied weights).
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in module.state_dict().items()}
+    weights = module.state_dict() if weights is None else weights
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in weights.items()}
     with replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_timm_config(

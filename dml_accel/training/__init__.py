@@ -2,6 +2,7 @@
 
 In reading order:
 
+    choosing    the best weights of each peer by validation, and when to stop early
     loop        the loop over steps, and evaluation
     checkpoint  all state that a run carries: written, verified and read
     trackers    records for TensorBoard and other trackers

@@ -2,7 +2,8 @@
 
     step-00001000/
       state.json              step, what the run adds, the sha256 of every file and of itself
-      <peer>.safetensors      parameters, buffers, the optimizer's tensors
+      <peer>.safetensors      parameters, buffers, the optimizer's tensors; where they are kept, the
+                              averages and the best of its weights (ema. and best.)
       <peer>.json             the optimizer's numbers, the loss scaler
 
 A folder gets its name once every file in it is on the disk. Reading checks everything, shapes
@@ -32,6 +33,7 @@ from dml_accel.mutual.peer import Peer
 _FORMAT = 1
 _LARGEST_HEADER = 16 * 2**20  # bytes
 _STATE = "state.json"
+WEIGHTS = ("model", "ema", "best")  # the weights of a peer, their average, its best ones
 _SCALER = set(torch.amp.GradScaler("cpu").state_dict())
 
 
@@ -248,10 +250,20 @@ def _read_peer(
     path = folder / f"{peer.name}.safetensors"
     tensors = _read_tensors(path, state, expected.values())
     require_fit(path, peer, tensors, expected)
+    if bool(weights_in(tensors, "best")) != (peer.name in state.get("best", {})):
+        raise UnreadableError(f"{path} and {_STATE} differ in whether they have best weights")
     return tensors, rest
 
 
-def load_weights(folder: Path, state: dict[str, Any], name: str, net: nn.Module) -> None:
+def weights_in(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Return the weights of one of the kinds ``WEIGHTS`` among the tensors of a peer."""
+    start = f"{kind}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def load_weights(
+    folder: Path, state: dict[str, Any], name: str, net: nn.Module, kind: str = "model"
+) -> None:
     """Load the weights of one peer, without its optimizer, into its network.
 
     Args:
@@ -259,14 +271,14 @@ def load_weights(folder: Path, state: dict[str, Any], name: str, net: nn.Module)
         state: the content of its state.json.
         name: of the peer.
         net: its network.
+        kind: one of ``WEIGHTS``.
 
     Raises:
         UnreadableError: the file is missing or damaged, or does not fit; nothing has been changed.
     """
     path, expected = folder / f"{name}.safetensors", net.state_dict()
     tensors = _read_tensors(path, state, expected.values())
-    ours = "model."
-    found = {n.removeprefix(ours): t for n, t in tensors.items() if n.startswith(ours)}
+    found = weights_in(tensors, kind)
     shapes = [{n: (t.shape, t.dtype) for n, t in one.items()} for one in (found, expected)]
     if shapes[0] != shapes[1]:
         raise UnreadableError(f"{path} holds other weights than {name} has")
@@ -300,6 +312,10 @@ def _read_rest(folder: Path, state: dict[str, Any], name: str) -> dict[str, Any]
 def pack(peer: Peer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return all state of a peer: tensors by name, and the rest as JSON."""
     tensors = {f"model.{n}": t for n, t in peer.module.state_dict().items()}
+    if peer.average is not None:
+        tensors |= {f"ema.{n}": t for n, t in peer.average.module.state_dict().items()}
+    if peer.best is not None:
+        tensors |= {f"best.{n}": t for n, t in peer.best.items()}
     optimizer, numbers = peer.optimizer.state_dict(), {}
     # torch keeps tensors and numbers in one dictionary; the two formats hold one kind each.
     for index, state in optimizer["state"].items():
@@ -319,8 +335,10 @@ def pack(peer: Peer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def unpack(peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
     """Set a peer to what ``pack`` returned, after both ``require`` functions accepted it."""
-    weights = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("model.")}
-    peer.module.load_state_dict(weights)
+    peer.module.load_state_dict(weights_in(tensors, "model"))
+    if peer.average is not None:
+        peer.average.module.load_state_dict(weights_in(tensors, "ema"))
+    peer.best = weights_in(tensors, "best") or None
     values = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("optimizer.")}
     state: dict[int, dict[str, Any]] = {}
     for place, value in (values | rest["optimizer"]).items():
@@ -362,7 +380,7 @@ def _shape(group: Any) -> Any:
 def require_fit(
     path: Path, peer: Peer, tensors: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
-    """Refuse tensors that do not fit a peer.
+    """Refuse tensors that do not fit a peer. Its best weights may be there or not.
 
     Args:
         path: the file, for the message.
@@ -373,9 +391,14 @@ def require_fit(
     Raises:
         UnreadableError: a tensor is missing, or has another shape or dtype.
     """
-    model = {name for name in expected if name.startswith("model.")}
-    if {name for name in tensors if name.startswith("model.")} != model:
+    names = peer.module.state_dict().keys()
+    averages = names if peer.average is not None else set()
+    found = [weights_in(tensors, kind).keys() for kind in WEIGHTS]
+    if found[:2] != [names, averages] or (found[2] and found[2] != names):
         raise UnreadableError(f"{path} holds other weights than {peer.name} has")
+    # Those of its best evaluation, which a peer does not have at its start, are like the others.
+    model = weights_in(expected, "model")
+    expected = expected | {f"best.{name}": value for name, value in model.items()}
     sizes = [w.shape for group in peer.optimizer.param_groups for w in group["params"]]
     for name, value in tensors.items():
         like, index = expected.get(name), name.partition(".")[2].partition(".")[0]

@@ -9,7 +9,7 @@ Shape letters: K peers, B rows of a batch, C classes, P parts of a loss.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from dml_accel.core.errors import DivergedError, StoppedError
 from dml_accel.data.batches import Data, ImageSet
 from dml_accel.distributed.launch import Stop
 from dml_accel.distributed.placement import Placement
-from dml_accel.models.optim import learning_rate
+from dml_accel.models.schedules import learning_rate
 from dml_accel.mutual.metrics import batch_sums, finish, no_sums
 from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import PARTS, Cohort, train_step
+from dml_accel.training.choosing import Choosing
 
 _EVALUATION_ROWS = 256
 _STEPS_BETWEEN_LOOKS = 10
@@ -39,10 +40,11 @@ class StepRecord:
     Attributes:
         step: optimizer steps taken, this one included.
         epoch: the epoch of the step, from 0.
-        lr: the learning rate of the step.
+        lr: the learning rate of the step, of peers without one of their own.
         pauses: whether a checkpoint or an evaluation follows before the next step.
         losses_KP: mean over the batch of the ``PARTS`` of every peer's loss, in name order, on the
             device. A peer whose loss is not finite has skipped the step.
+        lrs: the learning rate of every peer, in name order.
     """
 
     step: int
@@ -50,16 +52,29 @@ class StepRecord:
     lr: float
     pauses: bool
     losses_KP: Tensor
+    lrs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Metrics after ``step`` optimizer steps, as ``metrics.finish`` returns them."""
+    """Metrics after ``step`` optimizer steps, as ``metrics.finish`` returns them.
+
+    Attributes:
+        step: optimizer steps taken.
+        epoch: the epoch of the last step, from 0.
+        test: on the test split.
+        val: on the validation split, if there is one.
+        ema: with ``--ema``, ``test`` and ``val`` of the averages of the weights.
+        best: with ``--keep best``, the best evaluation of each peer up to now, this one included;
+            see ``Choosing``.
+    """
 
     step: int
     epoch: int
     test: dict[str, Any]
     val: dict[str, Any] | None
+    ema: dict[str, Any] | None = None
+    best: dict[str, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +85,13 @@ class CheckpointRecord:
         step: optimizer steps taken.
         epoch: the epoch of the last step, from 0.
         lost: how many steps in a row each peer has lost up to now.
+        chosen: what ``Choosing`` remembers, as JSON.
     """
 
     step: int
     epoch: int
     lost: dict[str, int]
+    chosen: dict[str, Any] = field(default_factory=dict)
 
 
 Record = StepRecord | CheckpointRecord | EvaluationRecord
@@ -88,11 +105,13 @@ class Start:
         step: optimizer steps taken before.
         lost: how many steps in a row each peer has lost up to there; 0 if it is not named.
         saved: whether this run's folder has a checkpoint of that step.
+        chosen: what ``Choosing`` remembers up to there.
     """
 
     step: int = 0
     lost: Mapping[str, int] = field(default_factory=dict)
     saved: bool = False
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
 def steps_to_take(optim: OptimConfig, images: int) -> int:
@@ -117,10 +136,12 @@ def fit(
     start: Start | None = None,
     stop: Stop | None = None,
 ) -> Iterator[Record]:
-    """Train the cohort: a record per step, checkpoint and evaluation; the last is an evaluation.
+    """Train the cohort: a record per step, checkpoint and evaluation; the last step is evaluated.
 
     A checkpoint comes before the evaluation of the same step, so that the evaluation can be
     repeated. One that is due while a peer loses steps waits until all peers have taken a step.
+    With ``--early-stop``, training may end before its last step, with a checkpoint after the
+    evaluation.
 
     Args:
         cohort: the peers of this process, and what they are trained with.
@@ -137,31 +158,41 @@ def fit(
     """
     start, stop = start or Start(), stop or Stop()
     placement, optim, per_epoch = cohort.placement, cohort.optim, cohort.steps_per_epoch
+    optims = {name: optim.of_peer(name) for name in placement.names}
     agenda = Agenda(optim, run, placement, len(data.train), start, stop)
     streaks = Streaks(placement, len(data.classes), start, run.max_nonfinite)
+    patience = optim.early_stop
+    choosing = Choosing(cohort.peers, run.keep == "best", patience, start.chosen)
+    agenda.evaluates |= choosing.is_over  # it was stopped before it could say so
     step, evaluation = start.step, None
     while True:
         epoch = max(step - 1, 0) // per_epoch
         if agenda.saves(step):
-            yield CheckpointRecord(step, epoch, streaks.by_name())
+            yield CheckpointRecord(step, epoch, streaks.by_name(), choosing.state())
             agenda.has_saved(step)
         if agenda.evaluates and not agenda.stops:
             evaluation = _evaluate_splits(cohort.peers, data, placement, stop, step, epoch)
             if evaluation is None:  # stopped meanwhile: the checkpoint comes first
                 agenda.stops = True
                 continue
+            choosing.take(step, evaluation.test, evaluation.val)
+            evaluation = replace(evaluation, best=choosing.best and dict(choosing.best))
             yield evaluation
             agenda.has_evaluated()
+            if choosing.is_over:
+                agenda.end(streaks)
+                continue  # with the last checkpoint
         if agenda.stops:
             raise StoppedError(f"stopped by {stop.signal or 'a signal to another process'}")
         if agenda.is_done(step):
             break
         lr = learning_rate(optim, step, per_epoch)
-        losses, requested = train_step(cohort, step, lr, agenda.requests)
+        lrs = {name: learning_rate(one, step, per_epoch) for name, one in optims.items()}
+        losses, requested = train_step(cohort, step, lrs, agenda.requests)
         step += 1
         streaks.count(losses)
         looks = agenda.advance(step, requested, streaks)
-        yield StepRecord(step, (step - 1) // per_epoch, lr, agenda.pauses, losses)
+        yield StepRecord(step, (step - 1) // per_epoch, lr, agenda.pauses, losses, lrs)
         if looks:
             streaks.refuse_diverged(step)
     assert evaluation is not None, "the last step is evaluated"
@@ -191,6 +222,7 @@ class Agenda:
         self._evaluation_timer = _Timer(run.eval_interval)
         self._save_timer = _Timer(run.save_interval)
         self._saved_step = start.step if start.saved else None
+        self._ends = False
         self.evaluates = evaluation_follows(optim, run, images, start.step)
         # A run that continues another one's checkpoint first writes its own.
         self._save_due = self._saves_now = start.step > 0 and not start.saved
@@ -208,11 +240,16 @@ class Agenda:
 
     def has_evaluated(self) -> None:
         """Record that the evaluation was made."""
+        self.evaluates = False
         self._evaluation_timer.restart()
 
+    def end(self, streaks: "Streaks") -> None:
+        """End after the last checkpoint, which is due now."""
+        self._ends, self._saves_now = True, not streaks.any()
+
     def is_done(self, step: int) -> bool:
-        """Whether all steps are taken."""
-        return step >= steps_to_take(self._optim, self._images)
+        """Whether all steps are taken, or no more are wanted."""
+        return self._ends or step >= steps_to_take(self._optim, self._images)
 
     def requests(self) -> list[bool]:
         """Return what this process requests: stop, evaluate, save. Rank 0's clock decides."""
@@ -318,11 +355,18 @@ def _evaluate_splits(
     peers: Sequence[Peer], data: Data, placement: Placement, stop: Stop, step: int, epoch: int
 ) -> EvaluationRecord | None:
     """Evaluate on the test split, and on the validation split if there is one; None if stopped."""
-    splits = [data.test, data.val] if data.val else [data.test]
-    test, *val = [evaluate(peers, one, len(data.classes), placement, stop) for one in splits]
-    if test is None or None in val:
-        return None
-    return EvaluationRecord(step, epoch, test, val[0] if val else None)
+    splits = {"test": data.test} | ({"val": data.val} if data.val else {})
+    found: list[dict[str, Any]] = []  # of the weights, and of their averages
+    for averages in (False, True) if peers[0].average else (False,):
+        measured: dict[str, Any] = {"test": None, "val": None}
+        for name, images in splits.items():
+            measured[name] = evaluate(
+                peers, images, len(data.classes), placement, stop, averages=averages
+            )
+            if measured[name] is None:
+                return None
+        found.append(measured)
+    return EvaluationRecord(step, epoch, **found[0], ema=found[1] if found[1:] else None)
 
 
 @torch.no_grad()
@@ -332,6 +376,8 @@ def evaluate(
     classes: int,
     placement: Placement,
     stop: Stop | None = None,
+    *,
+    averages: bool = False,
 ) -> dict[str, Any] | None:
     """Measure every peer and the ensemble on all of ``images``, each image counted once.
 
@@ -343,6 +389,7 @@ def evaluate(
         classes: how many there are.
         placement: which rows are ours.
         stop: checked after each chunk on a CPU, and with a single process.
+        averages: whether to measure the averages of their weights.
 
     Returns:
         See ``metrics.finish``; the same in all processes. None if a process was asked to stop.
@@ -351,7 +398,8 @@ def evaluate(
     looks = stop and (processes.world_size == 1 or placement.device.type == "cpu")
     stops = False
     peers = sorted(peers, key=lambda peer: peer.name)
-    modules = [peer.module.eval() for peer in peers]
+    trained = [peer.module.eval() for peer in peers]
+    modules = [peer.average.module for peer in peers if peer.average] if averages else trained
     placement.broadcast_buffers(modules)
     sums = no_sums(len(placement.names), placement.device)
     chunk = _EVALUATION_ROWS * placement.slices
@@ -367,6 +415,6 @@ def evaluate(
         everyone = placement.gather(torch.stack(ours), count)  # [K, B, C]
         if placement.counts_rows and hi > lo:
             sums += batch_sums(everyone, y)
-    for module in modules:
+    for module in trained:
         module.train()
     return None if stops else finish(placement.sum_over_rows(sums), placement.names, classes)

@@ -88,7 +88,7 @@ def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int
         steps=steps,
         step=schedule.cost(peers) * batch_size * image_cost,
         evaluations=-(-steps // period) if period else 1,
-        evaluation=(held + len(source.test)) * image_cost,
+        evaluation=(held + len(source.test)) * image_cost * (1 if config.optim.ema is None else 2),
         images_per_step=batch_size * schedule.batches_per_step(peers),
         taken=taken,
         peers=names,
@@ -259,9 +259,14 @@ class Display:
             return
         split = "val" if record.val else "test"
         metrics = record.val or record.test
+        line = f"{self._at(record)} {split} top-1: {self._accuracies(metrics)}"
+        if record.ema:
+            line += f"; averages: {self._accuracies(record.ema[split])}"
+        self._print(line)
+
+    def _accuracies(self, metrics: dict[str, Any]) -> str:
         scores = [*self._in_order(metrics["peers"]).items(), ("ensemble", metrics["ensemble"])]
-        accuracies = " ".join(f"{name} {100 * score['top1']:.2f}%" for name, score in scores)
-        self._print(f"{self._at(record)} {split} top-1: {accuracies}")
+        return " ".join(f"{name} {100 * score['top1']:.2f}%" for name, score in scores)
 
     def end(self) -> None:
         """Count the run as done, whatever its evaluations were estimated to cost."""

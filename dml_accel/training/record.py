@@ -2,11 +2,14 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dml_accel.core.config import Config
 from dml_accel.core.errors import one_line
 from dml_accel.core.files import write_text
 from dml_accel.core.tables import percent, render, results_table
@@ -14,10 +17,18 @@ from dml_accel.core.versions import commit, versions
 from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.plan import StepLoad, predict, this_machine
 from dml_accel.models.peer_folder import write_peer
+from dml_accel.mutual.peer import Peer
 from dml_accel.training import trackers
-from dml_accel.training.loop import EvaluationRecord, Record, StepRecord, evaluation_follows
+from dml_accel.training.choosing import best_of
+from dml_accel.training.loop import (
+    EvaluationRecord,
+    Record,
+    StepRecord,
+    evaluation_follows,
+    steps_to_take,
+)
 from dml_accel.training.progress import Display, Window, Windows
-from dml_accel.training.run_folder import RunFolder
+from dml_accel.training.run_folder import WEIGHTS, RunFolder
 from dml_accel.training.setup import Prepared
 from dml_accel.training.trackers import Trackers
 
@@ -38,7 +49,9 @@ class Recorder:
         self._folder, self._ready, self._display = folder, ready, display
         self._command = command
         config, step = ready.config, ready.start.step
-        self._windows = Windows(ready.placement.names, ready.cohort.steps_per_epoch)
+        peers = ready.placement.names
+        self._windows = Windows(peers, ready.cohort.steps_per_epoch)
+        self._own_rates = any(config.optim.of_peer(one).lr != config.optim.lr for one in peers)
         resumed = step if ready.resumes else None
         again = evaluation_follows(config.optim, config.run, len(ready.images.train), step)
         folder.begin(resumed, again)
@@ -60,6 +73,7 @@ class Recorder:
             return
         if isinstance(record, EvaluationRecord):
             scores = {"test": record.test, "val": record.val}
+            scores |= {} if record.ema is None else {"ema": record.ema}
             self._folder.event("eval", record.step, record.epoch + 1, **scores)
             self._display.evaluation(record)
         self._windows.restart_clock()
@@ -74,6 +88,7 @@ class Recorder:
             seconds=round(window.seconds, 6),
             peers=window.losses,
             **({"skipped": window.skipped} if window.skipped else {}),
+            **({"lrs": dict(window.last.lrs)} if self._own_rates else {}),
         )
 
     def stop(self, reason: str) -> None:
@@ -138,6 +153,7 @@ def results(
     """Return the content of results.json: fractions in [0, 1], NLL in nats, memory in bytes."""
     config, placement = ready.config, ready.placement
     return {
+        **_chosen(ready, last),
         "format": 1,
         "seed": config.seed,
         "epochs": config.optim.epochs,
@@ -154,6 +170,8 @@ def results(
                 "params": ready.parameters[spec.name],
                 "test": last.test["peers"][spec.name],
                 "val": last.val["peers"][spec.name] if last.val else None,
+                **({"ema": _of_peer(last.ema, spec.name)} if last.ema else {}),
+                **({"best": last.best[spec.name]} if last.best else {}),
             }
             for spec in ready.checked.specs
         ],
@@ -164,6 +182,28 @@ def results(
         "versions": versions() | device_versions(placement.device),
         "sent_bytes_per_step": _sent(ready),
     }
+
+
+def stopped_early(ready: Prepared, last: EvaluationRecord) -> bool:
+    """Whether training ended before its last step."""
+    return last.step < steps_to_take(ready.config.optim, len(ready.images.train))
+
+
+def _chosen(ready: Prepared, last: EvaluationRecord) -> dict[str, Any]:
+    """Return what ``--ema``, ``--keep best`` and ``--early-stop`` add to the results, where on."""
+    found: dict[str, Any] = {}
+    if last.ema:
+        found["ema_ensemble"] = last.ema["test"]["ensemble"]
+    if last.best:
+        name = best_of({name: one["val"] for name, one in last.best.items()})
+        found["best"] = {"peer": name, **last.best[name]}
+    if ready.config.optim.early_stop is not None:
+        found["stopped_early"] = stopped_early(ready, last)
+    return found
+
+
+def _of_peer(splits: dict[str, Any], name: str) -> dict[str, Any]:
+    return {split: found and found["peers"][name] for split, found in splits.items()}
 
 
 def _sent(ready: Prepared) -> list[float]:
@@ -180,27 +220,58 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
     images, data = ready.images, ready.config.data
     for peer in filter(lambda peer: ready.placement.leads(peer.name), ready.cohort.peers):
         teachers = ready.cohort.teaching.teachers_of(peer.name)
-        folder = ready.path / "peers" / peer.name
-        try:
-            write_peer(
-                folder,
-                peer.module,
-                peer.spec,
-                last.test["peers"][peer.name],
-                classes=images.classes,
-                normalisation=images.normalisation,
-                image_size=data.image_size,
-                dataset=data.dataset,
-                grey_bits=ready.checked.source.grey_bits,
-                steps=last.step,
-                teachers=[archs.get(name, name) for name in teachers],
-                distilled=set(teachers) <= archs.keys(),
-            )
-        except OSError as error:
-            return error
-        except Exception as error:  # safetensors and the card's template raise their own kinds
-            return OSError(f"{folder} cannot be written: {error}")
+        for kind, weights, metrics, steps, note in _written(ready.config, peer, last):
+            folder = ready.path / kind / peer.name
+            try:
+                write_peer(
+                    folder,
+                    peer.module,
+                    peer.spec,
+                    metrics,
+                    weights=weights,
+                    classes=images.classes,
+                    normalisation=images.normalisation,
+                    image_size=data.image_size,
+                    dataset=data.dataset,
+                    grey_bits=ready.checked.source.grey_bits,
+                    steps=steps,
+                    teachers=[archs.get(name, name) for name in teachers],
+                    distilled=set(teachers) <= archs.keys(),
+                    note=note,
+                )
+            except OSError as error:
+                return error
+            except Exception as error:  # safetensors and the card's template raise their own kinds
+                return OSError(f"{folder} cannot be written: {error}")
     return None
+
+
+_Written = tuple[str, Mapping[str, Tensor], dict[str, Any], int, str]
+
+
+def _written(config: Config, peer: Peer, last: EvaluationRecord) -> Iterator[_Written]:
+    """Yield which weights of a peer are written: folder, weights, test metrics, steps, note."""
+    name, test = peer.name, last.test["peers"][peer.name]
+    yield WEIGHTS["last"], peer.module.state_dict(), test, last.step, ""
+    if peer.average is not None and last.ema:
+        weights, test = peer.average.module.state_dict(), last.ema["test"]["peers"][name]
+        yield WEIGHTS["ema"], weights, test, last.step, ema_note(config.optim.ema)
+    if peer.best is not None and last.best:
+        best = last.best[name]
+        yield WEIGHTS["best"], peer.best, best["test"], best["step"], best_note(best)
+
+
+def ema_note(decay: float | None) -> str:
+    """Return what a model card says of averages."""
+    return f"The weights are exponential moving averages (decay {decay}) over the training."
+
+
+def best_note(best: Mapping[str, Any]) -> str:
+    """Return what a model card says of the weights of a peer's best evaluation."""
+    return (
+        f"The weights are those after step {best['step']:,}, the best evaluation of this network "
+        f"by validation ({percent(best['val']['top1'])}%)."
+    )
 
 
 def results_markdown(results: dict[str, Any], dataset: str, command: str) -> str:

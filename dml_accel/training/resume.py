@@ -25,7 +25,7 @@ from dml_accel.distributed.launch import launched_precision, restarts
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes
 from dml_accel.mutual.peer import Peer
-from dml_accel.training import checkpoint
+from dml_accel.training import checkpoint, choosing
 from dml_accel.training.loop import Start
 from dml_accel.training.run_folder import CHECKPOINTS, SavedRun
 from dml_accel.training.setup import Checked
@@ -65,7 +65,8 @@ class Origin:
             return Start()
         # A run that continues another one's checkpoint has to write its own first.
         here = self.path.resolve().parent == checkpoints.resolve()
-        return Start(self.state["step"], self.state["lost"], here)
+        chosen = {name: self.state[name] for name in choosing.STATE if name in self.state}
+        return Start(self.state["step"], self.state["lost"], here, chosen)
 
     def ranks(self, placement: str, world_size: int) -> dict[str, list[int]] | None:
         """Return the placement of the checkpoint, if this run may use the same one.
@@ -149,11 +150,13 @@ def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str
             f"{path / 'results.json'} does not hold the results of a run: remove it, and --resume "
             "auto finishes the run from its newest checkpoint"
         )
-    if taken < steps:
+    early = saved.results.get("stopped_early") is True
+    if taken < steps and not early:
         return ""
     _refuse(path, config.refused_on_resume(saved.config))
     refuse_other_images(saved, config, source)
-    return f"{path} has taken all of its {taken} steps: nothing to do"
+    how = "stopped early after" if early else "taken all of its"
+    return f"{path} has {how} {taken} steps: nothing to do"
 
 
 def find_origin(config: Config, checked: Checked) -> Origin:
@@ -268,6 +271,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
         counts = state["lost"].values()
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             wrong.append("lost")
+        wrong += choosing.wrong_state(state, peers)
     if wrong:
         raise UnreadableError(f"{path / 'state.json'} has no valid {', '.join(wrong)}")
     return Origin(path, state)

@@ -6,6 +6,8 @@
     results.json     the last evaluation, written last
     checkpoints/     see checkpoint.py
     peers/<name>/    see models/peer_folder.py
+    averaged/<name>/ with --ema, the same of the averages of the weights
+    best/<name>/     with --keep best, the same of each peer's best evaluation
     run.lock         names the process that writes here
 
 The writer holds ``run.lock`` by flock, which the system releases when the process dies. Files
@@ -43,9 +45,12 @@ from dml_accel.training.status import (
 from dml_accel.training.trackers import FOLDER, LOGS
 
 CHECKPOINTS = "checkpoints"
+# The folders of a run's networks, by what ``--weights`` calls them.
+WEIGHTS = {"last": "peers", "ema": "averaged", "best": "best"}
 _LONGEST_NAME = 200  # characters of run.lock, which anybody may have written
 _FILES_OF_A_RUN = (
-    *("config.json", STATUS, CHECKPOINTS, "metrics.jsonl", "results.json", "peers"),
+    *("config.json", STATUS, CHECKPOINTS, "metrics.jsonl", "results.json"),
+    *WEIGHTS.values(),
     FOLDER,
 )
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -428,7 +433,9 @@ class RunFolder(LockedFolder):
         """
         self._status.step, self._started = step or 0, True
         self.status(RUNNING)
-        path, fewer = self.path / "metrics.jsonl", ("results.json", "results.md")
+        path = self.path / "metrics.jsonl"
+        # The flags may not ask for averages or best weights any more.
+        fewer = ("results.json", "results.md", WEIGHTS["ema"], WEIGHTS["best"])
         for trace in _FILES_OF_A_RUN if step is None else fewer:
             if trace == STATUS:
                 continue  # it marks the folder as a run, should we be interrupted here

@@ -53,18 +53,23 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     For a window of steps: ``train/lr``, ``train/<part of the loss>/<peer>`` and
     ``train/skipped/<peer>``; for an evaluation, for ``val`` as for ``test``:
     ``test/<metric>/<peer>``, ``test/<metric>/ensemble``, ``test/agreement``,
-    ``test/entropy/<peer>`` and ``test/kl/<teacher>/<peer>``.
+    ``test/entropy/<peer>`` and ``test/kl/<teacher>/<peer>``; with ``--ema``, ``ema_test`` and
+    ``ema_val`` are those of the averages.
     """
     found: dict[str, float | None] = {}
     if record["event"] == "step":
         found["train/lr"] = record["lr"]
+        found |= {f"train/lr/{peer}": lr for peer, lr in record.get("lrs", {}).items()}
         for peer, parts in record["peers"].items():
             found |= {f"train/{part}/{peer}": value for part, value in parts.items()}
         found |= {f"train/skipped/{peer}": n for peer, n in record.get("skipped", {}).items()}
     if record["event"] == "eval":
-        for split in ("test", "val"):
-            if record[split] is not None:
-                found |= _of_a_split(split, record[split])
+        averages = record.get("ema") or {}
+        splits = {split: record[split] for split in ("test", "val")}
+        splits |= {f"ema_{split}": metrics for split, metrics in averages.items()}
+        for split, metrics in splits.items():
+            if metrics is not None:
+                found |= _of_a_split(split, metrics)
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -30,7 +30,7 @@ from dml_accel.models.spec import cohort_label, parse_cohort
 from dml_accel.training import checkpoint, loop, progress, resume, setup, trackers
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord
 from dml_accel.training.progress import Display
-from dml_accel.training.record import Recorder, write_peers
+from dml_accel.training.record import Recorder, stopped_early, write_peers
 from dml_accel.training.resume import Origin
 from dml_accel.training.run_folder import CHECKPOINTS, RunFolder, explaining_stop
 from dml_accel.training.setup import Checked, Modules, Prepared
@@ -182,6 +182,8 @@ def run_one(
     last = _take_all_steps(ready, recorder, session.stop)
     if recorder:
         recorder.end(last)
+        if stopped_early(ready, last):
+            print(_why_early(config, last), file=sys.stderr, flush=True)
     error = write_peers(ready, last)
     failed = processes.failed_rank(error is not None)  # waits for the files of all peers
     memory = processes.all_reduce_max(progress.peak_memory(processes.device))
@@ -209,10 +211,19 @@ def _what_starts(ready: Prepared, steps: int) -> str:
     )
 
 
+def _why_early(config: Config, last: EvaluationRecord) -> str:
+    count = config.optim.early_stop
+    return (
+        f"stopped early after {last.step:,} steps: the mean validation top-1 of the cohort was not "
+        f"better in {f'{count} evaluations' if count != 1 else 'an evaluation'}"
+    )
+
+
 def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> EvaluationRecord:
     """Train to the end and write checkpoints; return the last evaluation."""
     config, cohort = ready.config, ready.cohort
     state = resume.checkpoint_state(config, ready.checked, ready.placement, ready.compiled)
+    last: EvaluationRecord | None = None
     try:
         with _explaining_out_of_memory(_smaller_steps(config, cohort.one_at_a_time)):
             for record in loop.fit(cohort, ready.images, config.run, ready.start, stop):
@@ -220,13 +231,13 @@ def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> E
                     _save(ready, record, state)
                 if recorder:
                     recorder.take(record)
-                last = record
+                last = record if isinstance(record, EvaluationRecord) else last
     except StoppedError as stopped:
         if recorder:
             recorder.stop(str(stopped))
         ready.placement.processes.barrier()  # a launcher may end all once the first has ended
         raise
-    assert isinstance(last, EvaluationRecord), "fit ends with an evaluation"
+    assert last is not None, "the last step is evaluated"
     return last
 
 
@@ -237,7 +248,7 @@ def _save(ready: Prepared, record: CheckpointRecord, state: dict[str, Any]) -> N
         ready.path / CHECKPOINTS,
         record.step,
         ready.cohort.peers,
-        state | {"lost": record.lost},
+        state | {"lost": record.lost} | record.chosen,
         keep,
         ready.placement,
     )
