@@ -21,6 +21,7 @@ import math
 import numbers
 import os
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -34,9 +35,9 @@ from dml_accel.core.updates import UPDATE_SCHEDULES, UpdateSchedule
 AUGMENTATIONS = {
     "none": "nothing",
     "crop": "a crop from the image padded by reflection with an eighth of its side",
-    "random-resized-crop": "a crop of random area and shape, resized",
     "flip": "left and right, for half of the images",
     "crop-flip": "crop and flip",
+    "random-resized-crop": "a crop of random area and shape, resized",
     "randaugment": "RandAugment (2 operations of magnitude 9)",
     "trivialaugment": "TrivialAugment",
     "color-jitter": "brightness, contrast and saturation",
@@ -148,6 +149,11 @@ def _assignment(flag: str, text: str) -> tuple[str, str]:
     return name.strip().replace("-", "_"), value.strip()
 
 
+def _refuse_repeated(flag: str, keys: list[str]) -> None:
+    twice = next((key for at, key in enumerate(keys) if key in keys[:at]), None)
+    _refuse(twice is not None, f"{flag} gives {twice} twice: once is meant")
+
+
 def _number(flag: str, name: str, value: str) -> float:
     try:
         return float(value)
@@ -166,7 +172,9 @@ def peer_settings(text: str) -> tuple[str, dict[str, str]]:
         raise UsageError(f"--peer-opt {text!r} is not PEER:KEY=VALUE, such as mobilenet-0:lr=0.01")
     # A comma within a value, as in betas=0.9,0.95, is followed by no key.
     parts = re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", rest)
-    return name.strip(), dict(_assignment(f"--peer-opt {name}:", part) for part in parts)
+    pairs = [_assignment(f"--peer-opt {name}:", part) for part in parts]
+    _refuse_repeated(f"--peer-opt {name}:", [key for key, _ in pairs])
+    return name.strip(), dict(pairs)
 
 
 # ---------------------------------------------------------------- the sections
@@ -436,10 +444,14 @@ class OptimConfig(Section):
             f"--warmup {self.warmup:g} is not below --epochs {self.epochs}, so the rate would "
             "never reach --lr: lower it",
         )
-        for text in self.opt_args:
-            _assignment("--opt-args", text)
+        _refuse(
+            self.depends_on_last_epoch and self.lr_min > self.highest_lr,
+            f"--lr-min {self.lr_min:g} is above --lr {self.highest_lr:g}, so the rate would grow: "
+            "lower it",
+        )
+        _refuse_repeated("--opt-args", [_assignment("--opt-args", one)[0] for one in self.opt_args])
         for text in self.peer_opt:
-            peer_settings(text)
+            self.of_peer(peer_settings(text)[0])
 
     @property
     def highest_lr(self) -> float:
@@ -469,11 +481,15 @@ class OptimConfig(Section):
             )
         if changes.get("optimizer", self.optimizer) != self.optimizer:
             changes = {"lr": None, "opt_args": ()} | changes  # those were meant for another one
+        shared = changes.get("opt_args", self.opt_args)
         changes["opt_args"] = (
-            *changes.get("opt_args", self.opt_args),
+            *(text for text in shared if _assignment("--opt-args", text)[0] not in own),
             *(f"{key}={value}" for key, value in own.items()),
         )
-        return dataclasses.replace(self, **changes)
+        try:
+            return dataclasses.replace(self, **changes)
+        except UsageError as error:
+            raise UsageError(f"--peer-opt {name}: {error}") from None
 
     @property
     def smallest_micro_batch(self) -> int:
@@ -791,7 +807,7 @@ class Config:
             bool(unknown),
             f"unknown configuration {', '.join(unknown)}; known are: {', '.join(known)}",
         )
-        values = {name: _typed(name, value) for name, value in values.items()}
+        values = {name: typed(name, value) for name, value in values.items()}
         for field in dataclasses.fields(type(self)):
             value = values.get(field.name, field.default)
             if isinstance(value, Section):
@@ -932,8 +948,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _typed(name: str, value: Any) -> Any:
-    """Return a value with lists made tuples.
+def typed(name: str, value: Any) -> Any:
+    """Return the value of a flag, with lists made tuples.
 
     Raises:
         UsageError: it does not have the type of the flag.
@@ -952,7 +968,7 @@ def _typed(name: str, value: Any) -> Any:
         if type(value) in accepted or (float in accepted and type(value) is int):
             return value
     words = hint.__name__ if isinstance(hint, type) else str(hint)  # int, or tuple[str, ...]
-    raise UsageError(f"configuration {name} is {value!r}; its type must be {words}")
+    raise UsageError(f"configuration {name} is {reprlib.repr(value)}; its type must be {words}")
 
 
 def differences_text(differences: Differences) -> str:

@@ -136,10 +136,14 @@ class Trial:
         Returns:
             Seconds; 0 if the steps are too few to try.
         """
-        kinds = {spec.name: repr((spec.arch, spec.arguments)) for spec in specs}
+        kinds = {
+            spec.name: repr((spec.arch, spec.arguments, self._optim.of_peer(spec.name)))
+            for spec in specs
+        }
         named = {kind: name for name, kind in kinds.items()}
         eager = {
-            kind: self._prepared(modules[name], compiled=False) for kind, name in named.items()
+            kind: self._prepared(modules[name], name, compiled=False)
+            for kind, name in named.items()
         }
         for prepared in eager.values():
             self._step(*prepared)  # warm-up
@@ -157,13 +161,13 @@ class Trial:
         return steps * (before - after) - once
 
     def _prepared(
-        self, module: nn.Module, compiled: bool
+        self, module: nn.Module, name: str, compiled: bool
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         module = copy.deepcopy(module)
         set_memory_format(module, self._images.layout)
         with compiling(self._accelerator, compiled, self._mode):
             net = self._accelerator.prepare_model(module, evaluation_mode=True)
-        return net, make_optimizer(module, self._optim)
+        return net, make_optimizer(module, self._optim.of_peer(name))
 
     def _step(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> float:
         """Return the seconds of an optimizer step, all micro-batches included."""
@@ -174,7 +178,7 @@ class Trial:
         self, module: nn.Module, name: str, eager: tuple[nn.Module, torch.optim.Optimizer]
     ) -> tuple[float, float, float]:
         """Return the seconds of an eager and of a compiled step, and those that compiling took."""
-        net, optimizer = self._prepared(module, compiled=True)
+        net, optimizer = self._prepared(module, name, compiled=True)
         start = time.perf_counter()
         net = or_eager(net, name, lambda net: self._step(net, optimizer))
         once = time.perf_counter() - start

@@ -137,9 +137,10 @@ def timed(
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         rows = _timed_rows(device, optim, processes)
         where = (name, torch.get_num_threads(), images, precision, torch.__version__, rows)
-        key = repr((spec.arch, spec.arguments, *where))
+        own = optim.of_peer(spec.name)
+        key = repr((spec.arch, spec.arguments, own.optimizer, own.opt_args, *where))
         if key not in known:
-            known[key] = _measure(modules[spec.name], optim, precision, images, rows)
+            known[key] = _measure(modules[spec.name], own, precision, images, rows)
             with contextlib.suppress(OSError):  # then they are measured again next time
                 if folder:
                     folder.mkdir(parents=True, exist_ok=True)

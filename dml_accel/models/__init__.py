@@ -9,7 +9,8 @@ In reading order:
     pretrained   trained weights to start from: of the hub, a peer's folder or a file
     rehearsal    what a network does with a few images, tried without a trace
     build        a network from its specification, or an error that names what would fit
-    optim        the optimizer of a peer, and the learning rate of a step
+    optim        the optimizer of a peer
+    schedules    the learning rate of a step
     model_card   README.md of a trained network
     peer_folder  the folder of a trained peer: one reader, one writer
 """

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
 
+from dml_accel.models.optim import is_fused
 from dml_accel.models.spec import PeerSpec
 from dml_accel.mutual.averages import Average
 from dml_accel.mutual.buffers import Buffers
@@ -78,20 +79,35 @@ class Peer:
         """Restore the running statistics at the end, whatever is predicted within."""
         return self._buffers.keeping()
 
-    def update(self, finite: Tensor, clip_norm: float | None) -> None:
+    def update(self, finite: Tensor, clip_norm: float | None) -> Tensor:
         """Take the optimizer's step; if ``finite`` is false, leave everything as it was.
 
-        Nothing is read back from the device: the condition is applied there.
+        With a fused optimizer nothing is read back from the device: the condition is applied
+        there. With another one the host reads ``finite``.
 
         Args:
             finite: whether the loss is finite, a bool on the device.
             clip_norm: largest norm of the gradient, or None.
+
+        Returns:
+            Whether the step was taken, a bool on the device: in fp16 a gradient may overflow
+            although the loss is finite.
         """
         if clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.module.parameters(), clip_norm)
-        # Fused optimizers read this before they touch anything, and skip the step if it is 1.
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        taken = finite
+        if self.scaler.is_enabled():
+            # It finds the gradients of a loss that is not finite, which are not either.
+            self.scaler.step(self.optimizer)
+            (overflow,) = self.scaler._found_inf_per_device(self.optimizer).values()
+            taken = overflow == 0
+            self.scaler.update()
+        elif is_fused(self.optimizer):
+            # Fused optimizers read this before they touch anything, and skip the step if it is 1.
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
         self._buffers.end_step(finite)
+        return taken

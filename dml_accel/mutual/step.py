@@ -15,7 +15,7 @@ parts of a loss, R requests.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ from dml_accel.mutual.teaching import Teaching
 
 PARTS = ("loss", "cross_entropy", "kl")
 Requests = Callable[[], Sequence[bool]]
+Rates = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,10 @@ class Step:
     Args:
         cohort: what is trained.
         number: optimizer steps taken before.
-        lr: learning rate.
+        lr: learning rate, of all peers or by name.
     """
 
-    def __init__(self, cohort: Cohort, number: int, lr: float) -> None:
+    def __init__(self, cohort: Cohort, number: int, lr: Rates) -> None:
         self.cohort, self.number, self.lr = cohort, number, lr
         self.peers, self.placement, self.teaching = cohort.peers, cohort.placement, cohort.teaching
         self.micro_batches = slices(cohort.optim.batch_size, cohort.optim.grad_accum)
@@ -156,6 +157,10 @@ class Step:
         scaled = [peer.scaler.scale(one) for peer, one in zip(peers, ones, strict=True)]
         mean.backward(torch.stack(scaled))
 
+    def begin(self, peer: Peer) -> None:
+        """Let a peer begin the step, at its learning rate."""
+        peer.begin_step(self.lr[peer.name] if isinstance(self.lr, Mapping) else self.lr)
+
     def update(self, peer: Peer, finite: Tensor) -> None:
         """Let a peer take its step, if its loss is ``finite``, a bool on the device."""
         taken = peer.update(finite, self.cohort.optim.clip_norm)
@@ -164,14 +169,14 @@ class Step:
 
 
 def train_step(
-    cohort: Cohort, number: int, lr: float, requests: Requests = list
+    cohort: Cohort, number: int, lr: Rates, requests: Requests = list
 ) -> tuple[Tensor, Tensor]:
     """Take one optimizer step.
 
     Args:
         cohort: what is trained.
         number: optimizer steps taken before.
-        lr: learning rate.
+        lr: learning rate, of all peers or by name.
         requests: called at the end of the step: what this process requests of all others.
 
     Returns:
@@ -188,7 +193,7 @@ def train_step(
 def _simultaneous(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     placement, parts = step.placement, step.micro_batches
     for peer in step.peers:
-        peer.begin_step(step.lr)
+        step.begin(peer)
     learn = _in_turn if step.cohort.one_at_a_time else _together
     sums = []
     for number, part in enumerate(parts):
@@ -249,7 +254,7 @@ def _look(step: Step, peer: Peer, x: Tensor, part: int) -> Tensor:
 def _sequential(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     peers, teaching = step.peers, step.teaching
     for peer in peers:
-        peer.begin_step(step.lr)
+        step.begin(peer)
     (part,) = step.micro_batches  # Config refuses more
     x, y = step.rows(step.number, part)
     logits = [step.forward(peer, x, 0) for peer in peers]
@@ -273,7 +278,7 @@ def _sequential(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
 def _official(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     peers, parts, means = step.peers, step.micro_batches, []
     for turn, place in enumerate(_turns(step)):
-        peers[place].begin_step(step.lr)
+        step.begin(peers[place])
         batch = step.number * len(peers) + turn  # K batches per step
         sums = []
         for number, part in enumerate(parts):

@@ -28,6 +28,7 @@ from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import everywhere
 from dml_accel.distributed.processes import Processes
 from dml_accel.models.build import refuse_shared, refuse_twins, require_learning
+from dml_accel.models.optim import check_optimizers
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.rehearsal import logits_problem, require_trainable
 from dml_accel.models.spec import PeerSpec
@@ -105,6 +106,7 @@ def learn(
     with _bare(modules):
         source, config = _check(modules, train, test, config)
     check_batch_size(source, config.data, config.optim.batch_size)
+    check_optimizers(config.optim, list(modules))
     frozen = read_teachers(config.method.frozen_peers, source.classes, config.data.image_size)
     if frozen and source.train.images.is_floating_point():
         raise UsageError("Config(frozen_peers=...) needs uint8 images, normalised for each teacher")

@@ -50,7 +50,7 @@ from dml_accel.models.build import (
     refuse_twins,
     require_learning,
 )
-from dml_accel.models.optim import make_optimizer
+from dml_accel.models.optim import check_optimizers, make_optimizer
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights
 from dml_accel.models.spec import PeerSpec, parse_cohort
@@ -169,6 +169,7 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     """
     check_batch_size(source, config.data, config.optim.batch_size)
     specs, classes = parse_cohort(config.cohort), source.classes
+    check_optimizers(config.optim, [spec.name for spec in specs])
     frozen = read_teachers(config.method.frozen_peers, classes, config.data.image_size)
     links = read_links(config.method.links, [spec.name for spec in specs], list(frozen))
     # Refused now if they cannot be built.
@@ -397,7 +398,7 @@ def make_cohort(
             copy = None if config.optim.ema is None else copy_of(module, spec.name)
             net = wrapper.wrap(module, spec.name, spec.name in to_compile)
             keeps = is_compiled_module(net) and mode != "default"
-            optimizer = make_optimizer(module, config.optim)
+            optimizer = make_optimizer(module, config.optim.of_peer(spec.name))
             peer = Peer(spec, module, net, optimizer, processes.loss_scaler(), keeps)
             if copy is not None and config.optim.ema is not None:
                 peer.average = Average(wrapper.place(copy), module, config.optim.ema)

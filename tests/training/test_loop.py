@@ -10,7 +10,8 @@ from torch import nn
 
 from dml_accel.core.config import Config
 from dml_accel.data.batches import slices
-from dml_accel.models.optim import learning_rate, make_optimizer
+from dml_accel.models.optim import make_optimizer
+from dml_accel.models.schedules import learning_rate
 from dml_accel.models.spec import PeerSpec
 from dml_accel.mutual import losses, reference, teaching
 from dml_accel.mutual.peer import Peer
