@@ -21,8 +21,8 @@ from dml_accel.inference import onnx
 from dml_accel.inference import predict as prediction
 from dml_accel.inference.checkpoints import read_checkpoint_peers
 from dml_accel.inference.export import check_target, export, select_peers
-from dml_accel.inference.load import Networks, TrainedPeers, read_trained_peers
-from dml_accel.training.run_folder import SavedRun
+from dml_accel.inference.load import BEST, LAST, Networks, TrainedPeers, read_trained_peers
+from dml_accel.training.run_folder import WEIGHTS, SavedRun
 
 # What selects the images of a run beside the flags of evaluate.
 _COLUMNS = ("image_column", "label_column")
@@ -41,12 +41,23 @@ def run(command: str, values: dict[str, Any]) -> int:
     """
     path, asked = Path(values["source"]).expanduser(), values["checkpoint"]
     use = {"evaluate": _evaluate, "predict": _predict, "export": _export}[command]
+    weights = _which_weights(command, path, values)
     if asked is None:
-        return use(read_trained_peers(path), values)
-    with tempfile.TemporaryDirectory() as scratch:
-        peers = read_checkpoint_peers(path, asked, Path(scratch))
-        print(peers.note, file=sys.stderr, flush=True)
+        peers = read_trained_peers(path, weights)
+        if peers.which:
+            print(peers.which, file=sys.stderr, flush=True)
         return use(peers, values)
+    with tempfile.TemporaryDirectory() as scratch:
+        peers = read_checkpoint_peers(path, asked, Path(scratch), weights)
+        print(peers.which, file=sys.stderr, flush=True)
+        return use(peers, values)
+
+
+def _which_weights(command: str, path: Path, values: dict[str, Any]) -> str:
+    """Return which weights are meant: the last, unless others are named or the best peer's are."""
+    best = command == "export" and values["peer"] == BEST and values["checkpoint"] is None
+    kept = best and (path / WEIGHTS[BEST]).is_dir()
+    return str(values["weights"] or (BEST if kept else LAST))
 
 
 # ---------------------------------------------------------------- evaluate
@@ -57,6 +68,7 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
     data = _choose_images(peers, values)
     slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(data.dataset).name)
     at = "" if peers.step is None else f"-step-{peers.step:08d}"
+    at += "" if peers.weights == LAST else f"-{peers.weights}"
     default = peers.path / "evaluations" / f"{slug}-{data.test_split}{at}"
     folder = Path(values["to"]).expanduser() if values["to"] else default
     _check_folder(folder)
@@ -71,10 +83,11 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
         "images": vars(images),
         "command": command_line(),
         **({"step": peers.step, "checkpoint": peers.note} if peers.note else {}),
+        **({"weights": peers.weights} if peers.weights != LAST else {}),
     }
     result = evaluation.evaluate(peers, networks, split, device, origin)
     evaluation.write_evaluation(result, folder)
-    by = f", by {peers.note}" if peers.note else ""
+    by = f", by {peers.which}" if peers.which else ""
     print(f"{len(split):,} images of {data.dataset} ({data.test_split}){by}\n")
     print(evaluation.evaluation_text(result.record))
     written = [name for name in evaluation.FILES if (folder / name).exists()]

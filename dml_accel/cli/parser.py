@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from dml_accel.analysis.methods import DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
 from dml_accel.core.config import flag_groups, flag_types
 from dml_accel.core.errors import UsageError
+from dml_accel.core.recipes import LIST, RECIPES
 
 # Flags of other commands, and what to use instead.
 _ELSEWHERE = {
@@ -112,7 +113,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
       %(prog)s --cohort 4 --dataset path/to/folder --image-size 32 --output-dir runs/four
       %(prog)s --cohort 4 --kl-weight 0        # the same networks, trained independently
       %(prog)s --cohort 4 --output-dir runs/four --resume auto     # start, or resume
+      %(prog)s --recipe list                   # how the literature trains, and what that sets
+      %(prog)s --recipe crd --cohort mobilenet resnet32 --epochs 120 --lr-milestones 75 90 105
+      %(prog)s --config runs/four/config.json  # the same run again, bit for bit
+      %(prog)s --config mine.yaml --seed 1     # flags in a file; those given here override it
     """
+    _add_settings(parser)
     _add_flags(parser)
 
 
@@ -129,6 +135,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
       %(prog)s --methods independent mutual semi --labelled-fraction 0.2 --cohort 'resnet32*2'
       %(prog)s --preset laptop --output-dir runs/laptop
       %(prog)s --preset paper-table2 --seeds 1 --max-steps 3 --dataset path/to/folder
+      %(prog)s --recipe modern --epochs 30 --cohort 'resnet20*2' --seeds 3
     """
     parser.add_argument(
         "--methods",
@@ -154,6 +161,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         choices=tuple(PRESETS),
         help=f"named cohorts and configuration; flags that are given override it. {presets}",
     )
+    _add_settings(parser)
     _add_flags(parser, without=("resume", *SET_BY_METHODS))
 
 
@@ -177,6 +185,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         ("latency", "microseconds per message (default: 1000; with GPUs 20)"),
     ):
         parser.add_argument(f"--{name}", type=float, metavar="X", help=text)
+    _add_settings(parser)
     _add_flags(parser, without=("resume",))
 
 
@@ -201,6 +210,24 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="analyse weight noise, entropy and calibration on N images of each split, and keep "
         "the numbers in analysis.json of each run; 0 skips this (default: 1000)",
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add what sets several flags at once; every flag that is given overrides it."""
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help=f"flags of the literature by name: {', '.join(RECIPES)}; {LIST} shows what each "
+        "sets. Flags that are given override it, and --no-FLAG turns one off",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="flags from a file, which flags that are given override: JSON or YAML with flags as "
+        "keys (lr-schedule: cosine), or config.json of a run, to repeat or vary it",
     )
 
 
@@ -231,6 +258,9 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> 
     flag = "--" + field.name.replace("_", "-")
     # Flags that are not given are left out, so that a preset knows which ones were.
     group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+    if kind is bool:  # a recipe or a file may have turned it on
+        off, hidden = f"--no-{flag.removeprefix('--')}", argparse.SUPPRESS
+        group.add_argument(off, dest=field.name, action="store_false", default=hidden, help=hidden)
 
 
 def _plain_type(hint: Any) -> type:
@@ -256,6 +286,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     """
     _add_source(parser, "RUN|PEER")
     _add_checkpoint(parser)
+    _add_weights(parser)
     parser.add_argument("--dataset", metavar="TEXT", help="as for train (default: that of the run)")
     for name, text in (
         ("dataset-config", "configuration of a data set that has several"),
@@ -299,6 +330,7 @@ def _add_prediction(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--peer", metavar="NAME", help="use only this peer of the run")
     _add_checkpoint(parser)
+    _add_weights(parser)
     parser.add_argument(
         "--format",
         choices=("table", "jsonl", "csv"),
@@ -327,6 +359,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="a peer's name, best (by validation accuracy) or ensemble (default: the only peer)",
     )
     _add_checkpoint(parser)
+    _add_weights(parser, "last; with --peer best, the best ones if RUN has them")
     parser.add_argument("--to", metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument(
         "--format",
@@ -347,6 +380,15 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="latest|STEP|PATH",
         help="use the networks of a checkpoint of RUN, which need not be finished: the newest good "
         "one, that of a step, or its path (default: the trained peers of a finished run)",
+    )
+
+
+def _add_weights(parser: argparse.ArgumentParser, default: str = "last") -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("last", "ema", "best"),
+        help="which weights of RUN: the last, their averages (a run with --ema), or those of each "
+        f"network's best evaluation by validation (a run with --keep best) (default: {default})",
     )
 
 

@@ -17,30 +17,42 @@ from dml_accel.core.errors import UnreadableError, UsageError, one_line
 from dml_accel.core.files import parse_json, write_text
 from dml_accel.core.host import expanded
 from dml_accel.data.batches import Normalisation
-from dml_accel.inference.load import TrainedPeers, read_trained_peers
+from dml_accel.inference.load import (
+    BEST,
+    EMA,
+    LAST,
+    TrainedPeers,
+    lacks_weights,
+    read_trained_peers,
+)
 from dml_accel.models.build import build, parameter_count
 from dml_accel.models.model_card import model_card, public_name
 from dml_accel.models.peer_folder import CARD, write_network
 from dml_accel.models.spec import PeerSpec, parse_cohort
 from dml_accel.models.timm_config import DEPTHS
-from dml_accel.training import checkpoint
+from dml_accel.training import checkpoint, choosing
 from dml_accel.training.loop import steps_to_take
 from dml_accel.training.run_folder import CHECKPOINTS, SavedRun
 
 LATEST = "latest"
+_KINDS = dict(zip((LAST, EMA, BEST), checkpoint.WEIGHTS, strict=True))
 _LOOKS = 3  # a run that goes on replaces its checkpoints
 
 
-def read_checkpoint_peers(path: Path, asked: str, scratch: Path) -> TrainedPeers:
+def read_checkpoint_peers(
+    path: Path, asked: str, scratch: Path, weights: str = LAST
+) -> TrainedPeers:
     """Read the peers of a run from a checkpoint.
 
     Args:
         path: of the run.
         asked: ``latest``, a step, or the name or path of one of the run's checkpoints.
         scratch: an empty folder, which receives the folders of the peers.
+        weights: which weights, as ``--weights`` says.
 
     Raises:
-        UsageError: this is not a run, or its checkpoint is missing, damaged or of another network.
+        UsageError: this is not a run, or its checkpoint is missing, damaged or of another network,
+            or does not have such weights.
     """
     saved = SavedRun(path)
     if not saved.has_description:
@@ -57,10 +69,20 @@ def read_checkpoint_peers(path: Path, asked: str, scratch: Path) -> TrainedPeers
         else:
             chosen = _named(path, asked, named)
             state = checkpoint.verify(chosen, [spec.name for spec in specs])
-        events = _evaluations(path, state["step"])
-        note = _note(saved, config, description, chosen)
+        events = _measured(path, chosen, state, specs, weights)
+        peers = TrainedPeers(
+            path,
+            {},
+            prepared.classes,
+            config.data.image_size,
+            config=description["config"],
+            results=_results(state, specs, events),
+            step=state["step"],
+            note=_note(saved, config, description, chosen),
+            weights=weights,
+        )
         for spec in specs:
-            _write(scratch / spec.name, spec, config, prepared, (chosen, state), events, note)
+            _write(scratch / spec.name, spec, config, prepared, (chosen, state), events, peers)
     except UnreadableError as error:
         raise UsageError(f"{error}; name another --checkpoint") from error
     except OSError as error:
@@ -68,14 +90,7 @@ def read_checkpoint_peers(path: Path, asked: str, scratch: Path) -> TrainedPeers
             f"the networks of {chosen} cannot be written to {scratch} ({one_line(error)}): set "
             "TMPDIR to a folder with space"
         ) from error
-    return dataclasses.replace(
-        read_trained_peers(scratch),
-        path=path,
-        config=description["config"],
-        results=_results(state, specs, events),
-        step=state["step"],
-        note=note,
-    )
+    return dataclasses.replace(peers, folders=read_trained_peers(scratch).folders)
 
 
 def _named(path: Path, asked: str, named: Sequence[Path]) -> Path:
@@ -130,7 +145,7 @@ def _write(
     prepared: "_Prepared",
     origin: tuple[Path, dict[str, Any]],
     evaluations: dict[str, Any],
-    note: str,
+    peers: TrainedPeers,
 ) -> None:
     """Write the folder of a peer, with the files that ``models.peer_folder`` reads."""
     net = build(
@@ -141,7 +156,7 @@ def _write(
         dtype=torch.float64 if config.numerics.float64 else torch.float32,
     )
     path, state = origin
-    checkpoint.load_weights(path, state, spec.name, net)
+    checkpoint.load_weights(path, state, spec.name, net, _KINDS[peers.weights])
     write_network(
         folder,
         net,
@@ -155,10 +170,10 @@ def _write(
     card = model_card(
         spec.name,
         f"A `{spec.arch}` with {parameter_count(net):,} parameters, trained on `{dataset}`:\n"
-        f"{note}.",
+        f"{peers.which}.",
         metrics=_of_peer(evaluations, "test", spec.name),
         dataset=dataset,
-        steps=state["step"],
+        steps=state[BEST][spec.name]["step"] if peers.weights == BEST else state["step"],
     )
     write_text(folder / CARD, str(card))
 
@@ -211,6 +226,34 @@ def _prepared(path: Path, description: dict[str, Any]) -> _Prepared:
 
 
 # ---------------------------------------------------------------- what the run has measured
+
+
+def _measured(
+    path: Path, chosen: Path, state: dict[str, Any], specs: Sequence[PeerSpec], weights: str
+) -> dict[str, Any]:
+    """Return what is known of some weights of a checkpoint, as in an evaluation.
+
+    Raises:
+        UsageError: it has no such weights.
+        UnreadableError: it is damaged.
+    """
+    names = [spec.name for spec in specs]
+    wrong = choosing.wrong_state(state, names)
+    if wrong:
+        raise UnreadableError(f"{chosen / 'state.json'} has no valid {', '.join(wrong)}")
+    if weights == BEST:
+        best = state.get(BEST, {})
+        if set(best) != set(names):
+            raise lacks_weights(chosen, weights)
+        splits = ("test", "val")
+        return {split: {"peers": {n: best[n][split] for n in names}} for split in splits}
+    evaluation = _evaluations(path, state["step"])
+    if weights == LAST:
+        return evaluation
+    if not isinstance(state.get("config"), dict) or state["config"].get("ema") is None:
+        raise lacks_weights(chosen, weights)
+    averages = evaluation.get("ema")
+    return averages if isinstance(averages, dict) else {}
 
 
 def _evaluations(path: Path, step: int) -> dict[str, Any]:

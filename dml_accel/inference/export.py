@@ -255,7 +255,7 @@ def _card(peers: TrainedPeers, name: str, usage: str) -> ModelCard:
     return model_card(
         name,
         f"{what}{f', trained on `{dataset}`' if dataset else ''}, for {len(peers.classes)} classes "
-        f"and images of {size} x {size} pixels{f': {peers.note}' if peers.note else ''}.",
+        f"and images of {size} x {size} pixels{f': {peers.which}' if peers.which else ''}.",
         metrics=metrics if is_complete else None,
         dataset=dataset,
         steps=steps if isinstance(steps, int) else None,

@@ -20,13 +20,17 @@ from dml_accel.data.batches import PixelSet
 from dml_accel.data.splits import Split
 from dml_accel.distributed.processes import set_arithmetic
 from dml_accel.models.build import refuse_shared
-from dml_accel.models.peer_folder import WEIGHTS, PeerFolder, find_peers, load_network, read_peer
+from dml_accel.models.peer_folder import WEIGHTS as WEIGHTS_FILE
+from dml_accel.models.peer_folder import PeerFolder, find_peers, load_network, read_peer
 from dml_accel.models.timm_config import FILE
 from dml_accel.training.checkpoint import is_named, step_of
-from dml_accel.training.run_folder import SavedRun, mark_of_a_run
+from dml_accel.training.run_folder import WEIGHTS, SavedRun, mark_of_a_run
 from dml_accel.training.status import FILE as STATUS
 
 BATCH_SIZE = 256  # images per forward pass, as in the evaluations of training
+LAST, EMA, BEST = WEIGHTS
+_WHICH = {LAST: "", EMA: "averaged weights", BEST: "each network's best weights by validation"}
+_NEEDS = {EMA: "--ema", BEST: "--keep best and --val-fraction"}
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,6 +47,7 @@ class TrainedPeers:
         results: the content of the run's results.json; empty if this is not a run.
         step: of the checkpoint that they were read from; None if they were not.
         note: which checkpoint that is, in words.
+        weights: which of their weights these are, as ``--weights`` says.
     """
 
     path: Path
@@ -53,6 +58,12 @@ class TrainedPeers:
     results: Mapping[str, Any]
     step: int | None = None
     note: str = ""
+    weights: str = LAST
+
+    @property
+    def which(self) -> str:
+        """Which weights these are, in words; empty for the last ones of a finished run."""
+        return ", ".join(filter(None, (_WHICH[self.weights], self.note)))
 
     @property
     def grey_bits(self) -> int | None:
@@ -103,14 +114,19 @@ class TrainedPeers:
         return dataclasses.replace(self, folders={name: self.folders[name]})
 
 
-def read_trained_peers(path: Path) -> TrainedPeers:
+def read_trained_peers(path: Path, weights: str = LAST) -> TrainedPeers:
     """Read the peers of a run, a peer folder or a folder of peers; no network is built.
+
+    Args:
+        path: the folder.
+        weights: which weights of a run, as ``--weights`` says.
 
     Raises:
         UsageError: the folder holds no trained peer, a peer cannot be read or is missing, the run
-            is not finished, or the peers differ in their classes or image size.
+            is not finished or has no such weights, or the peers differ in their classes or image
+            size.
     """
-    saved, is_peer = SavedRun(path), (path / WEIGHTS).is_file()
+    saved, is_peer = SavedRun(path), (path / WEIGHTS_FILE).is_file()
     if not is_peer:
         _refuse_other_folders(path)
     is_run = not is_peer and (saved.has_description or (path / STATUS).exists())
@@ -118,12 +134,19 @@ def read_trained_peers(path: Path) -> TrainedPeers:
         if saved.has_description:
             _ = saved.description  # that of another program is refused
         saves = ", or use its newest checkpoint with --checkpoint latest" * saved.has_checkpoint
-        hint = ", or name a peer's folder" * any(path.glob(f"peers/*/{WEIGHTS}"))
+        hint = ", or name a peer's folder" * any(path.glob(f"peers/*/{WEIGHTS_FILE}"))
         raise UsageError(
             f"{path} is not finished ({saved.state}): finish it with --resume auto{saves}{hint}"
         )
     # "." has no name, but the folder that it stands for has one.
-    folders = {one.name or one.resolve().name: read_peer(one) for one in find_peers(path)}
+    where = path
+    if weights != LAST:
+        where = path / WEIGHTS[weights]
+        if not is_run:
+            raise UsageError(f"--weights {weights}: {path} is not a run, which may have others")
+        if not where.is_dir():
+            raise lacks_weights(path, weights)
+    folders = {one.name or one.resolve().name: read_peer(one) for one in find_peers(where)}
     _refuse_different(path, folders)
     first = next(iter(folders.values()))
     peers = TrainedPeers(
@@ -132,14 +155,44 @@ def read_trained_peers(path: Path) -> TrainedPeers:
         _class_names(first),
         first.image_size,
         config=saved.description["config"] if is_run else {},
-        results=saved.results if is_run else {},
+        results=_results_of(saved, weights) if is_run else {},
+        weights=weights,
     )
     differing = peers.results_by_peer.keys() ^ folders.keys() if is_run else set()
     if differing:
         raise UsageError(
-            f"{path}: results.json and the folders in peers differ: {', '.join(sorted(differing))}"
+            f"{path}: results.json and the folders in {WEIGHTS[weights]} differ: "
+            f"{', '.join(sorted(differing))}"
         )
     return peers
+
+
+def lacks_weights(where: Path, weights: str) -> UsageError:
+    """Return the error that a run or a checkpoint does not have weights other than the last."""
+    return UsageError(
+        f"--weights {weights}: {where} has no {_WHICH[weights]}: training keeps them with "
+        f"{_NEEDS[weights]}"
+    )
+
+
+def _results_of(saved: SavedRun, weights: str) -> dict[str, Any]:
+    """Return results.json with the metrics of some weights in the place of those of the last."""
+    results = saved.results
+    if weights == LAST:
+        return results
+    try:
+        peers = [dict(peer) | dict(peer[weights]) for peer in results["peers"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{saved.path / 'results.json'} does not hold the results of {_WHICH[weights]}"
+        ) from error
+    # The best weights of two networks may be those of two steps, and were not evaluated together.
+    steps = results.get("steps") if weights == EMA else None
+    return results | {
+        "peers": peers,
+        "ensemble": results.get(f"{weights}_ensemble"),
+        "steps": steps,
+    }
 
 
 def _refuse_other_folders(path: Path) -> None:
@@ -236,7 +289,7 @@ class Networks:
             prepared = PixelSet(
                 split,
                 folder.normalisation,
-                augment="none",
+                augment=(),
                 seed=0,
                 device=self._device,
                 dtype=next(module.parameters()).dtype,

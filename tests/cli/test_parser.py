@@ -100,6 +100,7 @@ OWN = {
     "report": {"--to", "--analyse"},
     "evaluate": {
         "--checkpoint",
+        "--weights",
         "--dataset",
         "--dataset-config",
         "--image-column",
@@ -109,8 +110,8 @@ OWN = {
         "--to",
         "--cpu",
     },
-    "predict": {"--checkpoint", "--peer", "--format", "--cpu"},
-    "export": {"--checkpoint", "--peer", "--to", "--format"},
+    "predict": {"--checkpoint", "--weights", "--peer", "--format", "--cpu"},
+    "export": {"--checkpoint", "--weights", "--peer", "--to", "--format"},
 }
 
 
