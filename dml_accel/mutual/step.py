@@ -165,7 +165,7 @@ class Step:
         """Let a peer take its step, if its loss is ``finite``, a bool on the device."""
         taken = peer.update(finite, self.cohort.optim.clip_norm)
         if peer.average is not None:
-            peer.average.update(finite if taken is None else taken, self.number)
+            peer.average.update(taken, self.number)
 
 
 def train_step(

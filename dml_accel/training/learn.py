@@ -99,6 +99,8 @@ def learn(
     for name in _FILE_FLAGS:
         if value := getattr(config.run, name):
             raise UsageError(f"Config({name}={value!r}): learn writes no files")
+    if config.run.keep != "last":
+        raise UsageError(f"Config(keep={config.run.keep!r}): learn leaves the last weights")
     if config.compute.placement == "split":
         raise UsageError("Config(placement='split'): learn trains every network in every process")
     check_launch(config.numerics, config.compute, config.optim)

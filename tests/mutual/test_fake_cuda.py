@@ -36,6 +36,7 @@ SCHEDULES: list[dict[str, Any]] = [
     {"update": "official"},
 ]
 SPLIT: dict[str, Any] = {"placement": "split"}
+TAUGHT_BY_AVERAGES: dict[str, Any] = {"ema": 0.9, "teach_with": "ema"}
 TWO_FROZEN = {"frozen_peers": ("a", "b")}
 CASES = [
     *((n, a | b) for n, a, b in itertools.product((1, 2), SCHEDULES, PRECISIONS)),
@@ -47,12 +48,16 @@ CASES = [
     (1, {"grad_accum": 2, "mixed_precision": "bf16", "memory_format": "channels_last"}),
     (1, TWO_FROZEN | {"links": "frozen", "mixed_precision": "bf16"}),
     (1, TWO_FROZEN | {"update": "sequential"}),
+    (1, {"ema": 0.9}),
+    (1, TAUGHT_BY_AVERAGES | {"mixed_precision": "fp16"}),
+    (1, TAUGHT_BY_AVERAGES | {"low_memory": True, "grad_accum": 2}),
     (2, {"links": "ring", "grad_accum": 2}),
     (2, {"labelled_fraction": 0.5, "update": "official", "grad_accum": 2}),
     (2, {"batch_norm": "local", "clip_norm": 1.0}),
     (2, {"kl_weight": 0.0}),
     (2, SPLIT | {"exchange": "sum", "mixed_precision": "bf16"}),
     (2, SPLIT | {"exchange_dtype": "bf16"}),
+    (2, SPLIT | TAUGHT_BY_AVERAGES | {"exchange": "sum", "float64": True}),
     (2, SPLIT | {"links": "ring"}),
     (2, SPLIT | TWO_FROZEN | {"labelled_fraction": 0.5, "grad_accum": 2}),
     (2, SPLIT | {"target": "mean-logit", "exchange": "sum"}),
