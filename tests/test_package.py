@@ -16,7 +16,7 @@ import pytest
 from tests.helpers import ROOT, environment, free_port, run_program
 
 # Names of distributions that are imported by another one.
-IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL"}
+IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 # Extras: if one is missing, an error says how to install it.
 OPTIONAL = {"onnx", "onnxruntime", "onnxscript"}
 # timm imports it; it is required by name because it must match torch.

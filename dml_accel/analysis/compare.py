@@ -343,6 +343,7 @@ def compare(
     methods: Sequence[str],
     seeds: int,
     command: str,
+    recipe: str = "",
 ) -> tuple[Path, dict[str, Any]] | None:
     """Train every cohort by every method with every seed; write the tables after each run.
 
@@ -352,6 +353,7 @@ def compare(
         methods: names in ``METHODS``.
         seeds: how many.
         command: the command line, for the record.
+        recipe: the name of the one behind ``config``, for the record; empty for none.
 
     Returns:
         The folder and the content of its results.json; None in all processes but the first.
@@ -389,7 +391,7 @@ def compare(
         with contextlib.closing(display), processes.watching():
             record = None
             if not processes.broadcast_flag(bool(folder and folder.was_stopped)):
-                session = Session(processes, display, stop, command)
+                session = Session(processes, display, stop, command, recipe)
                 trainer = _Trainer(session, config, plan, source, image_costs, folder)
                 record = trainer.train_all(unfinished)
             elif folder:

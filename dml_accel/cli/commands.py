@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis.methods import PRESETS
+from dml_accel.analysis.methods import PRESETS, SET_BY_METHODS
 from dml_accel.cli.parser import parse
-from dml_accel.core import streams
-from dml_accel.core.config import Config, require
+from dml_accel.core import recipes, streams
+from dml_accel.core.config import Config, flag_types, require
+from dml_accel.core.config_file import read_config_file
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
 from dml_accel.core.host import (
     expanded,
@@ -23,10 +24,11 @@ from dml_accel.core.host import (
     name_user,
     wait_briefly,
 )
+from dml_accel.core.settings import Settings, settle, with_resolved
 from dml_accel.core.streams import choose_encodings, drain, only_displayed
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.distributed import environment
-from dml_accel.distributed.launch import launched_processes, launched_rank
+from dml_accel.distributed.launch import cores, launched_processes, launched_rank
 
 # How long a process waits for rank 0 to print an error that all of them have.
 _SECONDS_FOR_RANK_0 = 20.0
@@ -35,7 +37,7 @@ _INTERRUPTED = 130  # as shells report SIGINT
 _PRINT_RESULTS = ("evaluate", "plan", "predict")
 _TRAIN = ("train", "compare")
 # Flags that name files or folders, beside --dataset, which may name one of the hub.
-_PATHS = {"folders", "frozen_peers", "links", "output_dir", "resume", "source", "to"}
+_PATHS = {"config", "folders", "frozen_peers", "links", "output_dir", "resume", "source", "to"}
 # What tables and figures over seeds need.
 _ANALYSIS = ("scipy", "matplotlib")
 
@@ -58,6 +60,9 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         values = _parsed(arguments)
         command = values.pop("subcommand")
+        if values.get("recipe") == recipes.LIST:
+            print(recipes.listed(values))
+            return 0
         environment.check()
         if command in _PRINT_RESULTS and "stdout" in streams.missing:
             raise UsageError(f"the standard output is closed, where {command} prints its results")
@@ -94,8 +99,12 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the values of all flags that are given; a shell leaves ``--to=~/x`` to us."""
-    values = parse(arguments)
+    """Return the values of all flags that are given."""
+    return _with_homes(parse(arguments))
+
+
+def _with_homes(values: dict[str, Any]) -> dict[str, Any]:
+    """Put home directories in place; a shell leaves ``--to=~/x`` to us, and so does a file."""
     for name in _PATHS & values.keys():
         if isinstance(values[name], str):
             values[name] = _without_tilde(values[name])
@@ -132,12 +141,37 @@ def _print_for_all(message: str) -> None:
 # ---------------------------------------------------------------- the commands
 
 
+def _settled(values: dict[str, Any], lacks: str = "", base: Any = None) -> Settings:
+    """Return what the flags, a file and a recipe say together; ``values`` keeps all else.
+
+    Args:
+        values: of all flags that are given.
+        lacks: the command, where it has not all flags of ``train``.
+        base: what a preset sets.
+    """
+    given = {name: values.pop(name) for name in list(values) if name in flag_types()}
+    recipe, path, file = values.pop("recipe", ""), values.pop("config", None), None
+    if path is not None:
+        file = read_config_file(Path(path))
+        _with_homes(file.flags)
+        if file.description is not None:
+            file = with_resolved(file, given, launched_processes(), cores())
+        usual = Config().as_dict()
+        for name in SET_BY_METHODS if lacks == "compare" else ():
+            if file.flags.pop(name, usual[name]) != usual[name]:
+                raise UsageError(f"{path}: compare has no {name.replace('_', '-')}: use --methods")
+        if lacks and file.flags.pop("resume", None) and file.description is None:
+            raise UsageError(f"{path}: {lacks} has no resume")
+    return settle(given, recipe, file, base)
+
+
 def _train(values: dict[str, Any]) -> int:
-    config = Config(**values)
+    asked = _settled(values)
+    config = asked.config
     from dml_accel.core.tables import results_table
     from dml_accel.training.train import train
 
-    finished = train(config, command_line())
+    finished = train(config, command_line(), asked)
     if finished is not None:
         folder, results = finished
         peer, split = results["peers"][0], config.data.test_split
@@ -151,14 +185,21 @@ def _train(values: dict[str, Any]) -> int:
 def _compare(values: dict[str, Any]) -> int:
     methods, seeds = values.pop("methods"), values.pop("seeds")
     preset = PRESETS.get(values.pop("preset") or "")
-    config = Config(**(preset.changes if preset else {}) | values)
+    asked = _settled(values, "compare", preset.changes if preset else None)
+    config, several = asked.config, preset if preset and "cohort" not in asked.given else None
+    named = recipes.RECIPES.get(asked.recipe)
+    if named and several and any("peer_opt" in named.flags({"cohort": c}) for c in several.cohorts):
+        raise UsageError(
+            f"--recipe {asked.recipe} sets --peer-opt by the names of a cohort, and the preset has "
+            "cohorts of its own: name one with --cohort"
+        )
     require(seeds >= 1, "seeds", seeds, "at least 1")  # also here, before torch is imported
     require_packages("compare", *_ANALYSIS)
-    cohorts = preset.cohorts if preset and "cohort" not in values else (config.cohort,)
+    cohorts = several.cohorts if several else (config.cohort,)
     from dml_accel.analysis.compare import compare
     from dml_accel.analysis.tables import comparison_table, comparison_title
 
-    finished = compare(config, cohorts, methods, seeds, command_line())
+    finished = compare(config, cohorts, methods, seeds, command_line(), asked.recipe)
     if finished is None:
         return 0
     folder, record = finished
@@ -172,7 +213,7 @@ def _compare(values: dict[str, Any]) -> int:
 def _plan(values: dict[str, Any]) -> int:
     names = ("world", "classes", "bandwidth", "latency")
     world, classes, bandwidth, latency = (values.pop(name) for name in names)
-    config = Config(**values)
+    config = _settled(values, "plan").config
     for name, value in (("world", world), ("classes", classes)):
         require(value >= 1, name, value, "at least 1")
     for name, value in (("bandwidth", bandwidth), ("latency", latency)):

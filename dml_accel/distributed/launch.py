@@ -125,10 +125,10 @@ def check_launch(numerics: NumericsConfig, compute: ComputeConfig, optim: OptimC
             f"--compile-mode {compute.compile_mode} chooses nothing on a GPU: it would time "
             "kernels, and a resumed run must get the same ones; use reduce-overhead or default"
         )
-    if compute.threads and compute.threads > (cores := _cores()):
+    if compute.threads and compute.threads > (usable := cores()):
         raise UsageError(
-            f"--threads is {compute.threads}, but this process can use {cores} "
-            f"core{'s' * (cores > 1)}; more threads would wait for each other"
+            f"--threads is {compute.threads}, but this process can use {usable} "
+            f"core{'s' * (usable > 1)}; more threads would wait for each other"
         )
     least = optim.smallest_micro_batch
     if launched_processes() > least:
@@ -224,10 +224,10 @@ def _threads(asked: int | None, world: environment.World) -> int | None:
     """
     if asked or world.size == 1 or (environment.threads() or 1) > 1:
         return asked
-    return max(1, _cores() // (world.local_size or world.size))
+    return max(1, cores() // (world.local_size or world.size))
 
 
-def _cores() -> int:
+def cores() -> int:
     """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -6,7 +6,6 @@ position in the cohort: permuting the cohort permutes the results, and no two pe
 
 import ast
 import difflib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,11 @@ from typing import Any
 
 import timm
 
+from dml_accel.core.cohort import words_of
 from dml_accel.core.errors import UsageError
 from dml_accel.models import networks
 from dml_accel.models.stems import with_cifar_stem
 
-DEFAULT_NET = "resnet32"
 SHORT_NAMES = tuple(name.removesuffix("_cifar") for name in networks.default_cfgs)
 HUB = ""  # ``PeerSpec.start`` for the weights that timm knows on the hub
 # Parts of argument names with which timm would read another file or a pickle, or build elsewhere.
@@ -53,27 +52,13 @@ def parse_cohort(cohort: Sequence[str]) -> list[PeerSpec]:
         UsageError: there is no peer, a net is unknown (the text lists the nearest names), or
             arguments cannot be parsed.
     """
-    if len(cohort) == 1 and re.fullmatch(r"[+-]?\d+", cohort[0]):
-        cohort = [f"{DEFAULT_NET}*{int(cohort[0])}"]
     specs: list[PeerSpec] = []
-    count: Counter[str] = Counter()
-    for text in cohort:
-        match = re.fullmatch(r"(timm:)?([^\s\[\]*:]+)(?:\[([^\[\]]*)\])?(?:\*(-?\d+))?", text)
-        if not match:
-            raise UsageError(
-                f"--cohort {text!r} cannot be parsed: write a single number K, or name, name*N or "
-                "'timm:name[key=value,...]*N'"
-            )
-        prefix, net, words, times = match.groups(default="")
-        if int(times or 1) < 1:
-            raise UsageError(f"--cohort {text!r} asks for {times} peers; at least 1 is needed")
-        arch = net if prefix else f"{net}_cifar"
-        _require_known(arch, net, bool(prefix))
-        arguments, start = _parse_arguments(text, words)
-        arch = _with_stem(text, arch, arguments)
-        for _ in range(int(times or 1)):
-            specs.append(PeerSpec(f"{net}-{count[net]}", arch, dict(arguments), start))
-            count[net] += 1
+    for word in words_of(cohort):
+        arch = word.net if word.from_timm else f"{word.net}_cifar"
+        _require_known(arch, word.net, word.from_timm)
+        arguments, start = _parse_arguments(word.text, word.arguments)
+        arch = _with_stem(word.text, arch, arguments)
+        specs += [PeerSpec(name, arch, dict(arguments), start) for name in word.peers]
     return specs
 
 

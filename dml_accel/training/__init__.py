@@ -11,6 +11,7 @@ In reading order:
     progress    expected cost, throughput, the progress bar
     setup       validate a run, choose a placement, put its cohort together
     resume      what a run resumes from, and what is refused
+    repeat      a run that is repeated: what this machine changes of it
     record      what a run writes: description, records, results and peers
     train       one run from top to bottom
     learn       the same for modules and tensors of your own, from Python

@@ -16,6 +16,7 @@ from dml_accel.core.tables import percent, render, results_table
 from dml_accel.core.versions import commit, versions
 from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.plan import StepLoad, predict, this_machine
+from dml_accel.models.build import memory_format
 from dml_accel.models.peer_folder import write_peer
 from dml_accel.mutual.peer import Peer
 from dml_accel.training import trackers
@@ -28,6 +29,7 @@ from dml_accel.training.loop import (
     steps_to_take,
 )
 from dml_accel.training.progress import Display, Window, Windows
+from dml_accel.training.repeat import device_record
 from dml_accel.training.run_folder import WEIGHTS, RunFolder
 from dml_accel.training.setup import Prepared
 from dml_accel.training.trackers import Trackers
@@ -42,10 +44,13 @@ class Recorder:
         folder: an entered run folder, whose records are opened here.
         ready: what is trained.
         command: the command line, for the record.
+        recipe: the name of the one behind the configuration; empty for none.
         display: shows the run, which has begun there.
     """
 
-    def __init__(self, folder: RunFolder, ready: Prepared, command: str, display: Display) -> None:
+    def __init__(
+        self, folder: RunFolder, ready: Prepared, command: str, recipe: str, display: Display
+    ) -> None:
         self._folder, self._ready, self._display = folder, ready, display
         self._command = command
         config, step = ready.config, ready.start.step
@@ -55,7 +60,7 @@ class Recorder:
         resumed = step if ready.resumes else None
         again = evaluation_follows(config.optim, config.run, len(ready.images.train), step)
         folder.begin(resumed, again)
-        folder.write("config.json", run_description(ready, command))
+        folder.write("config.json", run_description(ready, command, recipe))
         names = trackers.resolve(config.run.log_with)
         self._trackers = Trackers(names, folder.path, config.as_dict(), resumed)
         folder.follow_with(self._trackers)
@@ -121,8 +126,11 @@ class Recorder:
         return content
 
 
-def run_description(ready: Prepared, command: str) -> dict[str, Any]:
-    """Return the content of config.json: what is needed to repeat the run."""
+def run_description(ready: Prepared, command: str, recipe: str = "") -> dict[str, Any]:
+    """Return the content of config.json: what is needed to repeat the run.
+
+    ``config`` is what was asked for, and ``resolved`` what that came to on this machine.
+    """
     checked, placement, images = ready.checked, ready.placement, ready.images
     return {
         "format": 1,
@@ -141,9 +149,29 @@ def run_description(ready: Prepared, command: str) -> dict[str, Any]:
         "data": checked.fingerprint,
         "grey_bits": checked.source.grey_bits,
         "versions": versions() | device_versions(placement.device),
+        "resolved": _resolved(ready),
         "command": command,
+        "recipe": recipe or None,
         "commit": commit(),
         "compiled": ready.compiled,
+    }
+
+
+def _resolved(ready: Prepared) -> dict[str, Any]:
+    config, placement = ready.config, ready.placement
+    processes = placement.processes
+    layout = memory_format(
+        config.compute.memory_format, processes.mixed_precision, placement.device
+    )
+    return {
+        "augment": list(config.data.augmentation),
+        "threads": torch.get_num_threads(),
+        "device": device_record(placement.device),
+        "mixed_precision": processes.mixed_precision,
+        "memory_format": "channels_last" if layout == torch.channels_last else "contiguous",
+        "world_size": processes.world_size,
+        "placement": placement.kind,
+        "compile": "on" if ready.compiled else "off",
     }
 
 

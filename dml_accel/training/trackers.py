@@ -116,7 +116,9 @@ class Trackers:
         # The trackers of an older accelerate have started once they exist.
         self._each(lambda tracker: getattr(tracker, "start", list)())
         if not resumes:
-            values = {n: " ".join(v) if isinstance(v, list) else v for n, v in config.items()}
+            values = {
+                n: " ".join(map(str, v)) if isinstance(v, list) else v for n, v in config.items()
+            }
             self._each(lambda tracker: tracker.store_init_configuration(dict(values)))
         if step is not None and (folder / "metrics.jsonl").exists() and self._trackers:
             for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

@@ -20,6 +20,7 @@ from accelerate.utils.other import is_compiled_module
 from dml_accel.core.config import Config
 from dml_accel.core.errors import OutOfMemoryError, StoppedError, UsageError
 from dml_accel.core.host import keep_memory
+from dml_accel.core.settings import Settings
 from dml_accel.core.tables import printable
 from dml_accel.data import sources
 from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
@@ -31,6 +32,7 @@ from dml_accel.training import checkpoint, loop, progress, resume, setup, tracke
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord
 from dml_accel.training.progress import Display
 from dml_accel.training.record import Recorder, stopped_early, write_peers
+from dml_accel.training.repeat import compare_with_original
 from dml_accel.training.resume import Origin
 from dml_accel.training.run_folder import CHECKPOINTS, RunFolder, explaining_stop
 from dml_accel.training.setup import Checked, Modules, Prepared
@@ -38,12 +40,15 @@ from dml_accel.training.setup import Checked, Modules, Prepared
 _NAMED = 6
 
 
-def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
+def train(
+    config: Config, command: str, asked: Settings | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """Train a cohort as ``config`` says, in this process or as one of several.
 
     Args:
         config: of the run.
         command: the command line, for the record.
+        asked: what lies behind ``config``: a recipe, or the run that this one repeats.
 
     Returns:
         The run folder and the content of its results.json; None in all processes but the first,
@@ -66,6 +71,8 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         folder = RunFolder(where, label, in_place, sources.folders_read(config.data))
     source = sources.read(config.data, quiet=not first)
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
+    if asked is not None:
+        compare_with_original(asked, config, checked, quiet=not first)
     work = progress.workload(config, source)
     nothing = resume.nothing_to_do(config, source, folder.path, work.steps) if folder else ""
     # Elsewhere than in its own folder, a checkpoint is found before anything is written.
@@ -93,7 +100,8 @@ def train(config: Config, command: str) -> tuple[Path, dict[str, Any]] | None:
         with processes.watching(folder.fail if folder and not nothing else None):
             results = None
             if not processes.broadcast_flag(bool(nothing)):
-                session = Session(processes, display, stop, command)
+                recipe = asked.recipe if asked else ""
+                session = Session(processes, display, stop, command, recipe)
                 results = run_one(session, config, checked, modules, folder, origin or Origin())
             processes.close()
     if folder and nothing:
@@ -122,12 +130,14 @@ class Session:
         display: shows the progress.
         stop: requests to stop.
         command: the command line, for the record.
+        recipe: the name of the one behind the configuration, for the record; empty for none.
     """
 
     processes: Processes
     display: Display
     stop: Stop
     command: str
+    recipe: str = ""
 
 
 def run_one(
@@ -178,7 +188,8 @@ def run_one(
             print(_what_starts(ready, work.steps), file=sys.stderr, flush=True)
         if not ready.resumes:
             setup.print_starts(checked)
-        recorder = Recorder(folder, ready, session.command, session.display)
+        asked_for = (session.command, session.recipe)
+        recorder = Recorder(folder, ready, *asked_for, session.display)
     last = _take_all_steps(ready, recorder, session.stop)
     if recorder:
         recorder.end(last)
