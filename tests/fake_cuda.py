@@ -40,7 +40,7 @@ from dml_accel.distributed.processes import Processes
 from dml_accel.models import networks
 from dml_accel.models.build import set_memory_format
 from dml_accel.models.spec import parse_cohort
-from dml_accel.mutual import teachers
+from dml_accel.mutual import averages, teachers
 from dml_accel.mutual.links import read_links
 from dml_accel.mutual.step import train_step
 from dml_accel.training import setup
@@ -313,6 +313,7 @@ def fake_cuda(processes: int = 1) -> Iterator[None]:
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(Tensor, "backward", lambda self, g=None: backward(self, _ones(self, g)))
         patch.setattr(teachers, "load_network", _frozen_network)
+        patch.setattr(setup, "copy_of", _real_copy)
         for module in (wrap, placement):
             patch.setattr(module, "DistributedDataParallel", _NoAverage)
         # Weights are replaced when they are moved: a real one cannot become fake in place.
@@ -329,6 +330,11 @@ def fake_cuda(processes: int = 1) -> Iterator[None]:
 def _frozen_network(_: Any) -> nn.Module:
     with unset_fake_temporarily():
         return networks.resnet8_cifar(num_classes=CLASSES).eval()
+
+
+def _real_copy(module: nn.Module, name: str) -> nn.Module:
+    with unset_fake_temporarily():  # it has not been moved to the device yet
+        return averages.copy_of(module, name)
 
 
 def _ones(root: Tensor, gradient: Tensor | None) -> Tensor:
@@ -406,6 +412,6 @@ def _images(config: Config, format_: ImageFormat) -> Data:
         labelled = torch.arange(int(IMAGES * config.data.labelled_fraction))
     options = {"seed": 0, "device": CUDA, "dtype": format_.dtype, "memory_format": format_.layout}
     normalisation = Normalisation((0.5,) * 3, (0.25,) * 3)
-    train = PixelSet(split, normalisation, augment="crop-flip", labelled=labelled, **options)
-    test = PixelSet(split, normalisation, augment="none", **options)
+    train = PixelSet(split, normalisation, augment=("crop-flip",), labelled=labelled, **options)
+    test = PixelSet(split, normalisation, augment=(), **options)
     return Data(train, None, test, tuple(map(str, range(CLASSES))), normalisation)
