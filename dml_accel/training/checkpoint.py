@@ -29,6 +29,7 @@ from dml_accel.core.errors import CheckpointNotWrittenError, UnreadableError
 from dml_accel.core.files import LARGEST_JSON, parse_json, read_at_most
 from dml_accel.distributed.placement import Placement
 from dml_accel.mutual.peer import Peer
+from dml_accel.training.optimizer_state import pack_state, problem, unpack_state
 
 _FORMAT = 1
 _LARGEST_HEADER = 16 * 2**20  # bytes
@@ -245,11 +246,11 @@ def _read_peer(
     folder: Path, state: dict[str, Any], peer: Peer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     rest = _read_rest(folder, state, peer.name)
-    expected, like = pack(peer)
-    require_state_fits(folder / f"{peer.name}.json", peer, rest, like)
+    expected, _ = pack(peer)
     path = folder / f"{peer.name}.safetensors"
     tensors = _read_tensors(path, state, expected.values())
     require_fit(path, peer, tensors, expected)
+    _require_state_fits(folder, peer, tensors, rest)
     if bool(weights_in(tensors, "best")) != (peer.name in state.get("best", {})):
         raise UnreadableError(f"{path} and {_STATE} differ in whether they have best weights")
     return tensors, rest
@@ -316,19 +317,9 @@ def pack(peer: Peer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors |= {f"ema.{n}": t for n, t in peer.average.module.state_dict().items()}
     if peer.best is not None:
         tensors |= {f"best.{n}": t for n, t in peer.best.items()}
-    optimizer, numbers = peer.optimizer.state_dict(), {}
-    # torch keeps tensors and numbers in one dictionary; the two formats hold one kind each.
-    for index, state in optimizer["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                numbers[f"{index}.{name}"] = value
-    rest = {
-        "optimizer": numbers,
-        "groups": optimizer["param_groups"],
-        "scaler": peer.scaler.state_dict(),
-    }
+    state, rest = pack_state(peer.optimizer)
+    tensors |= {f"optimizer.{n}": t for n, t in state.items()}
+    rest["scaler"] = peer.scaler.state_dict()
     # Cloned, because the format refuses tensors that share memory (tied weights).
     return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, rest
 
@@ -339,42 +330,9 @@ def unpack(peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None
     if peer.average is not None:
         peer.average.module.load_state_dict(weights_in(tensors, "ema"))
     peer.best = weights_in(tensors, "best") or None
-    values = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("optimizer.")}
-    state: dict[int, dict[str, Any]] = {}
-    for place, value in (values | rest["optimizer"]).items():
-        index, _, name = place.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    # Fused kernels walk through a weight and its state in memory order, and do not check that both
-    # have the same layout: give the state the layout of its weight.
-    weights_of = [weight for group in peer.optimizer.param_groups for weight in group["params"]]
-    for index, weight in enumerate(weights_of):
-        for name, value in state.get(index, {}).items():
-            if isinstance(value, Tensor) and value.shape == weight.shape:
-                state[index][name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-    peer.optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    unpack_state(peer.optimizer, weights_in(tensors, "optimizer"), rest)
     if rest["scaler"]:  # empty outside fp16
         peer.scaler.load_state_dict(rest["scaler"])
-
-
-def require_state_fits(path: Path, peer: Peer, rest: dict[str, Any], like: dict[str, Any]) -> None:
-    """Refuse numbers that would make the optimizer or the scaler fail half way."""
-    numbers, groups, scaler = (rest.get(name) for name in ("optimizer", "groups", "scaler"))
-    # Checked here because load_state_dict would fail in the middle, with some peers changed.
-    weights = sum(len(group["params"]) for group in like["groups"])
-    fits = isinstance(numbers, dict) and all(
-        (place := re.fullmatch(r"(\d{1,9})\.\w+", name)) and int(place[1]) < weights
-        for name in numbers
-    )
-    fits &= isinstance(groups, list) and [_shape(g) for g in groups] == [
-        _shape(g) for g in like["groups"]
-    ]
-    fits &= isinstance(scaler, dict) and (not scaler or set(scaler) == _SCALER)
-    if not fits:
-        raise UnreadableError(f"{path} holds another optimizer or loss scaler than {peer.name} has")
-
-
-def _shape(group: Any) -> Any:
-    return (set(group), group.get("params")) if isinstance(group, dict) else None
 
 
 def require_fit(
@@ -399,18 +357,28 @@ def require_fit(
     # Those of its best evaluation, which a peer does not have at its start, are like the others.
     model = weights_in(expected, "model")
     expected = expected | {f"best.{name}": value for name, value in model.items()}
-    sizes = [w.shape for group in peer.optimizer.param_groups for w in group["params"]]
     for name, value in tensors.items():
-        like, index = expected.get(name), name.partition(".")[2].partition(".")[0]
-        if like is not None:
-            fits = (value.shape, value.dtype) == (like.shape, like.dtype)
-        else:  # of an optimizer that has not stepped here: shaped like its weight, or a number
-            known = name.startswith("optimizer.") and index.isdigit() and int(index) < len(sizes)
-            fits = known and value.shape in (sizes[int(index)], torch.Size([]))
-        if not fits:
+        if name.startswith("optimizer."):
+            continue
+        like = expected.get(name)
+        if like is None or (value.shape, value.dtype) != (like.shape, like.dtype):
             raise UnreadableError(
                 f"{path}: {name} {tuple(value.shape)} {value.dtype} does not fit {peer.name}"
             )
+
+
+def _require_state_fits(
+    folder: Path, peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]
+) -> None:
+    """Refuse what would make the optimizer or the scaler fail half way."""
+    path, scaler = folder / f"{peer.name}.json", rest.get("scaler")
+    if not (isinstance(scaler, dict) and (not scaler or set(scaler) == _SCALER)):
+        raise UnreadableError(f"{path} holds another loss scaler than {peer.name} has")
+    found = problem(peer.optimizer, weights_in(tensors, "optimizer"), rest)
+    if found:
+        raise UnreadableError(
+            f"{folder / peer.name}.safetensors and {path.name}: {found} does not fit {peer.name}"
+        )
 
 
 # ---------------------------------------------------------------- files
