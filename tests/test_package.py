@@ -19,8 +19,6 @@ from tests.helpers import ROOT, environment, free_port, run_program
 IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 # Extras: if one is missing, an error says how to install it.
 OPTIONAL = {"onnx", "onnxruntime", "onnxscript"}
-# timm imports it; it is required by name because it must match torch.
-THROUGH_OTHERS = {"torchvision"}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +100,7 @@ def test_exactly_what_is_imported_is_required() -> None:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add((node.module or "").partition(".")[0])
     imported -= {*sys.stdlib_module_names, "dml_accel", *OPTIONAL}
-    assert imported == declared - THROUGH_OTHERS
+    assert imported == declared
 
 
 def test_an_environment_is_not_made_in_a_folder_that_holds_something_else(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ In reading order:
     cache          decoded images, kept on disk
     decode         the images of a split as one array
     selection      which images are trained on, held out, or used with their labels
+    augment        the words of --augment: read, checked, applied
     sources        data sets: from the hub, from a local folder, or scikit-learn's digits
+    mixing         mixup and CutMix: how each batch is mixed with itself
     batches        splits and batches: order, crop, flip and normalisation
 """

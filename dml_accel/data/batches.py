@@ -1,7 +1,11 @@
 """Batches cut from images in memory: order, crop, flip and normalisation by index arithmetic.
 
+What is done to an image, in this order: crop and flip, the words of ``--augment`` that torchvision
+applies image by image, normalisation, erasing; then ``--mixup`` or ``--cutmix`` of the batch.
+
 Order and augmentation of image i in epoch e are keyed by (seed, e, i). They depend on no rank,
-batch size, step or earlier draw, so none of it is ever saved.
+batch size, step or earlier draw, so none of it is ever saved. How a batch is mixed is keyed by
+(seed, epoch, batch size).
 
 Shape letters: N images, B rows of a batch, S pixels a side.
 """
@@ -15,7 +19,9 @@ from torch import Tensor
 
 from dml_accel.core.config import DataConfig
 from dml_accel.core.errors import UsageError
-from dml_accel.core.rng import generator
+from dml_accel.core.rng import generator, key
+from dml_accel.data.augment import ImageTransform, erase, erasing_boxes, parse_augment
+from dml_accel.data.mixing import Mix, Mixed, Mixing
 from dml_accel.data.selection import labelled_rows, training_rows, training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
@@ -94,6 +100,8 @@ class ImageSet:
         device: where batches are made.
         dtype: of the images in a batch.
         labelled: rows whose labels are used, int64; None for all.
+        mixing: how batches are mixed; None if they are not.
+        home: where images and labels are kept, if not on ``device``.
     """
 
     def __init__(
@@ -104,16 +112,20 @@ class ImageSet:
         device: torch.device,
         dtype: torch.dtype,
         labelled: Tensor | None = None,
+        mixing: Mixing | None = None,
+        home: torch.device | None = None,
     ) -> None:
         self._seed, self._device, self._dtype = seed, device, dtype
-        self._labels = labels.to(device).clone()
+        self._home, self._mixing = home or device, mixing
+        self._labels = labels.to(self._home).clone()
         self._is_labelled: Tensor | None = None
         if labelled is not None:
             is_labelled = torch.zeros(len(labels), dtype=torch.bool)
             is_labelled[labelled] = True
-            self._is_labelled = is_labelled.to(device)
+            self._is_labelled = is_labelled.to(self._home)
             self._labels[~self._is_labelled] = -1
         self._epoch = -1  # the epoch whose order is at hand
+        self._mixed_epoch = (-1, 0)  # the epoch and batch size whose mixing is at hand
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -129,9 +141,27 @@ class ImageSet:
 
         Returns:
             images [hi - lo, 3, S, S] and labels [hi - lo]; -1 marks a label that must not be used.
+            Where the batch is mixed, the images are, and ``mixed`` tells with what.
         """
-        rows = self._batch_rows(step, batch_size)[lo:hi]
-        return self._augmented(rows), self._labels[rows]
+        everything = self._batch_rows(step, batch_size)
+        rows = everything[lo:hi]
+        images = self._augmented(rows)
+        mix = self._mix(step, batch_size)
+        if mix is not None:
+            if len(rows) == batch_size:  # the partners are there already
+                partners = images[self._send(mix.partners)]
+            else:
+                partners = self._augmented(everything[mix.partners[lo:hi]])
+            mix.apply(images, partners)
+        return images, self._send(self._labels[rows])
+
+    def mixed(self, step: int, batch_size: int, lo: int, hi: int) -> Mixed | None:
+        """Return the labels that the images of ``batch`` were mixed in with; None if with none."""
+        mix = self._mix(step, batch_size)
+        if mix is None:
+            return None
+        partners = self._batch_rows(step, batch_size)[mix.partners[lo:hi]]
+        return Mixed(self._send(self._labels[partners]), mix.share)
 
     def label_weight(self, step: int, batch_size: int) -> Tensor | None:
         """Return rows of a batch divided by its labelled rows, on the device; 0 if it has none.
@@ -141,32 +171,59 @@ class ImageSet:
         if self._is_labelled is None:
             return None
         labelled = self._is_labelled[self._batch_rows(step, batch_size)].sum()
-        return torch.where(labelled > 0, batch_size / labelled.clamp(min=1).to(self._dtype), 0.0)
+        share = batch_size / labelled.clamp(min=1).to(self._dtype)
+        return self._send(torch.where(labelled > 0, share, 0.0))
 
     def rows(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Return images ``lo`` to ``hi`` in stored order, not augmented, and their labels."""
-        return self.at(torch.arange(lo, min(hi, len(self)), device=self._device))
+        return self.at(torch.arange(lo, min(hi, len(self)), device=self._home))
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images at ``rows`` (int64) of the stored order, not augmented, and labels."""
-        rows = rows.to(self._device)
-        return self._plain(rows), self._labels[rows]
+        rows = rows.to(self._home)
+        return self._plain(rows), self._send(self._labels[rows])
 
     def _batch_rows(self, step: int, batch_size: int) -> Tensor:
-        """Return the stored rows of a whole batch, on the device."""
+        """Return the stored rows of a whole batch, where the images are kept."""
         per_epoch = len(self) // batch_size
         epoch = step // per_epoch
         if self._epoch != epoch:
             # Keyed by seed and epoch, never by what was drawn before: a resumed run draws the same.
             generate = generator("order and augmentation", self._seed, epoch)
             # Copied once an epoch, so that no step waits for a copy to the device.
-            self._order = torch.randperm(len(self), generator=generate).to(self._device)
-            self._draw_augmentation(generate)
+            self._order = torch.randperm(len(self), generator=generate).to(self._home)
+            self._draw_augmentation(generate, epoch)
             self._epoch = epoch
         start = (step % per_epoch) * batch_size
         return self._order[start : start + batch_size]
 
-    def _draw_augmentation(self, generate: torch.Generator) -> None:
+    def _mix(self, step: int, batch_size: int) -> Mix | None:
+        """Return how a whole batch is mixed; None if it stays as it is."""
+        if self._mixing is None:
+            return None
+        batches = len(self) // batch_size
+        epoch, index = divmod(step, batches)
+        if self._mixed_epoch != (epoch, batch_size):
+            drawn = self._mixing.draw(self._seed, epoch, batches, batch_size, self._sides)
+            self._partners, self._shares = drawn[0].to(self._home), drawn[1]
+            self._mixed_epoch = (epoch, batch_size)
+        share, box = self._shares[index]
+        return Mix(self._partners[index], share, box) if share < 1 else None
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        """H and W of an image."""
+        raise NotImplementedError
+
+    def _send(self, values: Tensor) -> Tensor:
+        """Return what was put together where images are kept, on the device."""
+        if self._home == self._device:
+            return values
+        # From pinned memory the host goes on while the copy is under way.
+        values = values.pin_memory() if self._device.type == "cuda" else values
+        return values.to(self._device, non_blocking=True)
+
+    def _draw_augmentation(self, generate: torch.Generator, epoch: int) -> None:
         """Draw what an epoch's augmentation needs, for every image; none here."""
 
     def _augmented(self, rows: Tensor) -> Tensor:
@@ -181,13 +238,18 @@ class ImageSet:
 class PixelSet(ImageSet):
     """Decoded images in memory, cropped, flipped and normalised a batch at a time.
 
+    With a word that works image by image, they stay in the memory of the host.
+
     Args:
         split: the decoded images.
         normalisation: what is subtracted and divided by.
         augment: words of ``--augment``; the crop is taken from the image padded by
             reflection with an eighth of its side (4 pixels at 32, as in the paper).
         memory_format: of the images in a batch.
-        options: of ``ImageSet``: seed, device, dtype, labelled.
+        options: of ``ImageSet``: seed, device, dtype, labelled, mixing.
+
+    Raises:
+        UsageError: see ``augment.parse_augment``.
     """
 
     def __init__(
@@ -199,49 +261,71 @@ class PixelSet(ImageSet):
         memory_format: torch.memory_format = torch.contiguous_format,
         **options: Any,
     ) -> None:
-        super().__init__(split.labels, **options)
         n, size = split.images.shape[:2]
+        self._words, self._transform = parse_augment(augment), ImageTransform(augment, size)
+        if self._transform:
+            options["home"] = torch.device("cpu")
+        super().__init__(split.labels, **options)
         pixels = torch.zeros(n, size, size, _BYTES_PER_PIXEL, dtype=torch.uint8)
         pixels[..., :_CHANNELS] = split.images
-        self._pixels = pixels.view(torch.int32).view(-1).to(self._device)
-        self._size, self._pad, self._augment = size, size // 8, augment
-        self._windows = _reflected_windows(size, self._pad).to(self._device)
+        self._pixels = pixels.view(torch.int32).view(-1).to(self._home)
+        self._size, self._pad = size, size // 8
+        self._windows = _reflected_windows(size, self._pad).to(self._home)
         shape = (_CHANNELS, 1, 1)
         mean = (torch.tensor(normalisation.mean, dtype=torch.float64) * 255).view(shape)
         scale = 1 / (torch.tensor(normalisation.std, dtype=torch.float64) * 255).view(shape)
         self._mean, self._scale = (t.to(self._dtype).to(self._device) for t in (mean, scale))
         self._memory_format = memory_format
+        self._place = torch.arange(size, device=self._device)
 
-    def _draw_augmentation(self, generate: torch.Generator) -> None:
+    @property
+    def _sides(self) -> tuple[int, int]:
+        return self._size, self._size
+
+    def _draw_augmentation(self, generate: torch.Generator, epoch: int) -> None:
         """Draw one crop and one flip for each image, whether they are used or not."""
         n = len(self)
         top, left = torch.randint(0, 2 * self._pad + 1, (2, n), generator=generate)
         flip = torch.rand(n, generator=generate) < 0.5
-        if not {"crop", "crop-flip"} & set(self._augment):
+        if "crop" not in self._words:
             top, left = torch.full_like(top, self._pad), torch.full_like(left, self._pad)
-        if not {"flip", "crop-flip"} & set(self._augment):
+        if "flip" not in self._words:
             flip = torch.zeros_like(flip)
-        self._draws = [drawn.to(self._device) for drawn in (top, left, flip)]
+        self._draws = [drawn.to(self._home) for drawn in (top, left, flip)]
+        if "erasing" in self._words:
+            drawing = generator("erasing", self._seed, epoch)
+            boxes = erasing_boxes(n, self._size, self._words["erasing"], drawing)
+            self._boxes = boxes.to(self._home)
 
     def _augmented(self, rows: Tensor) -> Tensor:
         top, left, flip = (drawn[rows] for drawn in self._draws)
         columns = self._windows[left]
         columns = torch.where(flip[:, None], columns.flip(1), columns)
-        return self._gather(rows, self._windows[top], columns)
+        pixels = self._gather(rows, self._windows[top], columns)
+        if self._transform and len(rows):
+            keys = [key("augment", self._seed, self._epoch, row) for row in rows.tolist()]
+            pixels = self._transform.batch(pixels, keys)
+        images = self._normalised(pixels)
+        if "erasing" in self._words:
+            erase(images, self._send(self._boxes[:, rows]), self._place)
+        return images
 
     def _plain(self, rows: Tensor) -> Tensor:
         centre = self._windows[self._pad].expand(len(rows), -1)
-        return self._gather(rows, centre, centre)
+        return self._normalised(self._gather(rows, centre, centre))
 
     def _gather(self, rows: Tensor, ys: Tensor, xs: Tensor) -> Tensor:
-        """Read pixels [B, S, S] at heights ``ys`` [B, S] and columns ``xs`` [B, S], normalised."""
+        """Read levels [B, 3, S, S] at heights ``ys`` [B, S] and columns ``xs`` [B, S]."""
         start = rows[:, None] * self._size**2 + ys * self._size
         flat = (start[:, :, None] + xs[:, None, :]).view(-1)
         pixels = self._pixels.index_select(0, flat).view(torch.uint8)
         pixels = pixels.view(len(rows), self._size, self._size, _BYTES_PER_PIXEL)
-        images = pixels[..., :_CHANNELS].permute(0, 3, 1, 2)
+        return pixels[..., :_CHANNELS].permute(0, 3, 1, 2)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Return levels [B, 3, S, S] as networks are given them, on the device."""
         # Dense before the conversion: normalising a view with holes takes three times as long.
-        images = images.contiguous(memory_format=self._memory_format).to(self._dtype)
+        images = self._send(pixels.contiguous(memory_format=self._memory_format)).to(self._dtype)
         return images.sub_(self._mean).mul_(self._scale)
 
 
@@ -249,13 +333,18 @@ class TensorSet(ImageSet):
     """Floating images of any shape as they are: shuffled, neither augmented nor normalised.
 
     Args:
-        split: ``images`` [N, ...] floating.
-        options: of ``ImageSet``: seed, device, dtype, labelled.
+        split: ``images`` [N, ...] floating; CutMix needs [N, C, H, W].
+        options: of ``ImageSet``: seed, device, dtype, labelled, mixing.
     """
 
     def __init__(self, split: Split, **options: Any) -> None:
         super().__init__(split.labels, **options)
         self._images = split.images.to(self._device, self._dtype)
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        height, width = self._images.shape[2:] if self._images.ndim == 4 else (1, 1)
+        return height, width
 
     def _plain(self, rows: Tensor) -> Tensor:
         return self._images[rows]
@@ -311,7 +400,7 @@ def prepare(source: Source, data: DataConfig, seed: int, images: ImageFormat) ->
 
     Args:
         source: uint8 images; or floating ones, which are neither augmented nor normalised.
-        data: splits and augmentation.
+        data: splits, augmentation and mixing; images that are evaluated have neither.
         seed: of the run.
         images: what the networks are given.
 
@@ -322,16 +411,18 @@ def prepare(source: Source, data: DataConfig, seed: int, images: ImageFormat) ->
     floating = train.images.is_floating_point()
     normalisation = Normalisation.identity() if floating else Normalisation.of(train.images)
 
-    def image_set(split: Split, labelled: Tensor | None = None) -> ImageSet:
-        options: dict[str, Any] = {"device": images.device, "dtype": images.dtype}
-        options |= {"seed": seed, "labelled": labelled}
+    mixing = Mixing(data.mixup, data.cutmix) if data.mixup or data.cutmix else None
+
+    def image_set(split: Split, augment: tuple[str, ...] = (), **options: Any) -> ImageSet:
+        options |= {"device": images.device, "dtype": images.dtype, "seed": seed}
         if floating:
             return TensorSet(split, **options)
-        options |= {"augment": data.augmentation, "memory_format": images.layout}
+        options |= {"augment": augment, "memory_format": images.layout}
         return PixelSet(split, normalisation, **options)
 
+    labelled = labelled_rows(train.labels, data.labelled_fraction, seed)
     return Data(
-        image_set(train, labelled_rows(train.labels, data.labelled_fraction, seed)),
+        image_set(train, data.augmentation, labelled=labelled, mixing=mixing),
         image_set(val) if val else None,
         image_set(source.test),
         source.classes,

@@ -22,6 +22,7 @@ from dml_accel.core.host import expanded
 from dml_accel.core.tables import printable
 from dml_accel.core.versions import require_packages
 from dml_accel.data.arrow import list_tables
+from dml_accel.data.augment import parse_augment
 from dml_accel.data.cache import Decoded
 from dml_accel.data.class_folders import HERE, find_layout, is_archive, read_folders
 from dml_accel.data.decode import Damage, DamagedImagesError, decoded, require_memory
@@ -112,9 +113,10 @@ def read(data: DataConfig, quiet: bool = False) -> Source:
         quiet: show no progress, because another process does.
 
     Raises:
-        UsageError: the data set cannot be reached, or a split, column, label or image cannot be
-            used.
+        UsageError: the data set cannot be reached, or a split, column, label, image or augmentation
+            cannot be used.
     """
+    parse_augment(data.augmentation)  # what cannot be done is refused before images are read
     if data.dataset == DIGITS:
         return _digits(data)
     if data.train_split == data.test_split and not data.test_fraction:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dml_accel.data.mixing import Mixed
+
 
 class Losses(NamedTuple):
     """The named parts of every peer's loss, one value per row, all [K, B], in nats."""
@@ -52,6 +54,8 @@ def mutual_loss(
     temperature: float = 1.0,
     kl_reduction: str = "mean",
     target: str = "peers",
+    mixed: Mixed | None = None,
+    label_smoothing: float = 0.0,
 ) -> Losses:
     """Return the loss of K peers that all learn from each other, on every row.
 
@@ -65,6 +69,7 @@ def mutual_loss(
         temperature: T.
         kl_reduction: ``mean`` or ``sum`` over the K - 1 other peers.
         target: see ``targets``.
+        mixed, label_smoothing: see ``mutual_losses``.
     """
     learned = None
     if kl_weight and len(logits_KBC) > 1:
@@ -78,6 +83,8 @@ def mutual_loss(
         kl_weight=kl_weight,
         temperature=temperature,
         sums_kl=kl_reduction == "sum",
+        mixed=mixed,
+        label_smoothing=label_smoothing,
     )
 
 
@@ -91,6 +98,8 @@ def mutual_losses(
     sums_kl: bool = False,
     label_weight: Tensor | None = None,
     kl_on_labelled: bool = False,
+    mixed: Mixed | None = None,
+    label_smoothing: float = 0.0,
 ) -> Losses:
     """Return the loss of K peers on every row.
 
@@ -105,19 +114,28 @@ def mutual_losses(
         label_weight: weight of a labelled row, with which the mean over the whole batch becomes the
             mean over its labelled rows (CVPR 2018, section 3.4). None if all rows are labelled.
         kl_on_labelled: whether rows without a label have no KL term either.
+        mixed: what the images were mixed with: the cross-entropy is the sum of those with both
+            labels, each times its share. All rows must be labelled.
+        label_smoothing: share of each label that is spread evenly over all classes, as in
+            ``torch.nn.functional.cross_entropy``.
 
     Returns:
         ``total`` carries gradients: its row k into the logits of peer k and nowhere else.
-        ``cross_entropy`` includes ``label_weight``. ``kl`` is the term of the formula above before
-        w, with T^2; 0 if it was not computed.
+        ``cross_entropy`` includes ``mixed``, ``label_smoothing`` and ``label_weight``. ``kl`` is
+        the term of the formula above before w, with T^2; 0 if it was not computed.
     """
     # Half precision has too few digits for the sums over classes and over rows.
     logits_KBC = at_least_single(logits_KBC)
     log_p = F.log_softmax(logits_KBC, dim=-1)  # [K, B, C]
-    peers = len(logits_KBC)
     # gather needs a valid class; what it picks for an unused label is multiplied by 0 below.
     known_B = labels_B if label_weight is None else labels_B.clamp(min=0)
-    cross_entropy = -log_p.gather(2, known_B.expand(peers, -1)[..., None])[..., 0]  # [K, B]
+    cross_entropy = _cross_entropy(log_p, known_B)
+    if mixed is not None:
+        theirs = _cross_entropy(log_p, mixed.labels)
+        cross_entropy = mixed.share * cross_entropy + (1 - mixed.share) * theirs
+    if label_smoothing:
+        evenly = -log_p.mean(-1)  # [K, B]: the cross-entropy with every class alike
+        cross_entropy = (1 - label_smoothing) * cross_entropy + label_smoothing * evenly
     weight_B = None
     if label_weight is not None:
         # Multiplied, not left out: what is not finite must stay so, for the step to be skipped.
@@ -134,6 +152,11 @@ def mutual_losses(
         kl = kl * weight_B
     # Parts are returned apart from the total: they are what the records and the display show.
     return Losses(cross_entropy + kl_weight * kl, cross_entropy, kl)
+
+
+def _cross_entropy(log_p_KBC: Tensor, labels_B: Tensor) -> Tensor:
+    """Return the cross-entropy of every peer with each row's class, [K, B], in nats."""
+    return -log_p_KBC.gather(2, labels_B.expand(len(log_p_KBC), -1)[..., None])[..., 0]
 
 
 def kl_from_targets(log_p_KBC: Tensor, targets: Targets) -> Tensor:

@@ -17,6 +17,7 @@ parts of a loss, R requests.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from dml_accel.core.config import OptimConfig
 from dml_accel.core.rng import key
 from dml_accel.data.batches import ImageSet, slices
+from dml_accel.data.mixing import Mixed
 from dml_accel.distributed.placement import Placement
 from dml_accel.mutual.losses import Losses, Targets
 from dml_accel.mutual.peer import Peer
@@ -33,6 +35,18 @@ from dml_accel.mutual.teaching import Teaching
 PARTS = ("loss", "cross_entropy", "kl")
 Requests = Callable[[], Sequence[bool]]
 Rates = float | Mapping[str, float]
+
+
+class Labels(NamedTuple):
+    """What some rows of a batch are labelled with.
+
+    Attributes:
+        classes: [B] int64; -1 marks a label that must not be used.
+        mixed: what the images were mixed with; None if with nothing.
+    """
+
+    classes: Tensor
+    mixed: Mixed | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class Cohort:
         update: the update schedule.
         seed: keys dropout.
         low_memory: whether to keep one network's activations at a time.
+        label_smoothing: share of each label that is spread over all classes.
     """
 
     peers: Sequence[Peer]
@@ -60,6 +75,7 @@ class Cohort:
     update: str = "simultaneous"
     seed: int = 0
     low_memory: bool = False
+    label_smoothing: float = 0.0
 
     @property
     def one_at_a_time(self) -> bool:
@@ -88,13 +104,15 @@ class Step:
         self.cohort, self.number, self.lr = cohort, number, lr
         self.peers, self.placement, self.teaching = cohort.peers, cohort.placement, cohort.teaching
         self.micro_batches = slices(cohort.optim.batch_size, cohort.optim.grad_accum)
+        self._taken: dict[str, Tensor] = {}  # bools on the device
 
-    def rows(self, batch: int, part: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def rows(self, batch: int, part: tuple[int, int]) -> tuple[Tensor, Labels]:
         """Return our images and labels of rows ``part`` of a batch."""
         # Our slice of this micro-batch, in rows of the whole batch.
-        lo, hi = self.placement.rows(part[1] - part[0])
-        size = self.cohort.optim.batch_size
-        return self.cohort.images.batch(batch, size, part[0] + lo, part[0] + hi)
+        lo, hi = (part[0] + row for row in self.placement.rows(part[1] - part[0]))
+        size, images = self.cohort.optim.batch_size, self.cohort.images
+        x, classes = images.batch(batch, size, lo, hi)
+        return x, Labels(classes, images.mixed(batch, size, lo, hi))
 
     def dropout_key(self, peer: Peer, part: int) -> int:
         """Return what keys dropout: the step and the peer, never what was drawn before."""
@@ -132,17 +150,19 @@ class Step:
         return self.teaching.targets(logits, count, self.placement, frozen)
 
     def losses(
-        self, logits: Tensor, labels: Tensor, targets: Targets | None, batch: int
+        self, logits: Tensor, labels: Labels, targets: Targets | None, batch: int
     ) -> tuple[Losses, Tensor]:
         """Return the losses of some peers on our rows, and their detached sums, [k, P]."""
         cohort = self.cohort
         # The weights are the same on every process: both follow from the step, not from our rows.
         losses = self.teaching.losses(
             logits,
-            labels,
+            labels.classes,
             targets,
             kl_weight=self.teaching.kl_weight(self.number, cohort.steps_per_epoch),
             label_weight=cohort.images.label_weight(batch, cohort.optim.batch_size),
+            mixed=labels.mixed,
+            label_smoothing=cohort.label_smoothing,
         )
         return losses, torch.stack([part.detach().sum(1) for part in losses], 1)
 
@@ -163,9 +183,13 @@ class Step:
 
     def update(self, peer: Peer, finite: Tensor) -> None:
         """Let a peer take its step, if its loss is ``finite``, a bool on the device."""
-        taken = peer.update(finite, self.cohort.optim.clip_norm)
-        if peer.average is not None:
-            peer.average.update(taken, self.number)
+        self._taken[peer.name] = peer.update(finite, self.cohort.optim.clip_norm)
+
+    def move_averages(self) -> None:
+        """Move the averages of those peers that have taken their step, at the end of the step."""
+        for peer in self.peers:
+            if peer.average is not None:
+                peer.average.update(self._taken[peer.name], self.number)
 
 
 def train_step(
@@ -184,7 +208,10 @@ def train_step(
         peer whose loss is not finite is left as it was. And how many processes have each request,
         [R].
     """
-    return _STEPS[cohort.update](Step(cohort, number, lr), requests)
+    step = Step(cohort, number, lr)
+    found = _STEPS[cohort.update](step, requests)
+    step.move_averages()
+    return found
 
 
 # ---------------------------------------------------------------- simultaneous
@@ -211,7 +238,7 @@ def _simultaneous(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     return means, requested
 
 
-def _together(step: Step, x: Tensor, y: Tensor, part: int, count: int) -> Tensor:
+def _together(step: Step, x: Tensor, y: Labels, part: int, count: int) -> Tensor:
     """Forward of all peers, then backward of all; return sums of their losses' parts, [k, P]."""
     logits = torch.stack([step.forward(peer, x, part) for peer in step.peers])  # [k, B, C]
     taught = step.averages_logits(x)
@@ -222,7 +249,7 @@ def _together(step: Step, x: Tensor, y: Tensor, part: int, count: int) -> Tensor
     return sums
 
 
-def _in_turn(step: Step, x: Tensor, y: Tensor, part: int, count: int) -> Tensor:
+def _in_turn(step: Step, x: Tensor, y: Labels, part: int, count: int) -> Tensor:
     """As ``_together``, but with one peer's activations at a time: targets are made first."""
     targets = None
     if step.teaching.is_on:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dml_accel.core.config import MethodConfig
+from dml_accel.data.mixing import Mixed
 from dml_accel.distributed.placement import Placement
 from dml_accel.mutual.links import LinkWeights
 from dml_accel.mutual.losses import (
@@ -159,6 +160,8 @@ class Teaching:
         *,
         kl_weight: float,
         label_weight: Tensor | None,
+        mixed: Mixed | None = None,
+        label_smoothing: float = 0.0,
     ) -> Losses:
         """Return the losses of peers with logits [K, B, C] on B rows; see ``mutual_losses``."""
         return mutual_losses(
@@ -170,4 +173,6 @@ class Teaching:
             sums_kl=self._method.sums_kl,
             label_weight=label_weight,
             kl_on_labelled=self._method.kl_images == "labelled",
+            mixed=mixed,
+            label_smoothing=label_smoothing,
         )

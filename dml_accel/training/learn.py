@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
+from dml_accel.data.augment import parse_augment
 from dml_accel.data.batches import check_batch_size
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
@@ -196,6 +197,12 @@ def _check(
         raise UsageError(
             f"Config(augment={augment!r}): floating images are used as they are; give uint8 "
             "images [N, H, H, 3], or augment='none'"
+        )
+    parse_augment(config.data.augmentation)
+    if floating and config.data.cutmix and len(shape) != 3:
+        raise UsageError(
+            f"Config(cutmix={config.data.cutmix:g}) needs images [N, C, H, W]; these are "
+            f"[N, {', '.join(map(str, shape))}]: mixup takes any shape"
         )
     if floating and launched_processes() > 1 and list(shape) != [3, shape[-1], shape[-1]]:
         raise UsageError(f"several processes need images [N, 3, H, H]; these are [N, *{[*shape]}]")

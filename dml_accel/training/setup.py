@@ -420,6 +420,7 @@ def make_cohort(
         config.method.update,
         config.seed,
         config.compute.low_memory,
+        config.data.label_smoothing,
     )
 
 

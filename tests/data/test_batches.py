@@ -40,7 +40,7 @@ def split() -> Split:
 def image_set(split: Split, augment: str = "crop-flip", seed: int = 7) -> PixelSet:
     normalisation = Normalisation.of(split.images)
     return PixelSet(
-        split, normalisation, augment=augment, seed=seed, device=CPU, dtype=torch.float64
+        split, normalisation, augment=(augment,), seed=seed, device=CPU, dtype=torch.float64
     )
 
 
