@@ -47,15 +47,15 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         With ``sgd``, ``momentum``, ``adam`` and ``adamw`` a fused kernel, which skips a step when
         it is told to (``Peer.update``); it has all of its state from the start.
     """
-    info = timm.optim.get_optimizer_info(optim.optimizer)
-    arguments = _arguments(optim)
+    name, arguments = optim.optimizer, _arguments(optim)
+    info = timm.optim.get_optimizer_info(name)
     if optim.momentum == 0 and (info.defaults or {}).get("nesterov"):
         arguments.setdefault("nesterov", False)
-    if info.opt_class in _FUSED:
+    if has_fused(name):
         arguments["fused"] = True
     optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
         module if optim.wd_exclude_norm_bias else list(module.parameters()),
-        optim.optimizer,
+        name,
         lr=optim.lr,
         weight_decay=optim.weight_decay,
         momentum=optim.momentum,
@@ -65,6 +65,11 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     if is_fused(optimizer):
         _start_state(optimizer)
     return optimizer
+
+
+def has_fused(name: str) -> bool:
+    """Whether the optimizer of that name is a fused kernel."""
+    return timm.optim.get_optimizer_info(name).opt_class in _FUSED
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a group holds besides settings: some optimizers count their steps there.
-_STATE_OF_GROUP = {"step"}
+# What a group holds besides settings: steps that are counted there, and in timm 1.0.26 a table by
+# step that its weights share.
+_STATE_OF_GROUP = {"step", "buffer"}
 
 
 def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors by name, and the numbers and groups as JSON."""
     saved = optimizer.state_dict()
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     # torch keeps tensors and numbers in one dictionary; the two formats hold one kind each.
     for index, state in saved["state"].items():
         for name, value in state.items():
@@ -95,9 +97,11 @@ def problem(
 def _is_group(saved: Any, like: dict[str, Any]) -> bool:
     if not isinstance(saved, dict) or saved.get("params") != like["params"]:
         return False
-    counts = [saved[name] for name in _STATE_OF_GROUP & saved.keys()]
-    names = saved.keys() | _STATE_OF_GROUP == like.keys() | _STATE_OF_GROUP
-    return names and saved.keys() <= like.keys() and all(_kind(one) is float for one in counts)
+    # Before its first step an optimizer may not count yet.
+    if not like.keys() - _STATE_OF_GROUP <= saved.keys() <= like.keys():
+        return False
+    counted = _STATE_OF_GROUP & saved.keys()
+    return all(_kind(saved[name]) is _kind(like[name]) for name in counted)
 
 
 def _kind(value: Any) -> type:

@@ -139,7 +139,7 @@ def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str
     # A damaged newest checkpoint proves nothing about how far the run has come.
     newest = next(filter(_is_readable, checkpoint.named(path / CHECKPOINTS)), None)
     if newest and checkpoint.step_of(newest) > steps:
-        _refuse(path, config.refused_on_resume(saved.config))
+        _refuse(path, config.refused_on_resume(saved.config), config)
         return f"{path} has reached {newest.name}, beyond the {steps} steps asked for"
     # Compared only when the run is finished: else find_origin compares more than the flags.
     if not saved.is_done:
@@ -153,7 +153,7 @@ def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str
     early = saved.results.get("stopped_early") is True
     if taken < steps and not early:
         return ""
-    _refuse(path, config.refused_on_resume(saved.config))
+    _refuse(path, config.refused_on_resume(saved.config), config)
     refuse_other_images(saved, config, source)
     how = "stopped early after" if early else "taken all of its"
     return f"{path} has {how} {taken} steps: nothing to do"
@@ -297,7 +297,7 @@ def _refuse_other_flags(config: Config, given: Path) -> None:
         saved = SavedRun(given).config
     except UsageError:
         return  # missing or damaged: each checkpoint holds the configuration as well
-    _refuse(given, _without_precision(config.refused_on_resume(saved)))
+    _refuse(given, _without_precision(config.refused_on_resume(saved)), config)
 
 
 def _refuse_newer(given: Path, peers: Sequence[str]) -> None:
@@ -318,7 +318,7 @@ def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
         saved = Config(**origin.state["config"])
     except (UsageError, TypeError) as error:
         raise UsageError(f"{origin.path} was written by another version: {error}") from error
-    _refuse(origin.path, _without_precision(config.refused_on_resume(saved)))
+    _refuse(origin.path, _without_precision(config.refused_on_resume(saved)), config)
     _refuse_images(origin.path, config, checked.source, saved, origin.state["data"])
     ours, theirs = run_facts(config, checked), origin.state
     # Files that flags name may have changed although the flags have not.
@@ -380,10 +380,13 @@ def _without_precision(differences: Differences) -> Differences:
     return {name: pair for name, pair in differences.items() if name != "mixed_precision"}
 
 
-def _refuse(path: Path | None, wrong: Differences) -> None:
+def _refuse(path: Path | None, wrong: Differences, config: Config | None = None) -> None:
     if wrong:
+        why, optim = "", config.optim if config else None
+        if optim and optim.depends_on_last_epoch and "epochs" in wrong:
+            why = f" (--lr-schedule {optim.lr_schedule} ends with --epochs)"
         raise UsageError(
-            f"{path} {differences_text(wrong)}: use the same flags or a new --output-dir"
+            f"{path} {differences_text(wrong)}{why}: use the same flags or a new --output-dir"
         )
 
 

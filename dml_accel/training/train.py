@@ -27,6 +27,8 @@ from dml_accel.distributed.launch import Stop, check_launch, launched_rank, shar
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes, is_out_of_memory
 from dml_accel.models.build import parameter_count
+from dml_accel.models.optim import has_fused
+from dml_accel.models.schedules import what_never_falls
 from dml_accel.models.spec import cohort_label, parse_cohort
 from dml_accel.training import checkpoint, loop, progress, resume, setup, trackers
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord
@@ -185,7 +187,8 @@ def run_one(
         work = progress.workload(config, checked.source, image_cost, ready.start.step)
         session.display.begin(label, work, config.optim.epochs)
         if not label:
-            print(_what_starts(ready, work.steps), file=sys.stderr, flush=True)
+            for line in (_what_starts(ready, work.steps), *_notes(ready, work.steps)):
+                print(line, file=sys.stderr, flush=True)
         if not ready.resumes:
             setup.print_starts(checked)
         asked_for = (session.command, session.recipe)
@@ -220,6 +223,20 @@ def _what_starts(ready: Prepared, steps: int) -> str:
         f"{names} on {where}: {steps_text}, {epochs} epoch{'s' * (epochs > 1)}; run folder "
         f"{printable(str(ready.path))}"
     )
+
+
+def _notes(ready: Prepared, steps: int) -> list[str]:
+    """Return a line for each setting of the optimizers that may not be what was meant."""
+    optim, device = ready.config.optim, ready.placement.device
+    notes = [what_never_falls(optim, steps, ready.cohort.steps_per_epoch)]
+    used = {optim.of_peer(name).optimizer for name in ready.checked.names}
+    looking = ", ".join(sorted(name for name in used if not has_fused(name)))
+    if looking and device.type != "cpu":
+        notes.append(
+            f"--optimizer {looking}: every step waits for {device} to learn whether the loss is "
+            "finite; with sgd, momentum, adam and adamw it does not"
+        )
+    return [note for note in notes if note]
 
 
 def _why_early(config: Config, last: EvaluationRecord) -> str:
