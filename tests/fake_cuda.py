@@ -131,12 +131,10 @@ def fake_tensors(mode: FakeTensorMode | None = None) -> Iterator[Recorder]:
 # ---------------------------------------------------------------- kernels without a fake
 
 
-def _fused_sgd(
-    weights: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], **options: Any
-) -> None:
-    for weight, *others in zip(weights, gradients, momenta, strict=True):
+def _fused(weights: list[Tensor], *lists: list[Tensor], **options: Any) -> None:
+    for weight, *others in zip(weights, *lists, strict=True):
         for other in others:
-            # The kernel walks through all three in memory order, and checks nothing.
+            # The kernel walks through all of them in memory order, and checks nothing.
             assert (other.shape, other.dtype, other.stride()) == (
                 weight.shape,
                 weight.dtype,
@@ -144,6 +142,12 @@ def _fused_sgd(
             )
     for name in ("found_inf", "grad_scale"):
         assert options.get(name) is None or options[name].dtype == torch.float32, name
+
+
+def _fused_adamw(*lists: list[Tensor], **options: Any) -> None:
+    *whole, highest, steps = lists  # the highest second moments are there with amsgrad only
+    assert not highest and all((one.shape, one.dtype) == ((), torch.float32) for one in steps)
+    _fused(*whole, **options)
 
 
 def _per_channel(x: Tensor) -> Tensor:
@@ -204,7 +208,8 @@ def _is_dense(x: Tensor) -> bool:
 
 
 _WITHOUT_A_FAKE: dict[Any, Callable[..., Any]] = {
-    aten._fused_sgd_: _fused_sgd,
+    aten._fused_sgd_: _fused,
+    aten._fused_adamw_: _fused_adamw,
     aten._amp_foreach_non_finite_check_and_unscale_: lambda *_: None,
     aten._amp_update_scale_: lambda scale, *_: scale,
     aten.batch_norm_stats: _stats,

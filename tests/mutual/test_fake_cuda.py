@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from dml_accel.core.config import Config
 from dml_accel.core.versions import torch_release
@@ -81,6 +82,22 @@ def test_a_step_stays_on_the_device_and_waits_for_nothing(
     assert not recorder.waits
     for peer in it.peers:
         assert_on_device(peer, wide)
+
+
+@pytest.mark.parametrize("precision", [{}, {"mixed_precision": "fp16", "clip_norm": 1.0}], ids=str)
+def test_fused_adamw_waits_for_nothing(precision: dict[str, Any]) -> None:
+    with fake_cuda():
+        it = build(1, optimizer="adamw", **precision)
+        _, recorder = it.step()
+    assert not recorder.waits
+    assert "aten._fused_adamw_.default" in recorder.launches
+
+
+def test_an_optimizer_that_is_not_fused_looks_at_the_loss() -> None:
+    with fake_cuda():
+        it = build(1, optimizer="lion")
+        with pytest.raises(DataDependentOutputException):  # a fake loss has no number to read
+            it.step()
 
 
 def assert_on_device(peer: Any, wide: torch.dtype) -> None:
