@@ -25,6 +25,7 @@ from dml_accel.core.files import LARGEST_JSON, read_at_most, text_of
 
 RECIPE = "recipe"  # the key that names one
 _LONGEST_REASON = 200  # characters
+_LARGEST_YAML = 2**16  # bytes: it is read by a slow parser, and holds flags only
 _ENDINGS = {".json": "JSON", ".yaml": "YAML", ".yml": "YAML"}
 
 
@@ -56,7 +57,8 @@ def read_config_file(path: Path) -> ConfigFile:
     language = _ENDINGS.get(path.suffix.lower())
     if language is None:
         raise UsageError(f"--config {path}: its name must end in {', '.join(_ENDINGS)}")
-    text = text_of(path, read_at_most(path, LARGEST_JSON))
+    most = LARGEST_JSON if language == "JSON" else _LARGEST_YAML
+    text = text_of(path, read_at_most(path, most))
     try:
         found = _from_json(text) if language == "JSON" else yaml.load(text, _Loader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -166,7 +168,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         """Return a mapping whose keys are all different."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key.value for key, _ in node.value]
         for place, key in enumerate(keys):
             if key in keys[:place]:
                 raise _TwiceError(str(key))

@@ -69,9 +69,12 @@ def settle(
 def _whence(text: str, origins: Mapping[str, str], given: Collection[str]) -> str:
     """Return which flags in an error's text come from elsewhere than the command line."""
     named = [name.replace("-", "_") for name in re.findall(r"--([a-z][\w-]*)", text)]
-    found = [name for name in dict.fromkeys(named) if name in origins and name not in given]
-    said = (f"--{name.replace('_', '-')} comes from {origins[name]}" for name in found)
-    return f" ({', '.join(said)})" if found else ""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(named):
+        if name in origins and name not in given:
+            found.setdefault(origins[name], []).append(f"--{name.replace('_', '-')}")
+    said = [f"{' and '.join(flags)} from {origin}" for origin, flags in found.items()]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def with_resolved(

@@ -95,8 +95,9 @@ DEFAULTS = {
 }
 # Flags that only one command has.
 OWN = {
-    "compare": {"--methods", "--seeds", "--preset"},
-    "plan": {"--world", "--classes", "--bandwidth", "--latency"},
+    "train": {"--recipe", "--config"},
+    "compare": {"--recipe", "--config", "--methods", "--seeds", "--preset"},
+    "plan": {"--recipe", "--config", "--world", "--classes", "--bandwidth", "--latency"},
     "report": {"--to", "--analyse"},
     "evaluate": {
         "--checkpoint",
@@ -163,6 +164,9 @@ USAGE = {
     "compare: images of the KL": (["compare", "--kl-images", "all"], "the method semi has KL on"),
     "no seeds": (["compare", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
     "a bad method": (["compare", "--methods", "x"], "argument --methods: invalid choice: 'x'"),
+    "an unknown recipe": (["train", "--recipe", "papper"], "--recipe papper is unknown: did you"),
+    "no file": (["plan", "--config", "no/such.yaml"], "no/such.yaml cannot be read: No such file"),
+    "a flag that cannot be off": (["train", "--no-lr", "1"], "unknown argument --no-lr: see train"),
     "no processes": (["plan", "--world", "0"], "--world is 0; it must be at least 1"),
     "no bandwidth": (["plan", "--bandwidth", "0"], "--bandwidth is 0.0; it must be above 0"),
     "too many processes": (["plan", "--world", "65"], "--world 65 is more than the 64 images of a"),
@@ -202,6 +206,14 @@ def test_help_is_printed_at_once(words: list[str]) -> None:
     code, out, err = run_light(words)
     assert (code, err) == (0, "")
     assert out.startswith("usage: dml-accel") and "--help" in out
+
+
+def test_recipes_are_listed_at_once() -> None:
+    for command in ("train", "compare", "plan"):
+        code, out, err = run_light([command, "--recipe", "list", "--cohort", "mobilenet"])
+        assert (code, err) == (0, "")
+        assert out.startswith("paper\n")
+        assert "--peer-opt mobilenet-0:lr=0.01" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("case", USAGE)
