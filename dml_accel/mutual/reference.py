@@ -88,11 +88,13 @@ def step(
     micro_batches: list[Batch],
     clip_norm: float | None = None,
     frozen: list[nn.Module] | None = None,
+    averages: list[nn.Module] | None = None,
     **loss_options: object,
 ) -> list[float]:
     """One optimizer step of the simultaneous schedule; returns every peer's loss.
 
-    Each peer's loss is differentiated with respect to that peer's parameters only.
+    Each peer's loss is differentiated with respect to that peer's parameters only. ``averages``
+    teach in the place of ``nets``, if they are given.
     """
     rows = sum(len(labels) for _, labels in micro_batches)
     losses = [0.0 for _ in nets]
@@ -100,9 +102,12 @@ def step(
     for images, labels in micro_batches:
         share = len(labels) / rows
         logits = [net(images) for net in nets]
+        taught = [net(images) for net in averages] if averages else logits
         loss_options["frozen"] = [net(images) for net in frozen or []]
         for k, net in enumerate(nets):
-            loss_k = share * loss(k, logits, labels, **loss_options)  # type: ignore[arg-type]
+            seen = list(taught)
+            seen[k] = logits[k]
+            loss_k = share * loss(k, seen, labels, **loss_options)  # type: ignore[arg-type]
             parts = torch.autograd.grad(loss_k, list(net.parameters()), retain_graph=True)
             gradients[k] = [sum_ + part for sum_, part in zip(gradients[k], parts, strict=True)]
             losses[k] += loss_k.item()

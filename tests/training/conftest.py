@@ -6,7 +6,7 @@ import pytest
 
 from dml_accel.training import loop
 from tests.helpers import saved_steps
-from tests.training.interrupting import killed, train
+from tests.training.interrupting import CHOOSING, killed, train
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +14,14 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("straight")
     assert train(folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that keeps averages and best weights, and stops early."""
+    folder = tmp_path_factory.mktemp("chosen")
+    assert train(folder, *CHOOSING) == 0
     return folder
 
 

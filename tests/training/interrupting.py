@@ -18,6 +18,10 @@ WORDS = (
     "--save-every 3 --eval-every 4 --cpu"
 ).split()
 NAMES = ("resnet8-0", "wrn_16_2-0")
+# The same with averages, best weights and an early stop; an evaluation after every step.
+CHOOSING = (
+    "--cohort resnet8*2 --ema 0.9 --teach-with ema --keep best --early-stop 2 --eval-every 1"
+).split()
 
 
 class KilledError(BaseException):
