@@ -67,6 +67,8 @@ class StepLoad:
         spans_batch_norm: whether batch statistics span the processes of a peer.
         mutual: whether peers learn from each other.
         low_memory: whether one network's activations at a time are kept.
+        averages: whether an average of each network's weights is kept.
+        averages_teach: whether the averages predict what peers learn from.
         sums: whether the sum of posteriors is exchanged, not every peer's logits.
     """
 
@@ -78,6 +80,8 @@ class StepLoad:
     mutual: bool
     low_memory: bool
     sums: bool
+    averages: bool = False
+    averages_teach: bool = False
 
     @classmethod
     def of(cls, config: Config, classes: int) -> "StepLoad":
@@ -93,6 +97,8 @@ class StepLoad:
             mutual=config.method.kl_weight > 0,
             low_memory=config.compute.low_memory,
             sums=config.compute.exchange == "sum",
+            averages=config.optim.ema is not None,
+            averages_teach=config.method.teach_with == "ema",
         )
 
 
@@ -187,8 +193,9 @@ def predict(
         cost, width = costs[name], len(held)
         seconds = cost.seconds or (1 + _BACKWARD) * cost.macs / machine.macs_per_second
         least = (1 + _BACKWARD) * cost.operations * machine.start * len(load.micro_batches)
-        if load.low_memory and load.mutual:
-            again = (2 + _BACKWARD) / (1 + _BACKWARD)  # every network predicts twice
+        if load.mutual and (load.low_memory or load.averages_teach):
+            # Every network predicts twice, or once and its average once.
+            again = (2 + _BACKWARD) / (1 + _BACKWARD)
             seconds, least = seconds * again, least * again
         for index, rank in enumerate(held):
             rows = [_length(slices(count, width)[index]) for count in load.micro_batches]
@@ -196,7 +203,7 @@ def predict(
             busy[rank] += max(sum(rows) * seconds, least) + grouped / machine.bandwidth
             busy[rank] += messages * machine.latency
             sent[rank] += grouped
-            copies = _COPIES + (width > 1)  # DDP keeps the gradients in buckets as well
+            copies = _COPIES + load.averages + (width > 1)  # DDP keeps the gradients in buckets as well
             memory[rank] += copies * load.number_bytes * cost.parameters
             activations[rank].append(max(rows) * cost.activation_bytes)
     together = max if load.low_memory or not load.mutual else sum
