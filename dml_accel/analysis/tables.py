@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel.analysis.methods import BASELINE, METHODS
+from dml_accel.core.config import OptimConfig
 from dml_accel.core.tables import percent, render, table
 from dml_accel.models.model_card import public_name
+
+# Flags by which a run follows another recipe than the published ones; its length is told apart.
+_OF_RECIPE = {*OptimConfig.names(), "augment", "mixup", "cutmix", "label_smoothing"}
+_OF_RECIPE -= {"epochs", "max_steps"}
 
 ABOUT_DIFFERENCES = """\
 Top-1 accuracy in %, mean over seeds, after the last epoch. Differences are paired: same seed,
@@ -171,6 +176,9 @@ def published_table(record: dict[str, Any], style: str = "github") -> list[str]:
     note = "Published: 200 epochs on the 50,000 training images of CIFAR-100."
     if scaled_down:
         note += f" Ours are scaled down ({scaled_down}) and not comparable."
+    other = [name.replace("_", " ") for name in record["recipe"] if name in _OF_RECIPE]
+    if other:
+        note += f" Ours follow another recipe ({', '.join(other)})."
     note += " Values marked ? could not be\ncompared with the text of their source."
     return [table(rows, headers, style, left=2), note]
 

@@ -308,6 +308,7 @@ def test_published_values_are_beside_ours_on_cifar100(
     few = dataclasses.replace(whole, test=whole.test.select(torch.arange(50)))
     monkeypatch.setattr(compare.sources, "read", lambda *_, **__: few)
     words = ["--dataset", str(real_images), "--cohort", "resnet32*2", "--max-steps", "1"]
+    words += ["--optimizer", "adamw"]
     folder = tmp_path / "cifar"
     done = cli.main(["compare", *words, "--seeds", "1", "--cpu", "--output-dir", str(folder)])
     assert done == 0
@@ -316,6 +317,7 @@ def test_published_values_are_beside_ours_on_cifar100(
     theirs = next(line for line in text.splitlines() if "| resnet32 + resnet32 | paper" in line)
     assert "68.99 / 68.99" in theirs and "71.19? / 70.75?" in theirs
     assert "not comparable" in text and "pilsHan/DML_for-personal-study" in text
+    assert "Ours follow another recipe (optimizer, lr)." in text
 
 
 # ---------------------------------------------------------------- refusals
