@@ -203,7 +203,8 @@ def predict(
             busy[rank] += max(sum(rows) * seconds, least) + grouped / machine.bandwidth
             busy[rank] += messages * machine.latency
             sent[rank] += grouped
-            copies = _COPIES + load.averages + (width > 1)  # DDP keeps the gradients in buckets as well
+            # DDP keeps the gradients in buckets as well.
+            copies = _COPIES + load.averages + (width > 1)
             memory[rank] += copies * load.number_bytes * cost.parameters
             activations[rank].append(max(rows) * cost.activation_bytes)
     together = max if load.low_memory or not load.mutual else sum
