@@ -15,6 +15,7 @@ from dml_accel.models.schedules import learning_rate
 from dml_accel.models.spec import PeerSpec
 from dml_accel.mutual import losses, reference, teaching
 from dml_accel.mutual.peer import Peer
+from dml_accel.mutual.step import train_step
 from dml_accel.training.loop import EvaluationRecord, Record, StepRecord, evaluate, fit
 from tests.helpers import Training, assert_same_state
 
@@ -353,3 +354,42 @@ def test_scales_grow_once_per_step_and_are_all_kept(training: Build) -> None:
 
 def test_outside_fp16_a_scaler_does_nothing(training: Build) -> None:
     assert not any(peer.scaler.is_enabled() for peer in training().peers)
+
+
+# ---------------------------------------------------------------- settings of one peer
+
+
+def test_a_peer_has_an_optimizer_and_a_rate_of_its_own(training: Build) -> None:
+    cosine = {"epochs": 2, "images": 17, "lr_schedule": "cosine", "max_steps": None}
+    own = {"peer_opt": ("resnet8-1:lr=0.02,optimizer=adamw,weight_decay=0",)}
+    t = training(cohort=("resnet8*2",), lr=0.1, **cosine, **own)
+    names = [peer.name for peer in t.peers]
+    steps = [one for one in fitted(t) if isinstance(one, StepRecord)]
+    # Half a cosine over four steps: 1, 0.85, 0.5, 0.15.
+    shares = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert [one.lr for one in steps] == pytest.approx([0.1 * share for share in shares])
+    assert list(steps[0].lrs) == names
+    for one, share in zip(steps, shares, strict=True):
+        assert list(one.lrs.values()) == pytest.approx([0.1 * share, 0.02 * share])
+    groups = [peer.optimizer.param_groups[0] for peer in t.peers]
+    assert [group["lr"] for group in groups] == list(steps[-1].lrs.values())
+    assert [group["weight_decay"] for group in groups] == [5e-4, 0]
+    assert type(t.peers[1].optimizer) is torch.optim.AdamW
+
+
+def test_settings_follow_a_peer_and_touch_no_other(training: Build) -> None:
+    alone = {"kl_weight": 0.0, "peer_opt": ("resnet20-0:lr=0.01,optimizer=lion",)}
+    cohort, swapped = ("resnet8", "resnet20"), ("resnet20", "resnet8")
+    runs = [training(cohort=one, **alone) for one in (cohort, swapped)]
+    runs.append(training(cohort=cohort, kl_weight=0.0))
+    for t in runs:
+        optim = t.config.optim
+        rates = {peer.name: learning_rate(optim.of_peer(peer.name), 0, 9) for peer in t.peers}
+        for step in range(2):
+            train_step(t.cohort, step, rates)
+    first, second, shared = ({p.name: p.module.state_dict() for p in t.peers} for t in runs)
+    for name in first:
+        assert_same_state(first[name], second[name])
+    assert_same_state(first["resnet8-0"], shared["resnet8-0"])
+    weights = [state["resnet20-0"]["conv1.weight"] for state in (first, shared)]
+    assert not torch.equal(*weights)

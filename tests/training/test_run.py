@@ -20,6 +20,7 @@ from dml_accel.training.loop import StepRecord
 from dml_accel.training.progress import Windows
 from dml_accel.training.run_folder import RunFolder
 from dml_accel.training.setup import prepare_images
+from dml_accel.training.trackers import scalars
 from tests import helpers
 from tests.helpers import DIGITS, events, load, run_program, status_of
 
@@ -369,8 +370,8 @@ def test_defaults_are_those_of_the_paper() -> None:
     recipe = (optim.epochs, optim.batch_size, optim.lr, optim.momentum, optim.lr_step)
     assert recipe == (200, 64, 0.1, 0.9, 60)
     assert (optim.lr_gamma, method.kl_weight, method.temperature) == (0.1, 1.0, 1.0)
-    assert config.data.augmentation == "crop-flip"
-    assert Config(dataset="digits").data.augmentation == "crop"
+    assert config.data.augmentation == ("crop-flip",)
+    assert Config(dataset="digits").data.augmentation == ("crop",)
     assert math.isclose(optim.weight_decay, 5e-4)
 
 
@@ -392,3 +393,28 @@ def test_digits_are_trained_on_without_the_packages_that_others_need(
     assert cli.main(["compare", *words, "--output-dir", str(tmp_path / "new")]) == 2
     assert "compare needs matplotlib: pip install matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- the learning rate
+
+
+def test_rates_of_peers_are_recorded_and_a_schedule_keeps_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    words = ["--cohort", "resnet8*2", "--lr-schedule", "cosine", "--max-steps", "2"]
+    unknown = ["--peer-opt", "resnet-0:lr=1"]
+    assert train(folder, *words, *unknown) == 2 and not folder.exists()
+    said = capsys.readouterr().err
+    assert "--peer-opt resnet-0: there is no such peer; there are resnet8-0, resnet8-1" in said
+    words += ["--peer-opt", "resnet8-1:lr=.01,optimizer=lion"]
+    assert train(folder, *words) == 0
+    assert "the learning rate has hardly fallen when --max-steps ends" in capsys.readouterr().err
+    steps = [one for one in events(folder) if one["event"] == "step"]
+    for one in steps:
+        assert one["lrs"] == {"resnet8-0": one["lr"], "resnet8-1": pytest.approx(0.2 * one["lr"])}
+    assert "lrs" not in scalars(steps[0])
+    assert scalars(steps[0])["train/lr/resnet8-1"] == steps[0]["lrs"]["resnet8-1"]
+    assert train(folder, *words, "--epochs", "300", "--resume", "auto") == 2
+    text = "but this command says --epochs 300 (--lr-schedule cosine ends with --epochs): use"
+    assert text in capsys.readouterr().err
