@@ -208,14 +208,15 @@ class Training:
         return [train_step(self.cohort, step, lr)[0] for step in range(start, start + steps)]
 
     def states(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Parameters, buffers and momentum of every peer, by name."""
-        return {
-            peer.name: {
-                **{name: t.clone() for name, t in peer.module.state_dict().items()},
-                **{
-                    f"momentum.{index}": state["momentum_buffer"].clone()
-                    for index, state in peer.optimizer.state_dict()["state"].items()
-                },
-            }
-            for peer in self.peers
-        }
+        """Parameters, buffers, momentum and averages of every peer, by name."""
+        found = {}
+        for peer in self.peers:
+            state = {name: t.clone() for name, t in peer.module.state_dict().items()}
+            for index, one in peer.optimizer.state_dict()["state"].items():
+                for name, value in one.items():
+                    state[f"momentum.{index}.{name}"] = value.clone()
+            if peer.average is not None:
+                averages = peer.average.module.state_dict()
+                state |= {f"ema.{name}": value.clone() for name, value in averages.items()}
+            found[peer.name] = state
+        return found

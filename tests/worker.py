@@ -79,7 +79,7 @@ def spoiled(self: Step, peer: Peer, x: torch.Tensor, part: int) -> torch.Tensor:
 
 def weights(peer: Peer) -> torch.Tensor:
     """All that a step may change, running statistics and momentum included."""
-    momentum = [state["momentum_buffer"] for state in peer.optimizer.state.values()]
+    momentum = [t for state in peer.optimizer.state.values() for t in state.values()]
     return torch.cat(
         [t.flatten().double() for t in [*peer.module.state_dict().values(), *momentum]]
     )

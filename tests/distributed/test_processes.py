@@ -40,6 +40,18 @@ def cases() -> dict[str, dict[str, Any]]:
     nets = ["timm:test_efficientnet", "timm:test_resnet[act_layer=silu,zero_init_last=False]"]
     smooth = {"cohort": nets} | single
     three = {"cohort": ["resnet20", "resnet8*2"]}
+    modern = {
+        "optimizer": "adamw",
+        "lr_schedule": "cosine",
+        "epochs": 4,
+        "warmup": 0.5,
+        "augment": ["crop-flip", "randaugment", "erasing"],
+        "mixup": 0.4,
+        "cutmix": 1.0,
+        "label_smoothing": 0.1,
+        "ema": 0.9,
+        "max_steps": 8,
+    }
 
     def case(broken: str | None = None, **changes: object) -> dict[str, Any]:
         return {"config": shared | changes, "break": broken}
@@ -51,6 +63,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "plain": case(),
         "accumulated and clipped": case(grad_accum=5, clip_norm=0.5, max_steps=4),
         "fused activations": case(cohort=["wrn_16_2", "resnet8"], max_steps=2),
+        "modern": case(**modern),
         "rates": case(cohort=["resnet8"], epochs=3, lr_step=1, max_steps=None),
         "fp32": case(**single),
         "fp32, smooth": case(**smooth),
@@ -72,6 +85,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "split, rounded": split(exchange_dtype="bf16", max_steps=2),
         "split, ring": split(**three, links="ring", max_steps=2),
         "split, mean logits": split(exchange="sum", target="mean-logit", max_steps=2),
+        "split, modern": split(**modern, teach_with="ema", grad_accum=2),
         "split, few labels": split(labelled_fraction=0.3, grad_accum=5, max_steps=3),
         "split, spoiled": split("spoiled", **three, max_steps=4),
         "split, sums, spoiled": split("spoiled", exchange="sum", max_steps=4),
@@ -89,6 +103,7 @@ WHOLE = {
     "fused activations": 2,
     "sequential": 3,
     "official": 2,
+    "modern": 8,
 }
 SPLIT = [
     "split",
@@ -100,6 +115,7 @@ SPLIT = [
     "split, rounded",
     "split, ring",
     "split, mean logits",
+    "split, modern",
     "split, few labels",
     "split, spoiled",
     "split, sums, spoiled",
