@@ -12,7 +12,7 @@ from dml_accel.core.settings import settle
 from dml_accel.data.sources import Source
 from dml_accel.models.schedules import learning_rate
 from dml_accel.training.loop import StepRecord, fit
-from tests.helpers import Training, tiny_config
+from tests.helpers import ROOT, Training, tiny_config
 
 PAPERS = {
     "paper": {"epochs": 200, "batch_size": 64, "lr": 0.1, "lr_step": 60, "lr_gamma": 0.1},
@@ -127,6 +127,14 @@ def test_the_list_shows_what_each_recipe_sets() -> None:
     assert "--peer-opt mobilenet-0:lr=0.01 dkd" in said
     assert "--wd-exclude-norm-bias --ema 0.999" in said
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_documentation_describes_every_recipe() -> None:
+    rows = [
+        line for line in (ROOT / "docs/training.md").read_text().splitlines() if line[:3] == "| `"
+    ]
+    for name in recipes.RECIPES:
+        assert any(f"`{name}`" in row.split("|")[1] for row in rows), name
 
 
 @pytest.mark.parametrize("name", PAPERS)
