@@ -255,6 +255,16 @@ def _predict(run: Path, exported: Path, folder: Path) -> None:
 
 # ---------------------------------------------------------------- 3: steps that wait for nothing
 
+MODERN: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 0.002,
+    "augment": ("crop-flip", "randaugment", "erasing"),
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "ema": 0.99,
+    "teach_with": "ema",
+}
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"mixed_precision": "bf16"},
@@ -276,6 +286,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     "clipping, fp16": {"clip_norm": 1.0, "mixed_precision": "fp16"},
     "independent": {"kl_weight": 0.0},
     "mean-logit": {"target": "mean-logit", "temperature": 2.0},
+    "AdamW": {"optimizer": "adamw"},
+    "AdamW, fp16": {"optimizer": "adamw", "mixed_precision": "fp16"},
+    "averages": {"ema": 0.99},
+    "averages, fp16": {"ema": 0.99, "mixed_precision": "fp16"},
+    "averages teach": {"ema": 0.99, "teach_with": "ema"},
+    "mixed and smoothed": {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},
+    "erasing": {"augment": ("crop-flip", "erasing")},
+    "RandAugment": {"augment": ("crop-flip", "randaugment")},
     "channels_last, fp16": {"memory_format": "channels_last", "mixed_precision": "fp16"},
 }
 
@@ -371,13 +389,16 @@ REPEATED: dict[str, dict[str, Any]] = {
     "inception": {"cohort": ("inception*2",)},
     "a ViT": {"cohort": (f"{_VIT}*2",)},
     "a ViT, bf16": {"cohort": (f"{_VIT}*2",), "mixed_precision": "bf16"},
+    "a modern recipe": MODERN,
+    "a modern recipe, fp16": {**MODERN, "mixed_precision": "fp16"},
 }
 
 
 def twice(checks: Checks) -> None:
     """The same run twice: the same sha256 of all that it leaves."""
     for name, changes in REPEATED.items():
-        checks.run(name, partial(_twice, changes), on_gpu=changes == PRECISIONS["fp16"])
+        on_gpu = changes.get("mixed_precision") == "fp16"
+        checks.run(name, partial(_twice, changes), on_gpu=on_gpu)
 
 
 def _twice(changes: dict[str, Any]) -> None:
