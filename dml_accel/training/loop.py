@@ -161,8 +161,7 @@ def fit(
     optims = {name: optim.of_peer(name) for name in placement.names}
     agenda = Agenda(optim, run, placement, len(data.train), start, stop)
     streaks = Streaks(placement, len(data.classes), start, run.max_nonfinite)
-    patience = optim.early_stop
-    choosing = Choosing(cohort.peers, run.keep == "best", patience, start.chosen)
+    choosing = Choosing(cohort.peers, run.keep == "best", optim.early_stop, start.chosen)
     agenda.evaluates |= choosing.is_over  # it was stopped before it could say so
     step, evaluation = start.step, None
     while True:
