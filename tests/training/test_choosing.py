@@ -272,7 +272,7 @@ def test_learn_keeps_no_best_weights() -> None:
         (["--peer", "best"], "best/{best}"),
         (["--peer", "best", "--weights", "last"], "peers/{last}"),
     ],
-    ids=" ".join,
+    ids=str,
 )
 def test_export_writes_the_weights_that_are_meant(
     tmp_path: Path, chosen: Path, words: list[str], folder: str
