@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 OLDEST_PACKAGES = ROOT / "tests" / "lower-bounds.txt"
-DEMO = "--cohort resnet8*2 --dataset digits --epochs 8 --batch-size 16 --lr 0.05"
+DEMO = "--cohort resnet8*2 --dataset digits --epochs 8 --batch-size 16 --lr 0.05 --lr-step 5"
 # What Python runs for each task. Two tests at a time, of one thread each: on networks of a test's
 # size threads only wait.
 TASKS = {

@@ -108,7 +108,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     """Train a cohort of networks that learn from the labels and from each other.
 
     examples:
-      %(prog)s --cohort 'resnet8*2' --dataset digits --epochs 8 --batch-size 16 --lr 0.05
+      %(prog)s --cohort 'resnet8*2' --dataset digits --epochs 8 --batch-size 16 --lr .05 --lr-step 5
       %(prog)s --cohort 'resnet32*2' wrn_28_10 'timm:efficientnet_b0'
       %(prog)s --cohort 4 --dataset path/to/folder --image-size 32 --output-dir runs/four
       %(prog)s --cohort 4 --kl-weight 0        # the same networks, trained independently

@@ -1,10 +1,12 @@
 """Recipes: what each sets, its rates worked out by hand, what overrides it; each takes 20 steps."""
 
+import re
 from math import sqrt
 from typing import Any
 
 import pytest
 
+from dml_accel.cli.parser import parse
 from dml_accel.core import recipes
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
@@ -135,6 +137,15 @@ def test_the_documentation_describes_every_recipe() -> None:
     ]
     for name in recipes.RECIPES:
         assert any(f"`{name}`" in row.split("|")[1] for row in rows), name
+
+
+def test_the_demo_ends_at_a_lower_rate() -> None:
+    (words,) = re.findall(r'^DEMO = "(.*)"', (ROOT / "launch/start.py").read_text(), re.M)
+    given = parse(["train", *words.split()])
+    given.pop("subcommand")
+    optim, epoch = settle(given).config.optim, 1437 // 16
+    rates = [learning_rate(optim, step, epoch) for step in range(optim.epochs * epoch)]
+    assert rates[0] == 0.05 and max(rates[-epoch:]) <= 0.005 + 1e-12
 
 
 @pytest.mark.parametrize("name", PAPERS)
