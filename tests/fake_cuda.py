@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from dml_accel.core.config import Config
 from dml_accel.data.batches import Data, ImageFormat, Normalisation, PixelSet
+from dml_accel.data.mixing import Mixing
 from dml_accel.data.splits import Split
 from dml_accel.distributed import placement, wrap
 from dml_accel.distributed.launch import launched_precision
@@ -417,6 +418,13 @@ def _images(config: Config, format_: ImageFormat) -> Data:
         labelled = torch.arange(int(IMAGES * config.data.labelled_fraction))
     options = {"seed": 0, "device": CUDA, "dtype": format_.dtype, "memory_format": format_.layout}
     normalisation = Normalisation((0.5,) * 3, (0.25,) * 3)
-    train = PixelSet(split, normalisation, augment=("crop-flip",), labelled=labelled, **options)
+    train = PixelSet(
+        split,
+        normalisation,
+        augment=config.data.augment or ("crop-flip",),
+        labelled=labelled,
+        mixing=Mixing.of(config.data),
+        **options,
+    )
     test = PixelSet(split, normalisation, augment=(), **options)
     return Data(train, None, test, tuple(map(str, range(CLASSES))), normalisation)

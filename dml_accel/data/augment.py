@@ -86,7 +86,7 @@ def parse_augment(words: Sequence[str]) -> dict[str, Arguments]:
     """
     found: dict[str, Arguments] = {}
     for text in words:
-        match = re.fullmatch(r"([^\s\[\]]+)(?:\[([^\[\]]*)\])?", text)
+        match = re.fullmatch(r"([^\s\[\]]+)(?:\[(.*)\])?", text)
         if not match:
             raise UsageError(
                 f"--augment {text!r} cannot be parsed: write a word, or 'word[key=value,key=value]'"

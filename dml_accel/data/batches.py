@@ -411,8 +411,6 @@ def prepare(source: Source, data: DataConfig, seed: int, images: ImageFormat) ->
     floating = train.images.is_floating_point()
     normalisation = Normalisation.identity() if floating else Normalisation.of(train.images)
 
-    mixing = Mixing(data.mixup, data.cutmix) if data.mixup or data.cutmix else None
-
     def image_set(split: Split, augment: tuple[str, ...] = (), **options: Any) -> ImageSet:
         options |= {"device": images.device, "dtype": images.dtype, "seed": seed}
         if floating:
@@ -422,7 +420,7 @@ def prepare(source: Source, data: DataConfig, seed: int, images: ImageFormat) ->
 
     labelled = labelled_rows(train.labels, data.labelled_fraction, seed)
     return Data(
-        image_set(train, data.augmentation, labelled=labelled, mixing=mixing),
+        image_set(train, data.augmentation, labelled=labelled, mixing=Mixing.of(data)),
         image_set(val) if val else None,
         image_set(source.test),
         source.classes,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dml_accel.core.config import DataConfig
 from dml_accel.core.rng import key
 
 
@@ -69,6 +70,11 @@ class Mixing:
 
     mixup: float
     cutmix: float
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Mixing | None":
+        """Return what a configuration asks for; None if batches are not mixed."""
+        return cls(data.mixup, data.cutmix) if data.mixup or data.cutmix else None
 
     def draw(
         self, seed: int, epoch: int, batches: int, batch_size: int, sides: tuple[int, int]

@@ -23,14 +23,32 @@ def kl(p_l: Tensor, p_k: Tensor) -> Tensor:
 def cross_entropy(p_k: Tensor, labels: Tensor) -> Tensor:
     """L_C of posteriors [B, C] and classes [B] (equation 2): the mean over labelled rows.
 
-    Rows with label -1 have none; 0 where no row has one.
+    Rows with label -1 have none; 0 where no row has one. ``labels`` [B, C] are ``soft_labels``.
     """
     total, labelled = torch.zeros((), dtype=p_k.dtype), 0
+    if labels.dim() == 2:
+        for row in range(p_k.shape[0]):
+            for m in range(p_k.shape[1]):
+                total = total - labels[row, m] * torch.log(p_k[row, m])
+        return total / p_k.shape[0]
     for row in range(p_k.shape[0]):
         if labels[row] >= 0:
             total = total - torch.log(p_k[row, labels[row]])
             labelled += 1
     return total / labelled if labelled else total
+
+
+def soft_labels(
+    labels: Tensor, classes: int, partners: Tensor, share: float, smoothing: float = 0.0
+) -> Tensor:
+    """The indicators I(y_i, m) of equation 2, mixed with the partners' and smoothed, [B, C]."""
+    indicators = torch.zeros(len(labels), classes, dtype=torch.float64)
+    for row in range(len(labels)):
+        for m in range(classes):
+            own, other = float(labels[row] == m), float(partners[row] == m)
+            mixed = share * own + (1 - share) * other
+            indicators[row, m] = (1 - smoothing) * mixed + smoothing / classes
+    return indicators
 
 
 def loss(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dml_accel.core.config import Config
+from dml_accel.mutual import reference
 from dml_accel.mutual.links import read_links
 from tests.helpers import Training
 
@@ -33,6 +34,19 @@ def assert_as_reference(
         state, right = peer.module.state_dict(), by_name[peer.name][0].state_dict()
         for name, value in right.items():
             torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-9)
+
+
+def batch_of(training: Training, index: int, lo: int, hi: int) -> reference.Batch:
+    """Rows of a batch as the reference takes them: mixed and smoothed labels are posteriors."""
+    data, images = training.config.data, training.data.train
+    size = training.config.optim.batch_size
+    x, labels = images.batch(index, size, lo, hi)
+    mixed = images.mixed(index, size, lo, hi)
+    if mixed is None and not data.label_smoothing:
+        return x, labels
+    partners, share = mixed or (labels, 1.0)
+    classes = len(training.data.classes)
+    return x, reference.soft_labels(labels, classes, partners, share, data.label_smoothing)
 
 
 def loss_options(config: Config) -> dict[str, object]:

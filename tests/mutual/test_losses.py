@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dml_accel.data.mixing import Mixed
 from dml_accel.mutual import reference
 from dml_accel.mutual.losses import contributions, mutual_loss, mutual_losses, targets
 
@@ -177,3 +178,57 @@ def test_at_weight_0_the_kl_is_not_computed(logits: torch.Tensor, labels: torch.
     assert torch.equal(losses.total[0], losses.cross_entropy[0])
     assert torch.equal(losses.total[0], mutual_losses(logits[:1], labels, None).total[0])
     assert losses.kl.abs().max() == 0
+
+
+# ---------------------------------------------------------------- labels that are not hard
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixed_and_smoothed_labels_equal_torch_and_the_reference(
+    logits: torch.Tensor, labels: torch.Tensor, share: float | None, smoothing: float
+) -> None:
+    partners = labels.roll(1)
+    mixed = None if share is None else Mixed(partners, share)
+    z = logits.clone().requires_grad_()
+    losses = mutual_loss(z, labels, mixed=mixed, label_smoothing=smoothing)
+    share = 1.0 if share is None else share
+    soft = share * F.one_hot(labels, C) + (1 - share) * F.one_hot(partners, C)
+    hard = mutual_loss(logits, labels)
+    for k in range(K):
+        expected = F.cross_entropy(
+            logits[k], soft.double(), reduction="none", label_smoothing=smoothing
+        )
+        torch.testing.assert_close(losses.cross_entropy[k], expected)
+    torch.testing.assert_close(losses.total, losses.cross_entropy + hard.kl)
+    assert torch.equal(losses.kl, hard.kl)
+    slow = [one.clone().requires_grad_() for one in logits]
+    targets_BC = reference.soft_labels(labels, C, partners, share, smoothing)
+    expected = [reference.loss(k, slow, targets_BC) for k in range(K)]
+    torch.testing.assert_close(losses.total.mean(1), torch.stack(expected))
+    losses.total.mean(1).sum().backward()
+    sum(expected).backward()
+    torch.testing.assert_close(z.grad, torch.stack([one.grad for one in slow]))
+
+
+def test_mixed_by_hand() -> None:
+    # p = (.9, .1), labels 0 and 1 with shares .7 and .3; smoothing .2 adds .1 to .8 of each.
+    p = torch.tensor([[[0.9, 0.1]]], dtype=torch.float64)
+    mixed = Mixed(torch.tensor([1]), 0.7)
+    found = mutual_losses(p.log(), torch.tensor([0]), None, mixed=mixed).total.item()
+    assert found == pytest.approx(-0.7 * math.log(0.9) - 0.3 * math.log(0.1))
+    found = mutual_losses(p.log(), torch.tensor([0]), None, mixed=mixed, label_smoothing=0.2)
+    assert found.total.item() == pytest.approx(-0.66 * math.log(0.9) - 0.34 * math.log(0.1))
+
+
+def test_a_row_without_a_label_has_no_smoothed_one_either(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    some = labels.clone()
+    some[2] = -1
+    options = {"label_weight": torch.tensor(B / (B - 1)), "label_smoothing": 0.1}
+    found = mutual_losses(logits, some, None, **options).cross_entropy
+    for k in range(K):
+        expected = F.cross_entropy(logits[k], some, ignore_index=-1, label_smoothing=0.1)
+        torch.testing.assert_close(found[k].mean(), expected)
+    assert (found[:, 2] == 0).all()

@@ -15,6 +15,7 @@ from tests.mutual.references import (
     TRIO,
     Build,
     assert_as_reference,
+    batch_of,
     link_rows,
     loss_options,
     nets_in_turn,
@@ -32,6 +33,7 @@ from tests.mutual.references import (
         {"cohort": PAIR, "clip_norm": 0.5},
         {"cohort": TRIO, "target": "mean-logit"},
         {"cohort": TRIO, "links": "ring"},
+        {"cohort": PAIR, "mixup": 1.0},
     ],
     ids=str,
 )
@@ -41,7 +43,7 @@ def test_sequential_equals_algorithm_1(training: Build, changes: dict) -> None:
     optimizers = [make_optimizer(net, fast.config.optim) for net in nets]
     for number in range(3):
         (found,) = fast.take(1, number)
-        batch = fast.data.train.batch(number, 8, 0, 8)
+        batch = batch_of(fast, number, 0, 8)
         expected = reference.sequential_step(
             nets,
             optimizers,
@@ -55,7 +57,12 @@ def test_sequential_equals_algorithm_1(training: Build, changes: dict) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"cohort": PAIR}, {"cohort": TRIO, "temperature": 2.0}, {"cohort": TRIO, "clip_norm": 0.5}],
+    [
+        {"cohort": PAIR},
+        {"cohort": TRIO, "temperature": 2.0},
+        {"cohort": TRIO, "clip_norm": 0.5},
+        {"cohort": PAIR, "mixup": 1.0, "cutmix": 1.0},
+    ],
     ids=str,
 )
 def test_official_equals_the_authors_code(training: Build, changes: dict) -> None:
@@ -64,9 +71,7 @@ def test_official_equals_the_authors_code(training: Build, changes: dict) -> Non
     optimizers = [make_optimizer(net, fast.config.optim) for net in nets]
     for number in range(3):
         (found,) = fast.take(1, number)
-        batches = [
-            fast.data.train.batch(number * len(nets) + turn, 8, 0, 8) for turn in range(len(nets))
-        ]
+        batches = [batch_of(fast, number * len(nets) + turn, 0, 8) for turn in range(len(nets))]
         expected = reference.official_step(
             nets, optimizers, batches, fast.config.optim.clip_norm, **loss_options(fast.config)
         )

@@ -18,6 +18,7 @@ from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import train_step
 from dml_accel.training.loop import EvaluationRecord, Record, StepRecord, evaluate, fit
 from tests.helpers import Training, assert_same_state
+from tests.mutual.references import batch_of
 
 Build = Callable[..., Training]
 
@@ -36,6 +37,8 @@ def fitted(training: Training) -> list[Record]:
         {"cohort": ("resnet8*3",)},
         {"cohort": ("resnet8", "wrn_16_2")},
         {"grad_accum": 3},
+        {"grad_accum": 3, "mixup": 1.0, "cutmix": 1.0, "label_smoothing": 0.1},
+        {"label_smoothing": 0.2, "augment": ("crop", "randaugment", "erasing")},
         {"clip_norm": 0.5},
         {"temperature": 2.0, "kl_weight": 0.5, "kl_reduction": "sum"},
     ],
@@ -49,8 +52,7 @@ def test_steps_equal_the_slow_reference(training: Build, changes: dict) -> None:
     for step in range(3):
         (found,) = fast.take(1, step)
         batches = [
-            fast.data.train.batch(step, optim.batch_size, lo, hi)
-            for lo, hi in slices(optim.batch_size, optim.grad_accum)
+            batch_of(fast, step, lo, hi) for lo, hi in slices(optim.batch_size, optim.grad_accum)
         ]
         expected = reference.step(
             nets,
