@@ -148,7 +148,7 @@ def flags_of(name: str, given: Mapping[str, Any]) -> Flags:
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}"
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)};"
         raise UsageError(f"--recipe {name} is unknown: {hint} --recipe {LIST} shows what each sets")
     found = RECIPES[name].flags(given)
     for flag, others in _GO_WITH.items():
