@@ -246,7 +246,7 @@ def report(found: dict[str, Any]) -> str:
             + "\n\n"
             + place(part)
         )
-    if part := found.get("speed"):
+    for part in (found[name] for name in ("speed", "speed on cuda") if name in found):
         rows = [
             [
                 f"step of a ResNet-32 pair with {name}, over its networks' own with torch's fused "
@@ -299,7 +299,8 @@ def main() -> None:
     found: dict[str, Any] = read_json(path) if path.exists() else {}
     shown = [Path(w).name if w == str(words.images) else w for w in sys.argv[1:]]
     part = (speed if words.part == "speed" else accuracy)(words)
-    found[words.part] = part | {
+    on_gpu = words.part == "speed" and device().type != "cpu"
+    found[f"{words.part} on {device().type}" if on_gpu else words.part] = part | {
         "images": words.images.name if words.images else "noise",
         **surroundings(),
         "command": "python " + shlex.join(["-m", "benchmarks.recipes", *shown]),
