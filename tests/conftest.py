@@ -19,7 +19,7 @@ if device().type == "cpu":  # also where there is a GPU, and in the processes th
 
 
 # Files that take minutes come first: a worker that begins one at the end leaves the other idle.
-LONG = ("test_interruptions.py", "test_launchers.py", "test_split.py", "test_processes.py")
+LONG = ("test_interruptions.py", "test_launchers.py", "test_two_hosts.py", "test_processes.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -149,6 +149,26 @@ def run_program(
     )
 
 
+def in_turn(
+    launch: Iterable[object], folder: Path, runs: dict[str, list[str]]
+) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    """Train one run after another in the processes of one launch; each writes ``folder``/its name.
+
+    Args:
+        launch: the words that start the processes.
+        folder: of the runs.
+        runs: the flags of each, by name.
+
+    Returns:
+        The launch, and for each process what ``tests/in_turn.py`` has written of every run.
+    """
+    named = {n: ["train", *w, "--output-dir", str(folder / n)] for n, w in runs.items()}
+    (folder / "runs.json").write_text(json.dumps(named))
+    words = [*launch, "tests/in_turn.py", folder / "runs.json", folder]
+    done = run_program(*words, timeout=180)
+    return done, [load(path) for path in sorted(folder.glob("[0-9].json"))]
+
+
 def workers(launcher: int) -> dict[int, int]:
     """The process id of every rank that the process ``launcher`` has started."""
     found = {}

@@ -50,11 +50,15 @@ _PATIENCE = 180.0  # seconds
 
 def command(case: str, folder: Path) -> list[str]:
     """Return the command of a case; the same one starts and resumes it."""
-    processes, placement = CASES[case]
+    processes, _ = CASES[case]
     launch = [BIN / "torchrun", "--nproc_per_node", processes]
-    words = [*(launch if processes > 1 else [sys.executable]), "train.py", *WORDS]
-    words += ["--placement", placement, "--output-dir", folder, "--resume", "auto"]
-    return [str(word) for word in words]
+    program = [*(launch if processes > 1 else [sys.executable]), "train.py"]
+    return [str(word) for word in (*program, *words(case), "--output-dir", folder)]
+
+
+def words(case: str) -> list[str]:
+    """Return the flags of a case, without a run folder."""
+    return [*WORDS, "--placement", CASES[case][1], "--resume", "auto"]
 
 
 def complete(case: str, folder: Path) -> None:

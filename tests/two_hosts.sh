@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Start one training on two hosts with addresses of their own: network namespaces joined by a veth.
-#   sudo bash tests/two_hosts.sh ACCELERATE [flags of train.py]
+#   sudo bash tests/two_hosts.sh ACCELERATE train.py [flags]
 # ACCELERATE is the accelerate program to use. With CUT_WHEN=metrics.jsonl the link goes down when that
 # file reports step 4. Needs root and iproute2; leaves nothing behind.
 set -euo pipefail
@@ -32,12 +32,12 @@ for host in 0 1; do
   ip -n "${hosts[$host]}" link set lo up
 done
 
-launch() { # host, then the flags of train.py
+launch() { # host, then the program and its flags
   local host=$1
   shift
   ip netns exec "${hosts[$host]}" env GLOO_SOCKET_IFNAME="${links[$host]}" \
     "$accelerate" launch --config_file launch/multi_node.yaml --machine_rank "$host" \
-    --num_processes 2 --main_process_ip 10.77.0.1 --mixed_precision no train.py "$@"
+    --num_processes 2 --main_process_ip 10.77.0.1 --mixed_precision no "$@"
 }
 
 if [ -n "${CUT_WHEN:-}" ]; then

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import run_program
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def hosts() -> None:
     """Skip if no second host can be made (see two_hosts.sh)."""
     if os.geteuid() != 0 or not shutil.which("ip"):

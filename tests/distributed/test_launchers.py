@@ -1,4 +1,4 @@
-"""The launchers that users use, from their command lines: launch files, two hosts, a lost rank."""
+"""The launchers that users use, from their command lines: launch files, a lost rank, SLURM."""
 
 import os
 import random
@@ -8,24 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-from dml_accel.core.config import Config
-from dml_accel.models.spec import parse_cohort
 from tests.helpers import (
     BIN,
     ROOT,
     accelerate_launch,
-    build_peer,
     environment,
     events,
     free_port,
     load,
     run_program,
     saved_steps,
-    train,
     workers,
 )
 
@@ -74,33 +68,6 @@ def test_several_processes_print_a_usage_error_once(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("--lr is -1.0; it must be at least 0") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_two_hosts_take_the_steps_of_one_process(hosts: None, tmp_path: Path) -> None:
-    words = [*TINY, "--float64", "--max-steps", "5"]
-    assert train(tmp_path / "one", *words) == 0
-    both = ["tests/two_hosts.sh", BIN / "accelerate", *words, "--output-dir", tmp_path / "two"]
-    done = run_program("bash", *both)
-    assert done.returncode == 0, done.stderr[-3000:]
-    config = Config(**load(tmp_path / "two/config.json")["config"])
-    start = build_peer(parse_cohort(["resnet8*2"])[0], config, classes=10)
-    moved = load_file(tmp_path / "two" / "peers" / "resnet8-0" / "model.safetensors")
-    for key, weight in start.named_parameters():
-        assert not torch.equal(moved[key], weight), key
-    assert "10.77.0.1/24" in done.stdout and "10.77.0.2/24" in done.stdout
-    sent = [int(line.split()[-2]) for line in done.stdout.splitlines() if " sent " in line]
-    assert len(sent) == 2 and min(sent) > 5 * 8 * 75_290  # every step's gradients were sent
-    results = {name: load(tmp_path / name / "results.json") for name in ("one", "two")}
-    assert (results["one"]["world_size"], results["two"]["world_size"]) == (1, 2)
-    ranks = {f"resnet8-{i}": [0, 1] for i in (0, 1)}
-    assert results["two"]["placement"] == {"kind": "replicate", "ranks": ranks}
-    for name in ranks:
-        one, two = (
-            load_file(tmp_path / folder / "peers" / name / "model.safetensors")
-            for folder in ("one", "two")
-        )
-        for key, value in one.items():
-            assert (two[key].double() - value.double()).abs().max() < 1e-9, key
 
 
 # ---------------------------------------------------------------- a rank that dies

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dml_accel.training import checkpoint
@@ -18,17 +19,31 @@ from tests.helpers import (
     accelerate_launch,
     environment,
     events,
+    in_turn,
     load,
     run_program,
     saved_steps,
     train,
     workers,
 )
-from tests.training.interrupting import NAMES
 
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/environ").exists(), reason="needs Linux's /proc"
 )
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs that nothing interrupts, one for each case."""
+    folder = tmp_path_factory.mktemp("straight")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that are killed
+    assert train(folder / "one process", *kills.words("one process")) == 0
+    torch.set_num_threads(threads)
+    two = {case: kills.words(case) for case in kills.CASES if case.startswith("2")}
+    done, _ = in_turn([BIN / "torchrun", "--nproc_per_node", "2"], folder, two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
 @needs_proc
@@ -40,9 +55,8 @@ needs_proc = pytest.mark.skipif(
         ("2 processes, replicate", "steps"),
     ],
 )
-def test_killed_for_real_at_a_random_moment(tmp_path: Path, case: str, phase: str) -> None:
-    kills.complete(case, tmp_path / "straight")
-    found = kills.trial(case, phase, tmp_path / "straight", random.Random(case))
+def test_killed_for_real_at_a_random_moment(straight: Path, case: str, phase: str) -> None:
+    found = kills.trial(case, phase, straight / case, random.Random(case))
     assert kills.holds(found), found
 
 
@@ -71,18 +85,6 @@ def started(words: list[str], folder: Path, step: int) -> subprocess.Popen[str]:
 
 
 @needs_proc
-def test_the_launchers_sigterm_stops_all_processes_at_one_step(tmp_path: Path) -> None:
-    run = started(slow_run(tmp_path), tmp_path, 5)
-    run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=25)
-    assert said.count("stopped by SIGTERM; the same command") == 1
-    status = load(tmp_path / "status.json")
-    assert (status["status"], status["step"]) == ("stopped", saved_steps(tmp_path)[-1])
-    checkpoint.verify(checkpoint.named(tmp_path / "checkpoints")[0], NAMES)
-    assert events(tmp_path)[-1]["step"] == status["step"]
-
-
-@needs_proc
 def test_restarts_resume_after_a_crash_and_not_after_a_stop(tmp_path: Path) -> None:
     run = started(slow_run(tmp_path, "--max_restarts", "2"), tmp_path, 5)
     os.kill(workers(run.pid)[1], signal.SIGKILL)
@@ -102,25 +104,32 @@ def test_restarts_resume_after_a_crash_and_not_after_a_stop(tmp_path: Path) -> N
     assert len([event for event in events(tmp_path) if event["event"] == "resume"]) == 1
 
 
-def test_a_split_run_is_resumed_by_one_process_and_back(tmp_path: Path) -> None:
+def test_a_stopped_split_run_is_resumed_by_one_process_and_back(tmp_path: Path) -> None:
     words = "--cohort resnet8 resnet20 --dataset digits --image-size 16 --batch-size 9 --lr 0.001"
-    words = [*words.split(), "--float64", "--cpu", "--save-every", "100", "--eval-every", "100"]
+    words = [*words.split(), "--float64", "--cpu", "--save-every", "5", "--eval-every", "100"]
     words += ["--resume", "auto"]
+    two, moved = ["train.py", "--placement", "split", *words], tmp_path / "moved"
+    two += ["--output-dir", str(moved)]
+    # The launcher's SIGTERM stops all processes at one step.
+    run = started(accelerate_launch(2, *two), moved, 5)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=25)
+    assert said.count("stopped by SIGTERM; the same command") == 1
+    status, step = load(moved / "status.json"), saved_steps(moved)[-1]
+    assert (status["status"], status["step"]) == ("stopped", step)
+    checkpoint.verify(checkpoint.named(moved / "checkpoints")[0], ("resnet20-0", "resnet8-0"))
+    assert events(moved)[-1]["step"] == step
 
-    def resume_in_two(folder: Path, steps: int) -> None:
-        flags = ["--placement", "split", "--output-dir", folder, *words, "--max-steps", steps]
-        done = run_program(BIN / "torchrun", "--nproc_per_node", "2", "train.py", *flags)
-        assert done.returncode == 0, done.stderr[-2000:]
-
-    resume_in_two(tmp_path / "moved", 10)
-    assert load(tmp_path / "moved/results.json")["placement"]["kind"] == "split"
-    assert train(tmp_path / "moved", *words, "--max-steps", "20") == 0
-    resume_in_two(tmp_path / "moved", 30)
-    assert train(tmp_path / "straight", *words, "--max-steps", "30") == 0
+    assert train(moved, *words, "--max-steps", str(step + 10)) == 0
+    launch = [BIN / "torchrun", "--nproc_per_node", "2", *two]
+    done = run_program(*launch, "--max-steps", step + 20)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert load(moved / "results.json")["placement"]["kind"] == "split"
+    assert train(tmp_path / "straight", *words, "--max-steps", str(step + 20)) == 0
     for name in ("resnet8-0", "resnet20-0"):
-        moved, one = (
-            load_file(tmp_path / folder / "checkpoints/step-00000030" / f"{name}.safetensors")
+        resumed, one = (
+            load_file(tmp_path / folder / f"checkpoints/step-{step + 20:08}/{name}.safetensors")
             for folder in ("moved", "straight")
         )
         for key, value in one.items():
-            assert (moved[key].double() - value.double()).abs().max() < 1e-9, key
+            assert (resumed[key].double() - value.double()).abs().max() < 1e-9, key
