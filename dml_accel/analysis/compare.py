@@ -23,9 +23,10 @@ from dml_accel.analysis.methods import changes_of, is_cifar100, refuse
 from dml_accel.analysis.runs import Run, read_run
 from dml_accel.analysis.speeds import speed_differences, speed_of
 from dml_accel.analysis.tables import comparison_markdown, comparison_title
-from dml_accel.core.config import Config, differences_text, require
+from dml_accel.core.config import Config, differences_text
 from dml_accel.core.errors import DivergedError, UsageError, one_line
 from dml_accel.core.files import read_json, write_text
+from dml_accel.core.flags import require
 from dml_accel.data import sources
 from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source

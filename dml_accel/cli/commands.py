@@ -14,9 +14,10 @@ from typing import Any
 from dml_accel.analysis.methods import PRESETS, SET_BY_METHODS
 from dml_accel.cli.parser import parse
 from dml_accel.core import recipes, streams
-from dml_accel.core.config import Config, flag_types, require
+from dml_accel.core.config import Config, flag_types
 from dml_accel.core.config_file import read_config_file
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
+from dml_accel.core.flags import require
 from dml_accel.core.host import (
     expanded,
     forget_empty_variables,

@@ -5,6 +5,8 @@ In reading order:
     errors       every error that ends a command, with its exit code
     updates      the update schedules: what a step of each costs, and what it goes with
     cohort       the words of --cohort: which peers they ask for
+    flags        what a flag is: default, help, range; intervals; sections
+    assignments  words that are key=value: --opt-args and --peer-opt
     config       the configuration: cohort, seed and six sections; every field is one flag
     recipes      --recipe: how the literature trains, by name
     files        write files whole or not at all; read untrusted files up to a limit

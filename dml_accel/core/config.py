@@ -17,18 +17,28 @@ in ``config.optim.lr``.
 import dataclasses
 import functools
 import itertools
-import math
 import numbers
 import os
-import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
+from dml_accel.core.assignments import assignment, number_of, peer_settings, refuse_repeated
 from dml_accel.core.errors import UsageError
+from dml_accel.core.flags import (
+    Differences,
+    Interval,
+    Range,
+    Section,
+    check_value,
+    differences_of,
+    flag,
+    refuse,
+    require,
+)
 from dml_accel.core.updates import UPDATE_SCHEDULES, UpdateSchedule
 
 # The words of ``--augment``, in the order in which they are applied.
@@ -47,166 +57,9 @@ AUGMENTATIONS = {
 _SGD = ("sgd", "nesterov", "momentum")
 # What ``--peer-opt`` sets besides arguments of the optimizer.
 _OF_PEER = {"lr", "momentum", "optimizer", "weight_decay"}
-IntervalUnit = Literal["step", "ep", "min"]
-Differences = dict[str, tuple[Any, Any]]
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values that a finite number may have."""
-
-    at_least: float = -math.inf
-    above: float = -math.inf
-    at_most: float = math.inf
-    below: float = math.inf
-
-    def __contains__(self, value: float) -> bool:
-        return self.at_least <= value <= self.at_most and self.above < value < self.below
-
-    def __str__(self) -> str:
-        ends = {name: end for name, end in vars(self).items() if math.isfinite(end)}
-        return " and ".join(f"{name.replace('_', ' ')} {end:,}" for name, end in ends.items())
-
-
-def flag(default: Any, text: str, allowed: Range | None = None, **argparse: Any) -> Any:
-    """Return a dataclass field that is one flag of the command line.
-
-    Args:
-        default: its value where it is not given.
-        text: its help, with the unit.
-        allowed: the range of a number (default: any finite number).
-        argparse: further arguments of ``add_argument``, such as ``choices``.
-    """
-    metadata = {"help": text, "range": allowed or Range(), "argparse": argparse}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """How often something happens: every ``count`` optimizer steps, epochs or minutes."""
-
-    count: float
-    unit: IntervalUnit
-
-    @classmethod
-    def parse(cls, text: str, name: str) -> "Interval":
-        """Read ``500`` (optimizer steps), ``2ep`` (epochs) or ``10min`` (minutes).
-
-        Raises:
-            UsageError: the text is none of the three, or the number is not positive.
-        """
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ep|min)?", text.strip())
-        unit: Any = (match[2] or "step") if match else "step"
-        count = float(match[1]) if match else 0.0
-        if count <= 0 or (unit != "min" and count != int(count)):
-            raise UsageError(
-                f"{name} {text!r} is not an interval: write optimizer steps (500), epochs (1ep) "
-                "or minutes (10min)"
-            )
-        return cls(count, unit)
-
-    def steps(self, steps_per_epoch: int) -> int:
-        """Return the interval in optimizer steps; 0 if it is in minutes."""
-        return {"step": 1, "ep": steps_per_epoch, "min": 0}[self.unit] * int(self.count)
-
-    def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether the interval ends with optimizer step ``step``; never if it is in minutes."""
-        period = self.steps(steps_per_epoch)
-        return period > 0 and step % period == 0
-
-
-def _check(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a value that is out of its range, or not one of its choices."""
-    choices = field.metadata["argparse"].get("choices")
-    if choices and value is not None:
-        require(value in choices, field.name, value, "one of " + ", ".join(choices))
-    for one in value if isinstance(value, tuple) else (value,):
-        if isinstance(one, (int, float)) and not isinstance(one, bool):
-            require(abs(one) < math.inf, field.name, one, "a finite number")
-            require(one in field.metadata["range"], field.name, one, field.metadata["range"])
-
-
-def _differences(mine: object, other: object, names: Iterable[str]) -> Differences:
-    pairs = ((name, getattr(mine, name), getattr(other, name)) for name in names)
-    return {name: (one, two) for name, one, two in pairs if one != two}
-
-
-def require(holds: bool, name: str, value: object, allowed: object) -> None:
-    """Refuse the value of a flag that is not allowed."""
-    _refuse(not holds, f"--{name.replace('_', '-')} is {value}; it must be {allowed}")
-
-
-def _refuse(conflict: bool, text: str) -> None:
-    if conflict:
-        raise UsageError(text)
-
-
-def _assignment(flag: str, text: str) -> tuple[str, str]:
-    """Return the two sides of ``key=value``, with the key as Python writes it."""
-    name, equals, value = text.partition("=")
-    if not (equals and name.strip() and value.strip()):
-        raise UsageError(f"{flag} {text!r} is not KEY=VALUE, such as eps=1e-6")
-    return name.strip().replace("-", "_"), value.strip()
-
-
-def _refuse_repeated(flag: str, keys: list[str]) -> None:
-    twice = next((key for at, key in enumerate(keys) if key in keys[:at]), None)
-    _refuse(twice is not None, f"{flag} gives {twice} twice: once is meant")
-
-
-def _number(flag: str, name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise UsageError(f"{flag}: {name} is {value!r}; it must be a number") from None
-
-
-def peer_settings(text: str) -> tuple[str, dict[str, str]]:
-    """Return a peer's name and its settings, from ``--peer-opt NAME:key=value,key=value``.
-
-    Raises:
-        UsageError: it is not written so.
-    """
-    name, colon, rest = text.partition(":")
-    if not (colon and name.strip() and rest.strip()):
-        raise UsageError(f"--peer-opt {text!r} is not PEER:KEY=VALUE, such as mobilenet-0:lr=0.01")
-    # A comma within a value, as in betas=0.9,0.95, is followed by no key.
-    parts = re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", rest)
-    pairs = [_assignment(f"--peer-opt {name}:", part) for part in parts]
-    _refuse_repeated(f"--peer-opt {name}:", [key for key, _ in pairs])
-    return name.strip(), dict(pairs)
 
 
 # ---------------------------------------------------------------- the sections
-
-
-@dataclass(frozen=True)
-class Section:
-    """Fields that are read together and have the same effect on the result."""
-
-    title: ClassVar[str]
-    changes_result: ClassVar[bool]
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
-        self.check()
-
-    def check(self) -> None:
-        """Refuse values of this section that exclude each other."""
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """Return the names of the section's flags."""
-        return [field.name for field in dataclasses.fields(cls)]
-
-    def differences(self, other: "Section") -> Differences:
-        """Return the fields that differ, {name: (mine, the other's)}."""
-        return _differences(self, other, self.names())
-
-    def refused_on_resume(self, saved: "Section") -> Differences:
-        """Return the differences to a saved run that forbid resuming it."""
-        return self.differences(saved) if self.changes_result else {}
 
 
 @dataclass(frozen=True)
@@ -297,12 +150,12 @@ class DataConfig(Section):
     def check(self) -> None:
         """Refuse mixed images where some have no label."""
         for name in ("mixup", "cutmix"):
-            _refuse(
+            refuse(
                 getattr(self, name) > 0 and self.labelled_fraction < 1,
                 f"--{name} mixes labels, but with --labelled-fraction {self.labelled_fraction} "
                 "some images have none: drop one of the two",
             )
-        _refuse(
+        refuse(
             self.augment is not None and "none" in self.augment and len(self.augment) > 1,
             f"--augment {' '.join(self.augment or ())}: none stands alone",
         )
@@ -427,29 +280,29 @@ class OptimConfig(Section):
             )
         drops, listed = self.lr_milestones, " ".join(f"{at:g}" for at in self.lr_milestones)
         by_milestones = self.lr_schedule == "milestones"
-        _refuse(
+        refuse(
             by_milestones and not drops,
             "--lr-schedule milestones needs --lr-milestones, the epochs of the drops",
         )
-        _refuse(
+        refuse(
             bool(drops) and not by_milestones,
             f"--lr-milestones {listed} needs --lr-schedule milestones, not {self.lr_schedule}",
         )
-        _refuse(
+        refuse(
             any(b <= a for a, b in itertools.pairwise(drops)),
             f"--lr-milestones {listed} is out of order: each must be above the one before",
         )
-        _refuse(
+        refuse(
             self.warmup >= self.epochs,
             f"--warmup {self.warmup:g} is not below --epochs {self.epochs}, so the rate would "
             "never reach --lr: lower it",
         )
-        _refuse(
+        refuse(
             self.depends_on_last_epoch and self.lr_min > self.highest_lr,
             f"--lr-min {self.lr_min:g} is above --lr {self.highest_lr:g}, so the rate would grow: "
             "lower it",
         )
-        _refuse_repeated("--opt-args", [_assignment("--opt-args", one)[0] for one in self.opt_args])
+        refuse_repeated("--opt-args", [assignment("--opt-args", one)[0] for one in self.opt_args])
         for text in self.peer_opt:
             self.of_peer(peer_settings(text)[0])
 
@@ -477,13 +330,13 @@ class OptimConfig(Section):
         for key in _OF_PEER & own.keys():
             value = own.pop(key)
             changes[key] = (
-                value if key == "optimizer" else _number(f"--peer-opt {name}", key, value)
+                value if key == "optimizer" else number_of(f"--peer-opt {name}", key, value)
             )
         if changes.get("optimizer", self.optimizer) != self.optimizer:
             changes = {"lr": None, "opt_args": ()} | changes  # those were meant for another one
         shared = changes.get("opt_args", self.opt_args)
         changes["opt_args"] = (
-            *(text for text in shared if _assignment("--opt-args", text)[0] not in own),
+            *(text for text in shared if assignment("--opt-args", text)[0] not in own),
             *(f"{key}={value}" for key, value in own.items()),
         )
         try:
@@ -569,20 +422,20 @@ class MethodConfig(Section):
     def check(self) -> None:
         """Refuse a reduction or links that the target or the teachers do not have."""
         one_target = self.target != "peers"
-        _refuse(
+        refuse(
             one_target and self.schedule.sums_kl,
             f"--update {self.update} sums the KL terms of all peers, but --target {self.target} "
             "has a single one: use --target peers",
         )
-        _refuse(
+        refuse(
             one_target and self.kl_reduction == "sum",
             f"--kl-reduction sum needs --target peers: --target {self.target} has a single KL term",
         )
-        _refuse(
+        refuse(
             self.links == "frozen" and not self.frozen_peers,
             "--links frozen needs --frozen-peers, the only teachers",
         )
-        _refuse(
+        refuse(
             self.teach_with == "ema" and self.schedule.takes_turns,
             f"--teach-with ema needs --update simultaneous: with {self.update}, peers learn from "
             "weights that were updated within the step",
@@ -629,7 +482,7 @@ class NumericsConfig(Section):
 
     def check(self) -> None:
         """Refuse TF32 in double precision."""
-        _refuse(self.tf32 and self.float64, "--tf32 has no effect with --float64: drop one")
+        refuse(self.tf32 and self.float64, "--tf32 has no effect with --float64: drop one")
 
 
 @dataclass(frozen=True)
@@ -700,7 +553,7 @@ class ComputeConfig(Section):
 
     def check(self) -> None:
         """Refuse a mode of compilation without compilation."""
-        _refuse(
+        refuse(
             self.compile == "off" and self.compile_mode != "default",
             f"--compile-mode {self.compile_mode} has no effect without --compile",
         )
@@ -750,7 +603,7 @@ class RunConfig(Section):
 
     def check(self) -> None:
         """Refuse intervals that cannot be read, and ``--resume auto`` without a folder."""
-        _refuse(
+        refuse(
             self.resume == "auto" and self.output_dir is None,
             "--resume auto needs --output-dir, the run folder to resume",
         )
@@ -803,7 +656,7 @@ class Config:
     def __init__(self, /, **values: Any) -> None:
         known = flag_types()
         unknown = sorted(set(values) - set(known))
-        _refuse(
+        refuse(
             bool(unknown),
             f"unknown configuration {', '.join(unknown)}; known are: {', '.join(known)}",
         )
@@ -813,7 +666,7 @@ class Config:
             if isinstance(value, Section):
                 value = type(value)(**{n: values[n] for n in value.names() if n in values})
             else:
-                _check(field, value)
+                check_value(field, value)
             object.__setattr__(self, field.name, value)
         require(bool(self.cohort), "cohort", self.cohort, "at least one network")
         _refuse_conflicts(self)
@@ -837,7 +690,7 @@ class Config:
 
     def differences(self, other: "Config") -> Differences:
         """Return the flags by which the results differ: {name: (mine, the other's)}."""
-        found = _differences(self, other, ("cohort", "seed"))
+        found = differences_of(self, other, ("cohort", "seed"))
         for name, section in self.sections.items():
             if section.changes_result:
                 found |= section.differences(other.sections[name])
@@ -845,7 +698,7 @@ class Config:
 
     def refused_on_resume(self, saved: "Config") -> Differences:
         """Return the differences to a saved run that forbid resuming it: {name: (mine, saved)}."""
-        found = _differences(self, saved, ("cohort", "seed"))
+        found = differences_of(self, saved, ("cohort", "seed"))
         for name, section in self.sections.items():
             found |= section.refused_on_resume(saved.sections[name])
         return found
@@ -855,39 +708,39 @@ def _refuse_conflicts(config: Config) -> None:
     """Refuse what sections exclude in each other."""
     method, compute = config.method, config.compute
     schedule = method.schedule
-    _refuse(
+    refuse(
         schedule.takes_turns and compute.placement == "split",
         f"--update {method.update} updates peers in turn, which leaves processes of --placement "
         "split idle: use --placement replicate",
     )
-    _refuse(
+    refuse(
         not schedule.splits_batches and config.optim.grad_accum > 1,
         f"--update {method.update} predicts each batch again after an update, so it needs "
         "--grad-accum 1",
     )
-    _refuse(
+    refuse(
         schedule.takes_turns and compute.low_memory,
         f"--low-memory works with --update simultaneous only, not with {method.update}",
     )
-    _refuse(
+    refuse(
         compute.exchange == "sum" and config.numerics.exchange_dtype is not None,
         f"--exchange-dtype {config.numerics.exchange_dtype} rounds logits, but --exchange sum "
         "sends none: drop one",
     )
-    _refuse(
+    refuse(
         compute.exchange == "sum" and method.links != "full",
         "--links weighs every peer separately, but --exchange sum sends only their sum: use "
         "--exchange logits",
     )
-    _refuse(
+    refuse(
         method.kl_images == "labelled" and config.data.labelled_fraction == 1,
         "--kl-images labelled needs --labelled-fraction below 1",
     )
-    _refuse(
+    refuse(
         method.teach_with == "ema" and config.optim.ema is None,
         "--teach-with ema needs --ema, the decay of the averages",
     )
-    _refuse(
+    refuse(
         method.teach_with == "ema" and config.numerics.batch_norm == "local",
         "--teach-with ema needs --batch-norm group: averages predict by their running statistics, "
         "which must be the same in all processes of a peer",
@@ -896,11 +749,11 @@ def _refuse_conflicts(config: Config) -> None:
         ("--keep best", config.run.keep == "best"),
         (f"--early-stop {config.optim.early_stop}", config.optim.early_stop is not None),
     ):
-        _refuse(
+        refuse(
             on and config.data.val_fraction == 0,
             f"{name} needs --val-fraction above 0: the test split is for reporting only",
         )
-    _refuse(
+    refuse(
         method.kl_warmup > config.optim.epochs,
         f"--kl-warmup {method.kl_warmup} is more than --epochs {config.optim.epochs}, so the KL "
         "weight would never reach --kl-weight: lower it",

@@ -15,7 +15,8 @@ import timm.optim
 import torch
 from torch import nn
 
-from dml_accel.core.config import OptimConfig, peer_settings
+from dml_accel.core.assignments import peer_settings
+from dml_accel.core.config import OptimConfig
 from dml_accel.core.errors import UsageError, one_line
 
 # Why names that match a pattern are refused.

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dml_accel.core.config import Interval, OptimConfig, RunConfig
+from dml_accel.core.config import OptimConfig, RunConfig
 from dml_accel.core.errors import DivergedError, StoppedError
+from dml_accel.core.flags import Interval
 from dml_accel.data.batches import Data, ImageSet
 from dml_accel.distributed.launch import Stop
 from dml_accel.distributed.placement import Placement

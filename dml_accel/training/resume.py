@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dml_accel.core.config import Config, Differences, differences_text
+from dml_accel.core.config import Config, differences_text
 from dml_accel.core.errors import UnreadableError, UsageError
+from dml_accel.core.flags import Differences
 from dml_accel.core.versions import versions
 from dml_accel.data.sources import Source
 from dml_accel.distributed.device import device_versions, own_device

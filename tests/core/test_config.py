@@ -9,12 +9,12 @@ import pytest
 
 from dml_accel.core.config import (
     Config,
-    Section,
     differences_text,
     flag_groups,
     flag_types,
 )
 from dml_accel.core.errors import UsageError
+from dml_accel.core.flags import Section
 
 SECTIONS = ["data", "optim", "method", "numerics", "compute", "run"]
 # Another value for every flag, and what else it needs.

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from dml_accel import cli
-from dml_accel.core.config import Config, Interval
+from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
+from dml_accel.core.flags import Interval
 from dml_accel.data import sources
 from dml_accel.training import loop
 from dml_accel.training.loop import StepRecord
