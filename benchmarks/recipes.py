@@ -10,6 +10,7 @@ for; differences to the paper's are paired by seed. Each part keeps what the oth
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -151,8 +152,11 @@ def accuracy(words: argparse.Namespace) -> dict[str, Any]:
     """Train every recipe with every seed."""
     todo = [(r, seed) for seed in range(words.seeds) for r in recipes(words.epochs)]
     found: dict[str, Any] = {"epochs": words.epochs, "flags": recipes(words.epochs), "runs": []}
-    with tempfile.TemporaryDirectory() as name, tqdm(total=len(todo), disable=None) as bar:
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        bar = stack.enter_context(tqdm(total=len(todo), disable=None))
         working: list[tuple[str, int, Path, subprocess.Popen[bytes]]] = []
+        stack.callback(lambda: [one[3].kill() for one in working])  # if one of them fails
         while todo or working:
             while todo and len(working) < words.at_once:
                 recipe, seed = todo.pop(0)
@@ -173,14 +177,14 @@ def start(recipe: str, seed: int, folder: Path, words: argparse.Namespace) -> An
     command += ["--eval-every", f"{words.epochs}ep", "--save-every", f"{words.epochs}ep"]
     command += ["--cpu"] if device().type == "cpu" else []
     command += [*recipes(words.epochs)[recipe].split(), "--output-dir", str(folder)]
-    folder.with_suffix(".log").touch()
-    return subprocess.Popen(
-        command,
-        cwd=HERE.parent,
-        stdout=folder.with_suffix(".log").open("wb"),
-        stderr=subprocess.STDOUT,
-        env={"OMP_NUM_THREADS": "1"} | dict(os.environ),
-    )
+    with folder.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(
+            command,
+            cwd=HERE.parent,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": "1"} | dict(os.environ),
+        )
 
 
 def read_run(recipe: str, seed: int, folder: Path, child: Any) -> dict[str, Any]:

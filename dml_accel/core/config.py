@@ -17,12 +17,14 @@ in ``config.optim.lr``.
 import dataclasses
 import functools
 import itertools
+import math
 import numbers
 import os
 import reprlib
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,8 @@ AUGMENTATIONS = {
     "color-jitter": "brightness, contrast and saturation",
     "erasing": "a box of random size replaced by the mean colour, for a quarter of the images",
 }
+# Of a beta distribution: all shares are a half from here on.
+_MOST_ALPHA = 1000
 # Optimizers whose usual rate is that of the paper.
 _SGD = ("sgd", "nesterov", "momentum")
 # What ``--peer-opt`` sets besides arguments of the optimizer.
@@ -109,13 +113,13 @@ class DataConfig(Section):
         "mix every batch with itself in another order; the shares are drawn from a beta "
         "distribution with this alpha, 0.2 or 1 for instance, once per batch; with --cutmix too, "
         "each batch has one of the two (default: off)",
-        Range(at_least=0),
+        Range(at_least=0, at_most=_MOST_ALPHA),
     )
     cutmix: float = flag(
         0.0,
         "paste a box from the same batch in another order into every batch; alpha as for --mixup "
         "(default: off)",
-        Range(at_least=0),
+        Range(at_least=0, at_most=_MOST_ALPHA),
     )
     label_smoothing: float = flag(
         0.0,
@@ -155,6 +159,7 @@ class DataConfig(Section):
                 f"--{name} mixes labels, but with --labelled-fraction {self.labelled_fraction} "
                 "some images have none: drop one of the two",
             )
+        refuse(self.augment == (), "--augment names nothing: write none, or leave it out")
         refuse(
             self.augment is not None and "none" in self.augment and len(self.augment) > 1,
             f"--augment {' '.join(self.augment or ())}: none stands alone",
@@ -792,12 +797,15 @@ def flag_types() -> Mapping[str, Any]:
     return {field.name: hints[field.name] for group in flag_groups() for field in group.fields}
 
 
-def _plain(value: Any) -> Any:
-    """Return the plain value of a path, or of a number of numpy's."""
+def _plain(value: Any, accepted: Iterable[Any]) -> Any:
+    """Return the plain value of a path, or of a number of numpy's; 1 is 1.0 if that is accepted."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
+        whole = isinstance(value, numbers.Integral)
+        if whole and float not in accepted:
+            return int(value)
+        return math.inf if whole and abs(value) > sys.float_info.max else float(value)
     return value
 
 
@@ -813,12 +821,13 @@ def typed(name: str, value: Any) -> Any:
     if several and type(None) in accepted and isinstance(value, str):
         value = (value,)  # as a single word was once written
     if several and isinstance(value, (list, tuple)):
-        kind, value = typing.get_args(several)[0], tuple(map(_plain, value))
-        if all(type(one) is kind or (kind is float and type(one) is int) for one in value):
+        kind = typing.get_args(several)[0]
+        value = tuple(_plain(one, (kind,)) for one in value)
+        if all(type(one) is kind for one in value):
             return value
     else:
-        value = _plain(value)
-        if type(value) in accepted or (float in accepted and type(value) is int):
+        value = _plain(value, accepted)
+        if type(value) in accepted:
             return value
     words = hint.__name__ if isinstance(hint, type) else str(hint)  # int, or tuple[str, ...]
     raise UsageError(f"configuration {name} is {reprlib.repr(value)}; its type must be {words}")

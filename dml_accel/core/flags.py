@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -85,6 +86,8 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, (int, float)) and not isinstance(one, bool):
             require(abs(one) < math.inf, field.name, one, "a finite number")
+            fits = isinstance(one, float) or abs(one) < 2**63
+            require(fits, field.name, reprlib.repr(one), f"below {2**63:,}")
             require(one in field.metadata["range"], field.name, one, field.metadata["range"])
 
 

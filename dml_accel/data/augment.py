@@ -62,8 +62,11 @@ _ALLOWED: Mapping[str, _Rule] = {
         lambda ratio: _is_range(ratio) and ratio[0] > 0,
         "two positive numbers, the smaller first, as (0.75,1.33)",
     ),
-    "num_ops": (lambda n: type(n) is int and n >= 1, "a whole number, at least 1"),
-    "num_magnitude_bins": (lambda n: type(n) is int and n >= 2, "a whole number, at least 2"),
+    "num_ops": (lambda n: type(n) is int and 1 <= n <= 14, "a whole number from 1 to 14"),
+    "num_magnitude_bins": (
+        lambda n: type(n) is int and 2 <= n <= 1000,
+        "a whole number from 2 to 1000",
+    ),
     "magnitude": (lambda n: type(n) is int and n >= 0, "a whole number, at least 0"),
     "interpolation": (
         lambda name: name in ("nearest", "bilinear", "bicubic"),

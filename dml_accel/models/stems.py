@@ -30,6 +30,8 @@ def _register(name: str) -> None:
     def network(pretrained: bool = False, **kw: Any) -> nn.Module:
         net: Any = build(pretrained=False, **kw)
         first = net.conv1
+        if not isinstance(first, nn.Conv2d):
+            raise ValueError("stem=cifar replaces the first convolution; drop stem_type")
         net.conv1 = create_conv2d(first.in_channels, first.out_channels, 3)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's
         net.maxpool = nn.Identity()

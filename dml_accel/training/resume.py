@@ -329,7 +329,7 @@ def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
     _refuse(origin.path, wrong)
     # Others only warn: a cluster may have been updated, or have GPUs of several kinds.
     now = versions() | device_versions(own_device(config.compute))
-    then = origin.state["versions"]
+    then = {"numpy": now["numpy"]} | origin.state["versions"]  # older ones do not say it
     other = [
         f"{name} {then.get(name) or 'none'}, now {now.get(name) or 'none'}"
         for name in then | now

@@ -10,7 +10,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,7 @@ class Session:
         stop: requests to stop.
         command: the command line, for the record.
         recipe: the name of the one behind the configuration, for the record; empty for none.
+        said: notes that were printed.
     """
 
     processes: Processes
@@ -140,6 +141,7 @@ class Session:
     stop: Stop
     command: str
     recipe: str = ""
+    said: set[str] = field(default_factory=set)
 
 
 def run_one(
@@ -187,8 +189,10 @@ def run_one(
         work = progress.workload(config, checked.source, image_cost, ready.start.step)
         session.display.begin(label, work, config.optim.epochs)
         if not label:
-            for line in (_what_starts(ready, work.steps), *_notes(ready, work.steps)):
-                print(line, file=sys.stderr, flush=True)
+            print(_what_starts(ready, work.steps), file=sys.stderr, flush=True)
+        for note in set(_notes(ready, work.steps)) - session.said:
+            print(note, file=sys.stderr, flush=True)
+            session.said.add(note)  # once, for runs that differ in seed and method only
         if not ready.resumes:
             setup.print_starts(checked)
         asked_for = (session.command, session.recipe)

@@ -159,7 +159,7 @@ def test_a_configuration_cannot_be_changed_in_place() -> None:
 
 
 def test_changes_are_checked_as_the_whole_is() -> None:
-    with pytest.raises(UsageError, match="--lr is -1; it must be at least 0"):
+    with pytest.raises(UsageError, match="--lr is -1.0; it must be at least 0"):
         Config().changed(lr=-1)
     with pytest.raises(UsageError, match="unknown configuration lrr; known are: cohort, seed"):
         Config().changed(lrr=1)
@@ -185,8 +185,8 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
     "batch_size": AT_LEAST_1,
     "grad_accum": ([1, 64], [0, 65]),  # at most the batch size
     "lr": AT_LEAST_0,
-    "mixup": AT_LEAST_0,
-    "cutmix": AT_LEAST_0,
+    "mixup": ([0.0, 1000.0], [-SMALLEST, math.nextafter(1000, 1001)]),
+    "cutmix": ([0.0, 1000.0], [-SMALLEST, math.nextafter(1000, 1001)]),
     "label_smoothing": ([0.0, BELOW_1], [-SMALLEST, 1.0]),
     "lr_min": AT_LEAST_0,
     "lr_power": ABOVE_0,
@@ -434,6 +434,9 @@ def test_a_rate_that_depends_on_the_last_epoch_forbids_more_of_them(schedule: st
             "--mixup mixes labels, but with --labelled-fraction 0.5 some images have none: drop",
         ),
         ({"augment": ("none", "flip")}, "--augment none flip: none stands alone"),
+        ({"augment": ()}, "--augment names nothing: write none, or leave it out"),
+        ({"lr": 10**400}, "--lr is inf; it must be a finite number"),
+        ({"epochs": 2**63}, "--epochs is 9223372036854775808; it must be below 9,223,372,036,854"),
     ],
     ids=str,
 )

@@ -70,7 +70,7 @@ def test_words_come_in_the_order_of_application_with_their_arguments() -> None:
         ("erasing[scale=(0.5,0.2)]", "it must be two shares of the area"),
         ("erasing[ratio=0.5]", "it must be two positive numbers"),
         ("random-resized-crop[interpolation=lanczos]", "it must be nearest, bilinear or bicubic"),
-        ("randaugment[num_ops=0]", "num_ops is 0; it must be a whole number, at least 1"),
+        ("randaugment[num_ops=0]", "num_ops is 0; it must be a whole number from 1 to 14"),
         ("randaugment[magnitude=31]", "magnitude is 31; it must be below the 31"),
         ("randaugment[num_magnitude_bins=9]", "magnitude is 9; it must be below the 9"),
         ("trivialaugment[num_magnitude_bins=True]", "num_magnitude_bins is True"),
