@@ -57,10 +57,15 @@ AUGMENTATIONS = {
 }
 # Of a beta distribution: all shares are a half from here on.
 _MOST_ALPHA = 1000
-# Optimizers whose usual rate is that of the paper.
+# Optimizers of one family: their usual rate is that of the paper.
 _SGD = ("sgd", "nesterov", "momentum")
 # What ``--peer-opt`` sets besides arguments of the optimizer.
 _OF_PEER = {"lr", "momentum", "optimizer", "weight_decay"}
+
+
+def same_family(one: str, other: str) -> bool:
+    """Return whether the learning rate of one optimizer suits another."""
+    return one == other or (one in _SGD and other in _SGD)
 
 
 # ---------------------------------------------------------------- the sections
@@ -801,11 +806,13 @@ def _plain(value: Any, accepted: Iterable[Any]) -> Any:
     """Return the plain value of a path, or of a number of numpy's; 1 is 1.0 if that is accepted."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        whole = int(value)
+        if float not in accepted:
+            return whole
+        return math.inf if abs(whole) > sys.float_info.max else float(whole)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        whole = isinstance(value, numbers.Integral)
-        if whole and float not in accepted:
-            return int(value)
-        return math.inf if whole and abs(value) > sys.float_info.max else float(value)
+        return float(value)
     return value
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from dml_accel.core.errors import UsageError
 
-_PACKAGES = ("dml-accel", "torch", "torchvision", "accelerate", "datasets", "timm", "safetensors")
-_PACKAGES += ("numpy",)  # which draws the shares of --mixup and --cutmix
+_PACKAGES = (
+    *("dml-accel", "torch", "torchvision", "accelerate", "datasets", "timm", "safetensors"),
+    "numpy",  # draws the shares of --mixup and --cutmix
+)
 
 
 def versions() -> dict[str, str | None]:
