@@ -1,17 +1,20 @@
-"""What a command was asked for: defaults, then a recipe, then a file, then its flags."""
+"""What a command was asked for: defaults, a preset, a recipe, a file, flags; the later ones win."""
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from dml_accel.core.config import Config
+from dml_accel.core.assignments import peer_settings, peer_text
+from dml_accel.core.config import Config, same_family
 from dml_accel.core.config_file import ConfigFile
 from dml_accel.core.errors import UsageError
 from dml_accel.core.recipes import Flags, flags_of
 
 # Of a run that is repeated: where it was is not where it is repeated.
 _OF_ONE_RUN = ("output_dir", "resume")
+# What a peer has with any optimizer.
+_OF_ANY_OPTIMIZER = ("momentum", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -23,22 +26,29 @@ class Settings:
         recipe: the name of the recipe behind them; empty if there is none.
         file: the file behind them, if there is one.
         given: names of the flags on the command line.
+        chosen: the flags of the file and of the command line.
+        left_out: flags of a repeated run that suit its optimizer only, not the one that is given.
     """
 
     config: Config
     recipe: str = ""
     file: ConfigFile | None = None
     given: frozenset[str] = frozenset()
+    chosen: Flags = field(default_factory=dict)
+    left_out: Flags = field(default_factory=dict)
 
 
 def settle(
-    given: Flags, recipe: str = "", file: ConfigFile | None = None, base: Flags | None = None
+    given: Flags,
+    recipe: str | None = None,
+    file: ConfigFile | None = None,
+    base: Flags | None = None,
 ) -> Settings:
     """Return what flags, file and recipe say together; each overrides what stands after it.
 
     Args:
         given: the flags on the command line.
-        recipe: ``--recipe``; empty if it is not given.
+        recipe: ``--recipe``, if it is given.
         file: that of ``--config``.
         base: what a preset sets, which everything else overrides.
 
@@ -46,24 +56,55 @@ def settle(
         UsageError: the recipe is unknown, or values exclude each other; the text says which of
             them come from the recipe or the file.
     """
-    read = dict(file.flags) if file else {}
-    if file and file.description is not None:
-        if recipe:
+    read, name = dict(file.flags) if file else {}, recipe
+    of_recipe: Flags = {}
+    left_out: Flags = {}
+    repeats = file is not None and file.description is not None
+    if file is not None and repeats:
+        if recipe is not None:
             raise UsageError(
                 f"--recipe {recipe} would change nothing: {file.path} sets every flag; drop one"
             )
-        read = {name: value for name, value in read.items() if name not in _OF_ONE_RUN}
-        name, from_recipe = file.recipe, {}
-    else:
-        name = recipe or (file.recipe if file else "")
-        from_recipe = flags_of(name, (base or {}) | read | given) if name else {}
+        read = {flag: value for flag, value in read.items() if flag not in _OF_ONE_RUN}
+        read, left_out = _for_optimizer(read, given)
+    if file is not None and name is None:
+        name = file.recipe
+    chosen, origins = read | given, dict.fromkeys(read, str(file.path if file else ""))
     try:
-        config = Config(**(base or {}) | from_recipe | read | given)
+        if name is not None and not repeats:
+            of_recipe = flags_of(name, chosen)
+            origins = dict.fromkeys(of_recipe, f"--recipe {name}") | origins
+        values = (base or {}) | of_recipe | chosen
+        if "peer_opt" in of_recipe:
+            values["peer_opt"] = (*of_recipe["peer_opt"], *chosen.get("peer_opt", ()))
+        config = Config(**values)
     except UsageError as error:
-        origins = dict.fromkeys(from_recipe, f"--recipe {name}")
-        origins |= {flag: str(file.path) for flag in read} if file else {}
         raise UsageError(f"{error}{_whence(str(error), origins, given)}") from error
-    return Settings(config, name, file, frozenset(given))
+    return Settings(config, name or "", file, frozenset(given), chosen, left_out)
+
+
+def _for_optimizer(read: Flags, given: Flags) -> tuple[Flags, Flags]:
+    """Return a run's flags without those of its optimizer, if the given one is no kin; and those.
+
+    A rate that suits SGD is a hundred times too high for AdamW.
+    """
+    was = str(read.get("optimizer", Config().optim.optimizer))
+    if same_family(given.get("optimizer", was), was):
+        return read, {}
+    left_out: Flags = {name: read[name] for name in ("lr", "opt_args") if read.get(name)}
+    kept = {name: value for name, value in read.items() if name not in left_out}
+    shared: list[str] = []
+    own: list[str] = []
+    for peer, settings in map(peer_settings, read.get("peer_opt", ())):
+        keep = settings.keys() if "optimizer" in settings else _OF_ANY_OPTIMIZER
+        for texts, found in (
+            (shared, {key: value for key, value in settings.items() if key in keep}),
+            (own, {key: value for key, value in settings.items() if key not in keep}),
+        ):
+            texts += [peer_text(peer, found)] if found else []
+    if own:
+        kept["peer_opt"], left_out["peer_opt"] = tuple(shared), tuple(own)
+    return kept, {name: value for name, value in left_out.items() if name not in given}
 
 
 def _whence(text: str, origins: Mapping[str, str], given: Collection[str]) -> str:
@@ -88,6 +129,7 @@ def with_resolved(
         processes: of this command.
         cores: that this process may use.
     """
+    # Of a file that anybody may have written; what becomes a flag is checked as one.
     flags, found = dict(file.flags), (file.description or {}).get("resolved")
     resolved: Mapping[str, Any] = found if isinstance(found, dict) else {}
     same = {"threads", "mixed_precision", "memory_format"}
@@ -97,8 +139,12 @@ def with_resolved(
             flags[name] = resolved[name]
     if flags.get("compile") == "auto" and "compile" in resolved:
         flags["compile"] = resolved["compile"]
-    if flags.get("placement") == "auto" and resolved.get("world_size") == processes > 1:
-        flags["placement"] = resolved["placement"]
+    alike = resolved.get("world_size") == processes > 1 and "update" not in given
+    if flags.get("placement") == "auto" and alike:
+        flags["placement"] = resolved.get("placement", "auto")
+    device = resolved.get("device")
+    if isinstance(device, dict) and device.get("type") == "cpu":
+        flags["cpu"] = True  # there was no accelerator; here may be one
     if isinstance(flags.get("threads"), int) and flags["threads"] > cores:
         flags["threads"] = None  # which the repeated run says
     return ConfigFile(file.path, flags, file.recipe, file.description)

@@ -25,11 +25,11 @@ from dml_accel.training.loop import (
     EvaluationRecord,
     Record,
     StepRecord,
-    evaluation_follows,
+    begins_with_evaluation,
     steps_to_take,
 )
 from dml_accel.training.progress import Display, Window, Windows
-from dml_accel.training.repeat import device_record
+from dml_accel.training.repeat import device_record, history
 from dml_accel.training.run_folder import WEIGHTS, RunFolder
 from dml_accel.training.setup import Prepared
 from dml_accel.training.trackers import Trackers
@@ -58,7 +58,8 @@ class Recorder:
         self._windows = Windows(peers, ready.cohort.steps_per_epoch)
         self._own_rates = any(config.optim.of_peer(one).lr != config.optim.lr for one in peers)
         resumed = step if ready.resumes else None
-        again = evaluation_follows(config.optim, config.run, len(ready.images.train), step)
+        images = len(ready.images.train)
+        again = begins_with_evaluation(config.optim, config.run, images, ready.start)
         folder.begin(resumed, again)
         folder.write("config.json", run_description(ready, command, recipe))
         names = trackers.resolve(config.run.log_with)
@@ -129,10 +130,11 @@ class Recorder:
 def run_description(ready: Prepared, command: str, recipe: str = "") -> dict[str, Any]:
     """Return the content of config.json: what is needed to repeat the run.
 
-    ``config`` is what was asked for, and ``resolved`` what that came to on this machine.
+    ``config`` is what was asked for, and ``resolved`` what that came to on this machine; of a run
+    that resumes, ``earlier`` says how that differed for steps that had been taken before.
     """
     checked, placement, images = ready.checked, ready.placement, ready.images
-    return {
+    description = {
         "format": 1,
         "config": ready.config.as_dict(),
         "peers": [
@@ -155,6 +157,9 @@ def run_description(ready: Prepared, command: str, recipe: str = "") -> dict[str
         "commit": commit(),
         "compiled": ready.compiled,
     }
+    if ready.resumes:
+        description |= history(ready.config, ready.path, ready.start.step, description)
+    return description
 
 
 def _resolved(ready: Prepared) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     # An untrusted file can have a matching sha256 as well, so every type is checked.
     wrong = [name for name, kind in _STATE_TYPES.items() if not isinstance(state.get(name), kind)]
     if not wrong:
-        if not _is_a_placement(state["placement"].get("ranks"), state["world_size"], peers):
+        if not is_a_placement(state["placement"].get("ranks"), state["world_size"], peers):
             wrong.append("placement")
         counts = state["lost"].values()
         if not all(isinstance(count, int) and count >= 0 for count in counts):
@@ -278,15 +278,18 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     return Origin(path, state)
 
 
-def _is_a_placement(ranks: Any, world_size: int, peers: Sequence[str]) -> bool:
-    """Whether every peer has processes, and every process a peer."""
+def is_a_placement(ranks: Any, world_size: int, peers: Sequence[str]) -> bool:
+    """Whether a map read from a file gives every peer processes, as ``Placement`` needs them."""
     if not isinstance(ranks, dict) or set(ranks) != set(peers):
         return False
     if not all(isinstance(held, list) and held for held in ranks.values()):
         return False
-    used = {rank for held in ranks.values() for rank in held if isinstance(rank, int)}
-    # Counted, not compared with a range: a forged number of processes may have any size.
-    return len(used) == world_size and min(used) == 0 and max(used) == world_size - 1
+    if not all(type(rank) is int for held in ranks.values() for rank in held):
+        return False
+    groups = {tuple(held) for held in ranks.values()}
+    used = [rank for group in sorted(groups) for rank in group]
+    # Counted, not compared with a range of it: a forged number of processes may have any size.
+    return len(used) == world_size and used == list(range(len(used)))
 
 
 # ---------------------------------------------------------------- refusing another run
@@ -434,6 +437,9 @@ def load_peers(origin: Origin, peers: Sequence[Peer], processes: Processes) -> N
     except UnreadableError as error:
         problem = error
     # All or none: a process that trained on alone would wait for the others until the timeout.
+    first = processes.broadcast_text(str(problem or ""))
+    if first:  # what rank 0 cannot load, no machine can
+        raise UsageError(first) from problem
     failed = processes.failed_rank(problem is not None)
     if failed is not None:
         raise UsageError(

@@ -22,6 +22,7 @@ from torch import nn
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
+from dml_accel.data.augment import parse_augment
 from dml_accel.data.batches import Data, ImageFormat, check_batch_size, prepare
 from dml_accel.data.sources import Source
 from dml_accel.distributed.batchnorm import check_spanning
@@ -50,11 +51,11 @@ from dml_accel.models.build import (
     refuse_twins,
     require_learning,
 )
-from dml_accel.models.optim import check_optimizers, make_optimizer
+from dml_accel.models.optim import check_optimizers, make_optimizer, state_per_parameter
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights
 from dml_accel.models.spec import PeerSpec, parse_cohort
-from dml_accel.mutual.averages import Average, copy_of
+from dml_accel.mutual.averages import Average, copy_of, refuse_uncopied
 from dml_accel.mutual.links import LinkWeights, read_links
 from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import Cohort
@@ -183,6 +184,8 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     refuse_shared({**modules, **teachers})
     refuse_reused(modules)
     refuse_twins(modules)
+    if config.optim.ema is not None:
+        refuse_uncopied(modules)
     world_size, costs = launched_processes(), {}
     if world_size > 1:
         costs = _count_all(config, modules)
@@ -214,7 +217,13 @@ def build_networks(
 
 
 def _count_all(config: Config, modules: Modules) -> dict[str, Cost]:
-    return {name: count(module, config.data.image_size) for name, module in modules.items()}
+    return {
+        name: dataclasses.replace(
+            count(module, config.data.image_size),
+            optimizer_state=state_per_parameter(config.optim.of_peer(name)),
+        )
+        for name, module in modules.items()
+    }
 
 
 def refuse_other_files(checked: Checked, processes: Processes) -> None:
@@ -279,7 +288,12 @@ def _choose(
 
 
 def choose_ranks(
-    config: Config, checked: Checked, modules: Modules, processes: Processes, path: Path
+    config: Config,
+    checked: Checked,
+    modules: Modules,
+    processes: Processes,
+    path: Path,
+    recorded: Ranks | None = None,
 ) -> Ranks:
     """Return rank 0's choice of who trains which peer, in every process.
 
@@ -289,6 +303,7 @@ def choose_ranks(
         modules: their networks.
         processes: those that share the work.
         path: the run folder, where processes write their peers.
+        recorded: the choice of the run that this one repeats, which is made again.
 
     Raises:
         UsageError: a process does not see the run folder but would have to write there.
@@ -307,9 +322,11 @@ def choose_ranks(
             print(
                 f"placement: replicate, because rank {blind} does not see {path}", file=sys.stderr
             )
-        config = config.changed(placement="replicate")
-    text = ""
-    if processes.rank == 0:
+        config, recorded = config.changed(placement="replicate"), None
+    text = json.dumps(recorded)
+    if processes.rank == 0 and recorded:
+        print("placement: that of the run that is repeated", file=sys.stderr, flush=True)
+    elif processes.rank == 0:
         costs = checked.costs
         if config.compute.measure:
             size = processes.world_size
@@ -344,8 +361,13 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
         world_size: processes.
         classes: of the images.
         machine: the assumed rates.
+
+    Raises:
+        UsageError: a network, an optimizer or an augmentation cannot be had.
     """
+    parse_augment(config.data.augmentation)
     specs, size = parse_cohort(config.cohort), config.data.image_size
+    check_optimizers(config.optim, [spec.name for spec in specs])
     modules = build_networks(config, specs, classes)
     costs = _count_all(config, modules)
     if config.compute.measure:

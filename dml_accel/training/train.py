@@ -25,12 +25,13 @@ from dml_accel.core.tables import printable
 from dml_accel.data import sources
 from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
 from dml_accel.distributed.placement import Placement
+from dml_accel.distributed.plan import Ranks
 from dml_accel.distributed.processes import Processes, is_out_of_memory
 from dml_accel.models.build import parameter_count
 from dml_accel.models.optim import has_fused
 from dml_accel.models.schedules import what_never_falls
 from dml_accel.models.spec import cohort_label, parse_cohort
-from dml_accel.training import checkpoint, loop, progress, resume, setup, trackers
+from dml_accel.training import checkpoint, choosing, loop, progress, resume, setup, trackers
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord
 from dml_accel.training.progress import Display
 from dml_accel.training.record import Recorder, stopped_early, write_peers
@@ -73,8 +74,9 @@ def train(
         folder = RunFolder(where, label, in_place, sources.folders_read(config.data))
     source = sources.read(config.data, quiet=not first)
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
+    recorded = None
     if asked is not None:
-        compare_with_original(asked, config, checked, quiet=not first)
+        recorded = compare_with_original(asked, config, checked, modules, quiet=not first)
     work = progress.workload(config, source)
     nothing = resume.nothing_to_do(config, source, folder.path, work.steps) if folder else ""
     # Elsewhere than in its own folder, a checkpoint is found before anything is written.
@@ -104,7 +106,8 @@ def train(
             if not processes.broadcast_flag(bool(nothing)):
                 recipe = asked.recipe if asked else ""
                 session = Session(processes, display, stop, command, recipe)
-                results = run_one(session, config, checked, modules, folder, origin or Origin())
+                what = (config, checked, modules, folder, origin or Origin())
+                results = run_one(session, *what, recorded=recorded)
             processes.close()
     if folder and nothing:
         folder.set_done()
@@ -155,6 +158,7 @@ def run_one(
     label: str = "",
     image_cost: float = 1.0,
     compiled: bool | None = None,
+    recorded: Ranks | None = None,
 ) -> dict[str, Any] | None:
     """Train one cohort in an existing process group.
 
@@ -168,6 +172,7 @@ def run_one(
         label: of the run in the display; empty if it is the only one.
         image_cost: see ``workload``.
         compiled: whether to compile, if that was decided for several runs (default: decide).
+        recorded: see ``choose_ranks``.
 
     Returns:
         The content of results.json in the first process.
@@ -183,7 +188,8 @@ def run_one(
         keep_memory()
     progress.forget_peak_memory(processes.device)
     path = Path(processes.broadcast_text(str(folder.path.resolve()) if folder else ""))
-    ready = prepare(config, checked, modules, processes, path, origin.agreed(processes), compiled)
+    origin = origin.agreed(processes)
+    ready = prepare(config, checked, modules, processes, path, origin, compiled, recorded)
     recorder = None
     if folder is not None:
         work = progress.workload(config, checked.source, image_cost, ready.start.step)
@@ -201,7 +207,8 @@ def run_one(
     if recorder:
         recorder.end(last)
         if stopped_early(ready, last):
-            print(_why_early(config, last), file=sys.stderr, flush=True)
+            which = f"{label}: " if label else ""
+            print(f"{which}{_why_early(config, last)}", file=sys.stderr, flush=True)
     error = write_peers(ready, last)
     failed = processes.failed_rank(error is not None)  # waits for the files of all peers
     memory = processes.all_reduce_max(progress.peak_memory(processes.device))
@@ -239,6 +246,12 @@ def _notes(ready: Prepared, steps: int) -> list[str]:
         notes.append(
             f"--optimizer {looking}: every step waits for {device} to learn whether the loss is "
             "finite; with sgd, momentum, adam and adamw it does not"
+        )
+    start = ready.start
+    if ready.config.run.keep == "best" and start.step and choosing.BEST not in start.chosen:
+        notes.append(
+            f"--keep best counts from step {start.step:,} on: the run did not keep the weights of "
+            "earlier evaluations"
         )
     return [note for note in notes if note]
 
@@ -337,6 +350,7 @@ def prepare(
     path: Path,
     origin: Origin,
     compiled: bool | None = None,
+    recorded: Ranks | None = None,
 ) -> Prepared:
     """Place, compile and load what this process trains with; all processes do, together.
 
@@ -348,6 +362,7 @@ def prepare(
         path: of the run folder.
         origin: in every process, what the run starts from.
         compiled: whether to compile, if that was decided for several runs (default: decide).
+        recorded: see ``choose_ranks``.
 
     Raises:
         UsageError: see ``refuse_other_files``, ``with_starts``, ``choose_ranks``, ``load_peers``.
@@ -356,7 +371,7 @@ def prepare(
     checked = resume.with_starts(checked, origin)
     setup.refuse_other_files(checked, processes)
     ranks = origin.ranks(config.compute.placement, processes.world_size)
-    ranks = ranks or setup.choose_ranks(config, checked, modules, processes, path)
+    ranks = ranks or setup.choose_ranks(config, checked, modules, processes, path, recorded)
     placement = Placement(processes, ranks, config.numerics.batch_norm)
     with _explaining_out_of_memory(_fewer_pixels(config, placement.device)):
         images = setup.prepare_images(config, checked.source, placement.device)
