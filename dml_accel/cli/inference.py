@@ -22,7 +22,7 @@ from dml_accel.inference import predict as prediction
 from dml_accel.inference.checkpoints import read_checkpoint_peers
 from dml_accel.inference.export import check_target, export, select_peers
 from dml_accel.inference.load import BEST, LAST, Networks, TrainedPeers, read_trained_peers
-from dml_accel.training.run_folder import WEIGHTS, SavedRun
+from dml_accel.training.run_folder import SavedRun
 
 # What selects the images of a run beside the flags of evaluate.
 _COLUMNS = ("image_column", "label_column")
@@ -55,9 +55,12 @@ def run(command: str, values: dict[str, Any]) -> int:
 
 def _which_weights(command: str, path: Path, values: dict[str, Any]) -> str:
     """Return which weights are meant: the last, unless others are named or the best peer's are."""
-    best = command == "export" and values["peer"] == BEST and values["checkpoint"] is None
-    kept = best and (path / WEIGHTS[BEST]).is_dir()
-    return str(values["weights"] or (BEST if kept else LAST))
+    if values["weights"]:
+        return str(values["weights"])
+    if command == "export" and values["peer"] == BEST and values["checkpoint"] is None:
+        with contextlib.suppress(UsageError):  # not a finished run, which is refused later
+            return BEST if BEST in SavedRun(path).results else LAST
+    return LAST
 
 
 # ---------------------------------------------------------------- evaluate

@@ -704,14 +704,19 @@ class Config:
         for name, section in self.sections.items():
             if section.changes_result:
                 found |= section.differences(other.sections[name])
-        return found
+        return found | self._other_evaluations(other)
 
     def refused_on_resume(self, saved: "Config") -> Differences:
         """Return the differences to a saved run that forbid resuming it: {name: (mine, saved)}."""
         found = differences_of(self, saved, ("cohort", "seed"))
         for name, section in self.sections.items():
             found |= section.refused_on_resume(saved.sections[name])
-        return found
+        return found | self._other_evaluations(saved)
+
+    def _other_evaluations(self, other: "Config") -> Differences:
+        """Return another ``--eval-every``, where it decides when training ends."""
+        counts = self.optim.early_stop is not None
+        return differences_of(self.run, other.run, ("eval_every",)) if counts else {}
 
 
 def _refuse_conflicts(config: Config) -> None:

@@ -20,6 +20,7 @@ from dml_accel.inference.load import TrainedPeers
 from dml_accel.models.model_card import model_card, own_networks, public_name
 from dml_accel.models.peer_folder import CARD, WEIGHTS, PeerFolder, load_network
 from dml_accel.models.timm_config import FILE, GREY_BITS, OURS
+from dml_accel.training.choosing import best_of
 
 BEST, ENSEMBLE = "best", "ensemble"
 FORMATS = ("safetensors", "onnx")
@@ -56,8 +57,8 @@ def select_peers(peers: TrainedPeers, asked: str | None) -> tuple[TrainedPeers, 
 
 
 def _best_peer(peers: TrainedPeers) -> str:
-    """Return the peer with the highest validation accuracy; the lowest NLL breaks a tie."""
-    scores: dict[str, tuple[float, float]] = {}
+    """Return the best peer by validation; see ``best_of``."""
+    scores: dict[str, dict[str, Any]] = {}
     for name in peers.folders:
         val = peers.results_by_peer.get(name, {}).get("val")
         if not isinstance(val, dict) or not isinstance(val.get("top1"), int | float):
@@ -67,10 +68,14 @@ def _best_peer(peers: TrainedPeers) -> str:
                 f"train with --val-fraction 0.1, or name a peer: {', '.join(peers.folders)}"
             )
         nll = val.get("nll")
-        scores[name] = (val["top1"], -nll if isinstance(nll, int | float) else -math.inf)
-    best = max(sorted(scores), key=lambda name: scores[name])
+        scores[name] = {
+            "top1": val["top1"],
+            "nll": nll if isinstance(nll, int | float) else math.inf,
+        }
+    best = best_of(scores)
     words = (
-        f"{name} {100 * top1:.2f}% (NLL {-minus:.4f})" for name, (top1, minus) in scores.items()
+        f"{name} {100 * score['top1']:.2f}% (NLL {score['nll']:.4f})"
+        for name, score in scores.items()
     )
     print(f"{BEST} is {best}: on the validation split {', '.join(words)}", file=sys.stderr)
     return best

@@ -6,6 +6,8 @@ a skipped step without waiting for the device.
 """
 
 import copy
+import itertools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,16 @@ def copy_of(module: nn.Module, name: str) -> nn.Module:
             f"--ema averages the weights of {name} in a copy, but it cannot be copied: "
             f"{one_line(error)}"
         ) from error
+
+
+def refuse_uncopied(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse networks, by name, that cannot be copied, before anything is written.
+
+    Raises:
+        UsageError: see ``copy_of``.
+    """
+    for name, module in modules.items():
+        copy_of(module, name)
 
 
 class Average:
@@ -68,10 +80,15 @@ class Average:
             group = self._groups.setdefault(ours.dtype if averaged else None, _Group())
             group.ours.append(ours)
             group.theirs.append((theirs, name))
+        for dtype, group in self._groups.items():
+            if dtype is not None:
+                group.make_room()
 
     @torch.no_grad()
     def update(self, taken: Tensor, step: int) -> None:
         """Move the average towards the network's weights as they are after a step.
+
+        A value stays as it is where it or the network's is not finite.
 
         Args:
             taken: whether the network has taken the step, a bool on the device; else the average
@@ -84,9 +101,11 @@ class Average:
             if dtype is None:
                 torch._foreach_copy_(group.ours, values)
                 continue
-            moves = torch._foreach_sub(values, group.ours)
-            torch._foreach_mul_(moves, taken.to(dtype) * share)
-            torch._foreach_add_(group.ours, moves)
+            torch._foreach_copy_(group.moves, values)
+            torch._foreach_sub_(group.moves, group.ours)
+            # Before it is multiplied: 0 times NaN is NaN, and so is infinity minus infinity.
+            group.all_moves.nan_to_num_(0.0, 0.0, 0.0).mul_(taken.to(dtype) * share)
+            torch._foreach_add_(group.ours, group.moves)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -100,3 +119,14 @@ class _Group:
     def __init__(self) -> None:
         self.ours: list[Tensor] = []
         self.theirs: list[tuple[dict[str, Tensor], str]] = []
+
+    def make_room(self) -> None:
+        """Allocate differences of theirs from ours: views of one tensor, which one kernel reads."""
+        sizes = [one.numel() for one in self.ours]
+        self.all_moves = self.ours[0].new_zeros(sum(sizes))
+        starts = itertools.accumulate(sizes, initial=0)
+        # Laid out as ours are, because other strides would take a kernel for each of them.
+        self.moves = [
+            self.all_moves.as_strided(one.shape, torch.empty_like(one).stride(), start)
+            for one, start in zip(self.ours, starts, strict=False)
+        ]

@@ -49,22 +49,33 @@ class Choosing:
         self._early |= state.get(EARLY_STOP, {})
 
     @property
+    def is_on(self) -> bool:
+        """Whether anything is chosen."""
+        return self.best is not None or self._patience is not None
+
+    @property
     def is_over(self) -> bool:
         """See above."""
-        return self._patience is not None and self._early["worse"] >= self._patience
+        return is_over(self._patience, {EARLY_STOP: self._early})
 
-    def take(self, step: int, test: Mapping[str, Any], val: Mapping[str, Any] | None) -> None:
-        """Take an evaluation after ``step`` optimizer steps, as ``metrics.finish`` returns it."""
+    def take(self, step: int, test: Mapping[str, Any], val: Mapping[str, Any] | None) -> bool:
+        """Take an evaluation after ``step`` optimizer steps, as ``metrics.finish`` returns it.
+
+        Returns:
+            Whether a checkpoint that was written before it lacks something.
+        """
         if val is None:
-            return
+            return False
+        has_news = self._patience is not None and step > self._early["step"]
         if self.best is not None:
-            self._keep_better(self.best, step, test["peers"], val["peers"])
+            has_news |= self._keep_better(self.best, step, test["peers"], val["peers"])
         mean = fmean(metrics["top1"] for metrics in val["peers"].values())
         if step > self._early["step"]:
             top1 = self._early["top1"]
             better = top1 is None or mean > top1
             worse = 0 if better else self._early["worse"] + 1
             self._early = {"top1": mean if better else top1, "worse": worse, "step": step}
+        return has_news
 
     def _keep_better(
         self,
@@ -72,18 +83,24 @@ class Choosing:
         step: int,
         test: Mapping[str, Any],
         val: Mapping[str, Any],
-    ) -> None:
+    ) -> bool:
         better = {n for n in val if n not in best or val[n]["top1"] > best[n]["val"]["top1"]}
         best |= {name: {"step": step, "val": val[name], "test": test[name]} for name in better}
         for peer in self._peers:
             if peer.name in better:
                 weights = peer.module.state_dict().items()
                 peer.best = {name: t.detach().to("cpu", copy=True) for name, t in weights}
+        return bool(better)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds, besides the weights: only that of flags that are on."""
         best = {} if self.best is None else {BEST: self.best}
         return best if self._patience is None else best | {EARLY_STOP: self._early}
+
+
+def is_over(patience: int | None, state: Mapping[str, Any]) -> bool:
+    """Whether a run with such a ``Choosing.state`` stops early."""
+    return patience is not None and state.get(EARLY_STOP, {"worse": 0})["worse"] >= patience
 
 
 def best_of(scores: Mapping[str, Mapping[str, Any]]) -> str:

@@ -33,6 +33,7 @@ from dml_accel.models.optim import check_optimizers
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.rehearsal import logits_problem, require_trainable
 from dml_accel.models.spec import PeerSpec
+from dml_accel.mutual.averages import refuse_uncopied
 from dml_accel.mutual.links import LinkWeights, read_links
 from dml_accel.mutual.teachers import read_teachers
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, StepRecord, fit
@@ -237,6 +238,8 @@ def _check(
         )
         if launched_processes() > 1 and config.numerics.batch_norm == "group":
             check_spanning(module, name)
+    if config.optim.ema is not None:
+        refuse_uncopied(modules)
     return Source(splits["train"], splits["test"], tuple(map(str, range(classes)))), config
 
 

@@ -25,7 +25,7 @@ from dml_accel.models.schedules import learning_rate
 from dml_accel.mutual.metrics import batch_sums, finish, no_sums
 from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import PARTS, Cohort, train_step
-from dml_accel.training.choosing import Choosing
+from dml_accel.training.choosing import Choosing, is_over
 
 _EVALUATION_ROWS = 256
 _STEPS_BETWEEN_LOOKS = 10
@@ -127,6 +127,13 @@ def evaluation_follows(optim: OptimConfig, run: RunConfig, images: int, step: in
     return step > 0 and (last or run.eval_interval.due(step, images // optim.batch_size))
 
 
+def begins_with_evaluation(optim: OptimConfig, run: RunConfig, images: int, start: Start) -> bool:
+    """Whether an evaluation comes before the first step; in a run that resumes it is repeated."""
+    # One that is over was interrupted before it could say so.
+    over = is_over(optim.early_stop, start.chosen)
+    return over or evaluation_follows(optim, run, images, start.step)
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -139,10 +146,12 @@ def fit(
 ) -> Iterator[Record]:
     """Train the cohort: a record per step, checkpoint and evaluation; the last step is evaluated.
 
-    A checkpoint comes before the evaluation of the same step, so that the evaluation can be
-    repeated. One that is due while a peer loses steps waits until all peers have taken a step.
-    With ``--early-stop``, training may end before its last step, with a checkpoint after the
-    evaluation.
+    A checkpoint comes before the evaluation of the same step, so that a failure in it costs no
+    steps. With ``--keep best`` or ``--early-stop`` it comes after it and holds what was chosen,
+    except where a stop is asked for meanwhile; when training goes on, the evaluation is repeated,
+    and the last checkpoint, if it lacks it, is written again. One that is due while a peer loses
+    steps waits until all peers have taken a step. With ``--early-stop``, training may end before
+    its last step.
 
     Args:
         cohort: the peers of this process, and what they are trained with.
@@ -163,11 +172,11 @@ def fit(
     agenda = Agenda(optim, run, placement, len(data.train), start, stop)
     streaks = Streaks(placement, len(data.classes), start, run.max_nonfinite)
     choosing = Choosing(cohort.peers, run.keep == "best", optim.early_stop, start.chosen)
-    agenda.evaluates |= choosing.is_over  # it was stopped before it could say so
     step, evaluation = start.step, None
     while True:
         epoch = max(step - 1, 0) // per_epoch
-        if agenda.saves(step):
+        comes_first = choosing.is_on and agenda.evaluates and not agenda.stops  # the evaluation
+        if agenda.saves(step) and not comes_first:
             yield CheckpointRecord(step, epoch, streaks.by_name(), choosing.state())
             agenda.has_saved(step)
         if agenda.evaluates and not agenda.stops:
@@ -175,13 +184,16 @@ def fit(
             if evaluation is None:  # stopped meanwhile: the checkpoint comes first
                 agenda.stops = True
                 continue
-            choosing.take(step, evaluation.test, evaluation.val)
+            has_news = choosing.take(step, evaluation.test, evaluation.val)
             evaluation = replace(evaluation, best=choosing.best and dict(choosing.best))
             yield evaluation
             agenda.has_evaluated()
             if choosing.is_over:
-                agenda.end(streaks)
-                continue  # with the last checkpoint
+                agenda.end()
+            if has_news and agenda.is_done(step):
+                agenda.save_again(streaks)
+            if choosing.is_on:
+                continue  # with the checkpoint that waits for it
         if agenda.stops:
             raise StoppedError(f"stopped by {stop.signal or 'a signal to another process'}")
         if agenda.is_done(step):
@@ -223,7 +235,7 @@ class Agenda:
         self._save_timer = _Timer(run.save_interval)
         self._saved_step = start.step if start.saved else None
         self._ends = False
-        self.evaluates = evaluation_follows(optim, run, images, start.step)
+        self.evaluates = begins_with_evaluation(optim, run, images, start)
         # A run that continues another one's checkpoint first writes its own.
         self._save_due = self._saves_now = start.step > 0 and not start.saved
         self.stops = bool(self._processes.all_reduce_max(stop.requested))
@@ -243,9 +255,13 @@ class Agenda:
         self.evaluates = False
         self._evaluation_timer.restart()
 
-    def end(self, streaks: "Streaks") -> None:
-        """End after the last checkpoint, which is due now."""
-        self._ends, self._saves_now = True, not streaks.any()
+    def end(self) -> None:
+        """Take no more steps."""
+        self._ends = True
+
+    def save_again(self, streaks: "Streaks") -> None:
+        """Make the last checkpoint due, even if this step has one."""
+        self._saved_step, self._saves_now = None, not streaks.any()
 
     def is_done(self, step: int) -> bool:
         """Whether all steps are taken, or no more are wanted."""

@@ -6,8 +6,8 @@
     results.json     the last evaluation, written last
     checkpoints/     see checkpoint.py
     peers/<name>/    see models/peer_folder.py
-    averaged/<name>/ with --ema, the same of the averages of the weights
-    best/<name>/     with --keep best, the same of each peer's best evaluation
+    peers-averaged/  with --ema, the same of the averages of the weights
+    peers-best/      with --keep best, the same of each peer's best evaluation
     run.lock         names the process that writes here
 
 The writer holds ``run.lock`` by flock, which the system releases when the process dies. Files
@@ -45,8 +45,9 @@ from dml_accel.training.status import (
 from dml_accel.training.trackers import FOLDER, LOGS
 
 CHECKPOINTS = "checkpoints"
-# The folders of a run's networks, by what ``--weights`` calls them.
-WEIGHTS = {"last": "peers", "ema": "averaged", "best": "best"}
+# The folders of a run's networks, by what ``--weights`` calls them. A run removes what it has
+# written there, so these are no names that somebody would export to.
+WEIGHTS = {"last": "peers", "ema": "peers-averaged", "best": "peers-best"}
 _LONGEST_NAME = 200  # characters of run.lock, which anybody may have written
 _FILES_OF_A_RUN = (
     *("config.json", STATUS, CHECKPOINTS, "metrics.jsonl", "results.json"),

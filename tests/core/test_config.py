@@ -396,6 +396,14 @@ def test_resuming_may_stop_at_another_step_and_have_more_epochs() -> None:
     assert both.refused_on_resume(saved) == {"lr": (0.2, 0.1)}
 
 
+def test_evaluations_count_where_they_decide_when_training_ends() -> None:
+    saved = Config(early_stop=2, val_fraction=0.1)
+    other, found = saved.changed(eval_every="500"), {"eval_every": ("500", "1ep")}
+    assert other.differences(saved) == other.refused_on_resume(saved) == found
+    both = saved.changed(early_stop=None), other.changed(early_stop=None)
+    assert both[1].differences(both[0]) == both[1].refused_on_resume(both[0]) == {}
+
+
 @pytest.mark.parametrize("schedule", ["step", "milestones", "constant", "cosine", "poly"])
 def test_a_rate_that_depends_on_the_last_epoch_forbids_more_of_them(schedule: str) -> None:
     drops = {"lr_milestones": (5,)} if schedule == "milestones" else {}

@@ -197,10 +197,10 @@ def test_averages_are_written_beside_the_weights(chosen: Path) -> None:
     for name in ("resnet8-0", "resnet8-1"):
         newest = max(chosen.glob("checkpoints/*"))
         saved = load_file(newest / f"{name}.safetensors")
-        for folder, kind in (("peers", "model."), ("averaged", "ema.")):
+        for folder, kind in (("peers", "model."), ("peers-averaged", "ema.")):
             written = load_file(chosen / folder / name / "model.safetensors")
             ours = {n.removeprefix(kind): t for n, t in saved.items() if n.startswith(kind)}
             assert_same_state(written, ours)
-        card = (chosen / "averaged" / name / "README.md").read_text()
+        card = (chosen / "peers-averaged" / name / "README.md").read_text()
         assert "exponential moving averages (decay 0.9)" in card
         assert "moving average" not in (chosen / "peers" / name / "README.md").read_text()

@@ -174,7 +174,7 @@ def test_a_killed_run_stops_at_the_same_step_with_the_same_weights(
     results = [load(folder / "results.json") for folder in (tmp_path, chosen)]
     for part in ("peers", "ensemble", "ema_ensemble", "best", "steps", "stopped_early"):
         assert results[0][part] == results[1][part], part
-    for kind in ("peers", "averaged", "best"):
+    for kind in ("peers", "peers-averaged", "peers-best"):
         for peer in PEERS:
             files = (folder / kind / peer / "model.safetensors" for folder in (tmp_path, chosen))
             assert_same_state(*map(load_file, files))
@@ -210,7 +210,7 @@ def test_a_resumed_run_may_stop_keeping_the_best_weights(
     assert train(folder, *CHOOSING, "--keep", "last") == 0
     results = load(folder / "results.json")
     assert "best" not in results and "best" not in results["peers"][0]
-    assert not (folder / "best").exists() and (folder / "averaged").exists()
+    assert not (folder / "peers-best").exists() and (folder / "peers-averaged").exists()
     assert load(folder / "results.json")["steps"] == load(chosen / "results.json")["steps"]
 
 
@@ -222,7 +222,7 @@ def test_a_run_without_the_flags_keeps_nothing_of_them(straight: Path) -> None:
     assert not {"ema", "best"} & results["peers"][0].keys()
     kinds = {name.partition(".")[0] for name in load_file(next(newest.glob("*.safetensors")))}
     assert kinds == {"model", "optimizer"}
-    assert {path.name for path in straight.iterdir()}.isdisjoint({"averaged", "best"})
+    assert {path.name for path in straight.iterdir()}.isdisjoint({"peers-averaged", "peers-best"})
 
 
 @pytest.mark.parametrize("damage", ["averages", "best", "state"])
@@ -262,14 +262,17 @@ def test_learn_keeps_no_best_weights() -> None:
     ("words", "folder"),
     [
         (["--peer", "resnet8-1"], "peers/resnet8-1"),
-        (["--peer", "resnet8-1", "--weights", "ema"], "averaged/resnet8-1"),
-        (["--peer", "resnet8-0", "--weights", "best"], "best/resnet8-0"),
+        (["--peer", "resnet8-1", "--weights", "ema"], "peers-averaged/resnet8-1"),
+        (["--peer", "resnet8-0", "--weights", "best"], "peers-best/resnet8-0"),
         (
             ["--peer", "resnet8-1", "--weights", "ema", "--checkpoint", "latest"],
-            "averaged/resnet8-1",
+            "peers-averaged/resnet8-1",
         ),
-        (["--peer", "resnet8-1", "--weights", "best", "--checkpoint", "latest"], "best/resnet8-1"),
-        (["--peer", "best"], "best/{best}"),
+        (
+            ["--peer", "resnet8-1", "--weights", "best", "--checkpoint", "latest"],
+            "peers-best/resnet8-1",
+        ),
+        (["--peer", "best"], "peers-best/{best}"),
         (["--peer", "best", "--weights", "last"], "peers/{last}"),
     ],
     ids=str,
