@@ -62,7 +62,8 @@ def _run(arguments: Sequence[str]) -> int:
         values = _parsed(arguments)
         command = values.pop("subcommand")
         if values.get("recipe") == recipes.LIST:
-            print(recipes.listed(values))
+            if launched_rank() == 0:
+                print(recipes.listed(values))
             return 0
         environment.check()
         if command in _PRINT_RESULTS and "stdout" in streams.missing:
@@ -151,7 +152,7 @@ def _settled(values: dict[str, Any], lacks: str = "", base: Any = None) -> Setti
         base: what a preset sets.
     """
     given = {name: values.pop(name) for name in list(values) if name in flag_types()}
-    recipe, path, file = values.pop("recipe", ""), values.pop("config", None), None
+    recipe, path, file = values.pop("recipe", None), values.pop("config", None), None
     if path is not None:
         file = read_config_file(Path(path))
         _with_homes(file.flags)
@@ -163,7 +164,15 @@ def _settled(values: dict[str, Any], lacks: str = "", base: Any = None) -> Setti
                 raise UsageError(f"{path}: compare has no {name.replace('_', '-')}: use --methods")
         if lacks and file.flags.pop("resume", None) and file.description is None:
             raise UsageError(f"{path}: {lacks} has no resume")
-    return settle(given, recipe, file, base)
+    asked = settle(given, recipe, file, base)
+    if asked.left_out and launched_rank() == 0:
+        print(
+            f"{path}: left out, as it is meant for another optimizer than "
+            f"{asked.config.optim.optimizer}: {recipes.in_words(asked.left_out)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return asked
 
 
 def _train(values: dict[str, Any]) -> int:
@@ -187,9 +196,12 @@ def _compare(values: dict[str, Any]) -> int:
     methods, seeds = values.pop("methods"), values.pop("seeds")
     preset = PRESETS.get(values.pop("preset") or "")
     asked = _settled(values, "compare", preset.changes if preset else None)
-    config, several = asked.config, preset if preset and "cohort" not in asked.given else None
-    named = recipes.RECIPES.get(asked.recipe)
-    if named and several and any("peer_opt" in named.flags({"cohort": c}) for c in several.cohorts):
+    config, several = asked.config, preset if preset and "cohort" not in asked.chosen else None
+    by_cohort = several.cohorts if several and asked.recipe else ()
+    if any(
+        "peer_opt" in recipes.flags_of(asked.recipe, asked.chosen | {"cohort": cohort})
+        for cohort in by_cohort
+    ):
         raise UsageError(
             f"--recipe {asked.recipe} sets --peer-opt by the names of a cohort, and the preset has "
             "cohorts of its own: name one with --cohort"

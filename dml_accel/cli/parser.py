@@ -59,9 +59,15 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(
                 f"{command}: unexpected argument {unknown[0]}; see --help, and what must be quoted"
             )
-        near = _near(name, commands[command]._option_string_actions)
+        flags = commands[command]._option_string_actions
+        positive = f"--{name.removeprefix('--no-')}"
+        if name != positive and positive in flags:
+            raise UsageError(f"unknown argument {name}: {positive} is never off, give it a value")
+        near = _near(name, flags)
         hint = f"did you mean {' or '.join(near)}?" if near else f"see {command} --help"
         raise UsageError(f"unknown argument {unknown[0]}: {hint}")
+    if "--no-peer-opt" in arguments and vars(parsed).get("peer_opt"):
+        raise UsageError("--no-peer-opt and --peer-opt exclude each other: drop one")
     return vars(parsed)
 
 
@@ -159,7 +165,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help=f"named cohorts and configuration; flags that are given override it. {presets}",
+        help=f"named cohorts and configuration; a recipe, a file and flags override it. {presets}",
     )
     _add_settings(parser)
     _add_flags(parser, without=("resume", *SET_BY_METHODS))
@@ -215,19 +221,20 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Add what sets several flags at once; every flag that is given overrides it."""
+    off = "--no-FLAG turns off any flag that is off by default, as --no-ema does"
     parser.add_argument(
         "--recipe",
         metavar="NAME",
         default=argparse.SUPPRESS,
         help=f"flags of the literature by name: {', '.join(RECIPES)}; {LIST} shows what each "
-        "sets. Flags that are given override it, and --no-FLAG turns one off",
+        f"sets. A file and flags that are given override it. {off}",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
         default=argparse.SUPPRESS,
         help="flags from a file, which flags that are given override: JSON or YAML with flags as "
-        "keys (lr-schedule: cosine), or config.json of a run, to repeat or vary it",
+        f"keys (lr-schedule: cosine), or config.json of a run, to repeat or vary it. {off}",
     )
 
 
@@ -258,9 +265,16 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> 
     flag = "--" + field.name.replace("_", "-")
     # Flags that are not given are left out, so that a preset knows which ones were.
     group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
-    if kind is bool:  # a recipe or a file may have turned it on
-        off, hidden = f"--no-{flag.removeprefix('--')}", argparse.SUPPRESS
-        group.add_argument(off, dest=field.name, action="store_false", default=hidden, help=hidden)
+    if not field.default and field.name != "seed":  # a recipe or a file may have turned it on
+        usual = [] if field.default == () else field.default
+        group.add_argument(
+            f"--no-{flag.removeprefix('--')}",
+            dest=field.name,
+            action="store_const",
+            const=usual,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
 
 
 def _plain_type(hint: Any) -> type:

@@ -1,6 +1,7 @@
 """Flags whose words are ``key=value``: ``--opt-args`` and ``--peer-opt``."""
 
 import re
+from collections.abc import Mapping
 
 from dml_accel.core.errors import UsageError
 from dml_accel.core.flags import refuse
@@ -42,3 +43,8 @@ def peer_settings(text: str) -> tuple[str, dict[str, str]]:
     pairs = [assignment(f"--peer-opt {name}:", part) for part in parts]
     refuse_repeated(f"--peer-opt {name}:", [key for key, _ in pairs])
     return name.strip(), dict(pairs)
+
+
+def peer_text(name: str, settings: Mapping[str, str]) -> str:
+    """Return what ``peer_settings`` reads back."""
+    return f"{name}:" + ",".join(f"{key}={value}" for key, value in settings.items())

@@ -36,13 +36,13 @@ class ConfigFile:
     Attributes:
         path: of the file.
         flags: by name, with their values.
-        recipe: the name of one; empty if there is none.
+        recipe: the name of one, if there is one.
         description: the whole file, if it is the config.json of a run.
     """
 
     path: Path
     flags: dict[str, Any]
-    recipe: str = ""
+    recipe: str | None = None
     description: dict[str, Any] | None = None
 
 
@@ -71,18 +71,18 @@ def read_config_file(path: Path) -> ConfigFile:
     if isinstance(found.get("config"), dict):  # no flag is called so
         flags, _ = _flags(path, found["config"])
         recipe = found.get(RECIPE)
-        return ConfigFile(path, flags, recipe if isinstance(recipe, str) else "", found)
+        return ConfigFile(path, flags, recipe if isinstance(recipe, str) else None, found)
     return ConfigFile(path, *_flags(path, found))
 
 
 # ---------------------------------------------------------------- keys and values
 
 
-def _flags(path: Path, found: Mapping[Any, Any]) -> tuple[dict[str, Any], str]:
+def _flags(path: Path, found: Mapping[Any, Any]) -> tuple[dict[str, Any], str | None]:
     """Return the flags and the recipe of a mapping whose keys are flags or sections."""
     flags: dict[str, Any] = {}
     sections = {group.title: [one.name for one in group.fields] for group in flag_groups()}
-    recipe = ""
+    recipe: str | None = None
 
     def take(key: Any, value: Any, known: Iterable[str], section: str = "") -> None:
         name = str(key).replace("-", "_")
@@ -168,10 +168,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         """Return a mapping whose keys are all different."""
-        keys = [key.value for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                raise _TwiceError(str(key))
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):  # others cannot be keys, as is said below
+                if key.value in seen:
+                    raise _TwiceError(str(key.value))
+                seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 

@@ -8,19 +8,21 @@ A recipe says how networks are trained, not what they learn from each other: no 
 
 import difflib
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dml_accel.core.assignments import peer_settings, peer_text
 from dml_accel.core.cohort import words_of
-from dml_accel.core.config import Config, flag_types
+from dml_accel.core.config import Config, flag_types, same_family
 from dml_accel.core.errors import UsageError
 
 Flags = dict[str, Any]
 LIST = "list"
 # Networks that the code of CRD and of its successors trains at a lower rate.
 _SLOWER = ("mobilenet", "shufflenet")
-# A flag that is given another value than a recipe's takes these of the recipe with it.
+# A flag that is given another value than a recipe's takes these of the recipe with it; an optimizer
+# of the same family takes none.
 _GO_WITH = {
     "lr": ("peer_opt",),
     "lr_schedule": ("lr_gamma", "lr_milestones", "lr_min", "lr_power", "lr_step", "lr_every"),
@@ -139,6 +141,8 @@ RECIPES = {
 def flags_of(name: str, given: Mapping[str, Any]) -> Flags:
     """Return the flags that a recipe sets, without those that are given or go with them.
 
+    ``peer_opt`` is what it sets of peers beside the ``peer_opt`` that is given.
+
     Args:
         name: of the recipe.
         given: the flags that are given beside it.
@@ -149,13 +153,38 @@ def flags_of(name: str, given: Mapping[str, Any]) -> Flags:
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)};"
-        raise UsageError(f"--recipe {name} is unknown: {hint} --recipe {LIST} shows what each sets")
+        said = name or repr(name)
+        raise UsageError(f"--recipe {said} is unknown: {hint} --recipe {LIST} shows what each sets")
     found = RECIPES[name].flags(given)
     for flag, others in _GO_WITH.items():
-        if flag in given and given[flag] != found.get(flag):
+        if flag in given and not _is_kept(flag, given[flag], found.get(flag)):
             for other in others:
                 found.pop(other, None)
-    return {flag: value for flag, value in found.items() if flag not in given}
+    rest = {flag: value for flag, value in found.items() if flag not in given}
+    if "peer_opt" in found and (of_peers := _beside(found, given.get("peer_opt"))):
+        rest["peer_opt"] = of_peers
+    return rest
+
+
+def _is_kept(flag: str, value: Any, own: Any) -> bool:
+    return value == own or (flag == "optimizer" and same_family(value, own))
+
+
+def _beside(found: Flags, given: Sequence[str] | None) -> tuple[str, ...]:
+    """Return a recipe's settings of peers without those that are given; none if they are off."""
+    if not given:
+        return found["peer_opt"] if given is None else ()
+    own: dict[str, dict[str, str]] = {}
+    for peer, settings in map(peer_settings, given):
+        own.setdefault(peer, {}).update(settings)
+    texts = []
+    for peer, settings in map(peer_settings, found["peer_opt"]):
+        said, usual = own.get(peer, {}), str(found["optimizer"])
+        others = not same_family(said.get("optimizer", usual), usual)
+        left = {k: v for k, v in settings.items() if k not in said and not (others and k == "lr")}
+        if left:
+            texts.append(peer_text(peer, left))
+    return tuple(texts)
 
 
 def listed(given: Mapping[str, Any]) -> str:

@@ -93,17 +93,19 @@ def _for_optimizer(read: Flags, given: Flags) -> tuple[Flags, Flags]:
         return read, {}
     left_out: Flags = {name: read[name] for name in ("lr", "opt_args") if read.get(name)}
     kept = {name: value for name, value in read.items() if name not in left_out}
-    shared: list[str] = []
-    own: list[str] = []
-    for peer, settings in map(peer_settings, read.get("peer_opt", ())):
-        keep = settings.keys() if "optimizer" in settings else _OF_ANY_OPTIMIZER
-        for texts, found in (
-            (shared, {key: value for key, value in settings.items() if key in keep}),
-            (own, {key: value for key, value in settings.items() if key not in keep}),
-        ):
-            texts += [peer_text(peer, found)] if found else []
-    if own:
-        kept["peer_opt"], left_out["peer_opt"] = tuple(shared), tuple(own)
+    of_peers = [peer_settings(text) for text in read.get("peer_opt", ())]
+    have_one = {peer for peer, settings in of_peers if "optimizer" in settings}
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    for peer, settings in of_peers:
+        for keeps, found in texts.items():
+            part = {
+                key: value
+                for key, value in settings.items()
+                if keeps == (peer in have_one or key in _OF_ANY_OPTIMIZER)
+            }
+            found += [peer_text(peer, part)] if part else []
+    if texts[False]:
+        kept["peer_opt"], left_out["peer_opt"] = texts[True], texts[False]
     return kept, {name: value for name, value in left_out.items() if name not in given}
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from dml_accel import cli
 from dml_accel.cli.commands import _parsed, _settled
 from dml_accel.core.config import Config
-from dml_accel.core.config_file import read_config_file
+from dml_accel.core.config_file import _Loader, read_config_file
 from dml_accel.core.errors import UsageError
 from tests.helpers import DIGITS, ROOT, load, train
 
@@ -120,7 +121,9 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "no mapping": ("- lr", "must hold flags by name, such as lr: 0.1"),
     "nothing at all": ("", "must hold flags by name, such as lr: 0.1"),
     "an unknown recipe": ("recipe: modren", "--recipe modren is unknown: did you mean modern?"),
+    "an empty recipe": ("recipe: ''", "--recipe '' is unknown: there are paper, one, "),
     "no name of a recipe": ("recipe: [paper]", "recipe must be the name of one"),
+    "a key that is a list": ("[lr]: 1\n[lr]: 2", "is not valid YAML: while constructing a mapping"),
     "damaged": ("lr: [1", "is not valid YAML: "),
     "code": ("lr: !!python/object/apply:os.getcwd []", "is not valid YAML: could not determine"),
     "deep": ("[" * 300, "is not valid YAML: "),
@@ -179,6 +182,83 @@ def test_compare_has_no_recipe_by_names_for_cohorts_of_its_own(
 ) -> None:
     assert cli.main(["compare", "--preset", "paper-table2", "--recipe", "crd"]) == 2
     assert "--recipe crd sets --peer-opt by the names of a cohort" in capsys.readouterr().err
+
+
+def test_the_cohort_of_a_file_takes_the_place_of_a_presets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohorts: list[Any] = []
+    monkeypatch.setattr(
+        "dml_accel.analysis.compare.compare", lambda _, found, *__: cohorts.append(found)
+    )
+    path = write(tmp_path, "cohort: [mobilenet]\nrecipe: crd")
+    assert cli.main(["compare", "--preset", "paper-table2", "--config", path]) == 0
+    words = ["--preset", "paper-table2", "--recipe", "crd"]
+    for off in (["--no-peer-opt"], ["--lr", "0.2"]):
+        assert cli.main(["compare", *words, *off]) == 0
+    assert cohorts[0] == (("mobilenet",),) and len(cohorts[1]) == len(cohorts[2]) == 6
+
+
+def test_every_flag_that_a_recipe_turns_on_can_be_turned_off() -> None:
+    off = ["--no-ema", "--no-mixup", "--no-wd-exclude-norm-bias", "--no-augment"]
+    found = settled("--recipe", "modern", *off)
+    assert (found.optim.ema, found.data.mixup, found.data.augment) == (None, 0, None)
+    assert not found.optim.wd_exclude_norm_bias and found.optim.optimizer == "adamw"
+    with pytest.raises(UsageError, match="--recipe '' is unknown"):
+        settled("--recipe=")
+
+
+def test_keys_of_yaml_are_not_compared_with_all_before_them() -> None:
+    compared = 0
+
+    class Key(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    keys = [yaml.ScalarNode("tag:yaml.org,2002:str", Key(f"key {one}")) for one in range(300)]
+    node = yaml.MappingNode("tag:yaml.org,2002:map", [(key, key) for key in keys])
+    assert len(_Loader("").construct_mapping(node)) == 300
+    assert compared < 300
+
+
+STORED = {"optimizer": "sgd", "lr": 0.1, "opt_args": ["dampening=0"], "weight_decay": 1e-4}
+OWN = ["resnet8-1:optimizer=lion", "resnet8-1:lr=1e-4"]
+STORED |= {"peer_opt": ["resnet8-0:lr=0.01,weight_decay=0", *OWN]}
+OTHERS: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "another family": (
+        ["--optimizer", "adamw"],
+        {
+            "lr": 1e-3,
+            "opt_args": [],
+            "weight_decay": 1e-4,
+            "peer_opt": ["resnet8-0:weight_decay=0", *OWN],
+        },
+        "left out, as it is meant for another optimizer than adamw: --opt-args dampening=0 "
+        "--lr 0.1 --peer-opt resnet8-0:lr=0.01",
+    ),
+    "its rate is given": (
+        ["--optimizer", "adamw", "--lr", "0.002", "--no-opt-args", "--no-peer-opt"],
+        {"lr": 0.002, "opt_args": [], "peer_opt": []},
+        "",
+    ),
+    "the family": (["--optimizer", "nesterov"], STORED | {"optimizer": "nesterov"}, ""),
+    "the same": (["--seed", "1"], STORED, ""),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_another_optimizer_does_not_get_the_rate_of_a_run(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, expected, said = OTHERS[case]
+    path = write(tmp_path, json.dumps({"config": STORED}), "config.json")
+    found = settled("--config", path, *words).as_dict()
+    assert {name: found[name] for name in expected} == expected
+    assert capsys.readouterr().err == (f"{path}: {said}\n" if said else "")
 
 
 # ---------------------------------------------------------------- repeating a run

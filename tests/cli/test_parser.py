@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+from typing import Any
 
 import pytest
 
@@ -166,7 +167,7 @@ USAGE = {
     "a bad method": (["compare", "--methods", "x"], "argument --methods: invalid choice: 'x'"),
     "an unknown recipe": (["train", "--recipe", "papper"], "--recipe papper is unknown: did you"),
     "no file": (["plan", "--config", "no/such.yaml"], "no/such.yaml cannot be read: No such file"),
-    "a flag that cannot be off": (["train", "--no-lr", "1"], "unknown argument --no-lr: see train"),
+    "a flag that is never off": (["train", "--no-batch-size"], "--batch-size is never off, give"),
     "no processes": (["plan", "--world", "0"], "--world is 0; it must be at least 1"),
     "no bandwidth": (["plan", "--bandwidth", "0"], "--bandwidth is 0.0; it must be above 0"),
     "too many processes": (["plan", "--world", "65"], "--world 65 is more than the 64 images of a"),
@@ -307,33 +308,56 @@ def test_flags_that_are_not_given_are_left_out() -> None:
     assert set(parse(["plan"])) == {"subcommand", "world", "classes", "bandwidth", "latency"}
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_a_flag_sets_its_field(name: str) -> None:
-    default, hint = DEFAULTS[name], str(flag_types()[name])
+def on(name: str) -> tuple[list[str], Any]:
+    """Words that a flag takes, and the value that it then has."""
+    hint = str(flag_types()[name])
     choices = {
         field.name: field.metadata["argparse"].get("choices")
         for group in flag_groups()
         for field in group.fields
     }[name]
     if "bool" in hint:
-        words, value = [], True
-    elif choices:
-        value = choices[-1]
-        words = [value]
-    elif "tuple" in hint:
-        words, value = ["a", "b"], ["a", "b"]
-        if "float" in hint:
-            words, value = ["1", "2.5"], [1.0, 2.5]
-    elif "int" in hint:
-        words, value = ["9"], 9
-    elif "float" in hint:
-        words, value = ["0.25"], 0.25
-    else:
-        words, value = ["10min"], "10min"
-    assert value != default or choices
+        return [], True
+    if choices:
+        return [choices[-1]], choices[-1]
+    if "tuple" in hint:
+        return (["1", "2.5"], [1.0, 2.5]) if "float" in hint else (["a", "b"], ["a", "b"])
+    if "int" in hint:
+        return ["9"], 9
+    return (["0.25"], 0.25) if "float" in hint else (["10min"], "10min")
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_flag_sets_its_field(name: str) -> None:
+    words, value = on(name)
     found = parse(["train", flag_of(name), *words])
     assert found == {"subcommand": "train", name: value}
     assert type(found[name]) is type(value)
+    assert value != DEFAULTS[name]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_off_by_default_can_be_turned_off(name: str) -> None:
+    off, default = f"--no-{flag_of(name)[2:]}", None if name == "lr" else DEFAULTS[name]
+    if default or name == "seed":
+        with pytest.raises(UsageError, match=f"{off}: {flag_of(name)} is never off"):
+            parse(["train", off])
+        return
+    for words in ([off], [flag_of(name), *on(name)[0], off]):
+        found = parse(["train", *words])
+        assert found == {"subcommand": "train", name: default}
+        assert Config(**{name: found[name]}) == Config()
+
+
+def test_settings_of_peers_are_not_both_off_and_on() -> None:
+    with pytest.raises(UsageError, match="--no-peer-opt and --peer-opt exclude each other"):
+        parse(["train", "--no-peer-opt", "--peer-opt", "resnet32-0:lr=1"])
+
+
+def test_the_help_says_that_flags_can_be_off(helps: dict[str, str]) -> None:
+    for command in ("train", "compare", "plan"):
+        text = " ".join(helps[command].split())
+        assert text.count("--no-FLAG turns off any flag that is off by default") == 2
 
 
 def test_compile_alone_means_on() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dml_accel.analysis.methods import PRESETS
 from dml_accel.cli.parser import parse
 from dml_accel.core import recipes
 from dml_accel.core.config import Config
@@ -82,6 +83,61 @@ def test_crd_trains_small_networks_at_their_own_rate() -> None:
     assert config_of("crd", cohort=cohort, lr=0.2).optim.of_peer("mobilenet-1").lr == 0.2
 
 
+MOBILE = ("mobilenet*2", "resnet32")
+BESIDE: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "another setting of one": (
+        {"peer_opt": ["mobilenet-0:weight_decay=1e-4"]},
+        {"mobilenet-0": {"lr": 0.01, "weight_decay": 1e-4}, "mobilenet-1": {"lr": 0.01}},
+    ),
+    "the same setting of one": (
+        {"peer_opt": ["mobilenet-0:lr=0.02"]},
+        {"mobilenet-0": {"lr": 0.02}, "mobilenet-1": {"lr": 0.01}},
+    ),
+    "a setting of another": (
+        {"peer_opt": ["resnet32-0:lr=0.2,weight-decay=0"]},
+        {"mobilenet-0": {"lr": 0.01}, "resnet32-0": {"lr": 0.2, "weight_decay": 0}},
+    ),
+    # A rate for SGD is none for AdamW.
+    "another optimizer for one": (
+        {"peer_opt": ["mobilenet-0:optimizer=adamw"]},
+        {"mobilenet-0": {"lr": 1e-3, "optimizer": "adamw"}, "mobilenet-1": {"lr": 0.01}},
+    ),
+    "none": ({"peer_opt": []}, {"mobilenet-0": {"lr": 0.05}, "mobilenet-1": {"lr": 0.05}}),
+    "another of the family": (
+        {"optimizer": "nesterov"},
+        {"mobilenet-0": {"lr": 0.01, "optimizer": "nesterov"}, "resnet32-0": {"lr": 0.05}},
+    ),
+    "another family": (
+        {"optimizer": "adamw"},
+        {"mobilenet-0": {"lr": 1e-3}, "resnet32-0": {"lr": 1e-3, "weight_decay": 5e-4}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_peers_have_beside_a_recipe(case: str) -> None:
+    given, expected = BESIDE[case]
+    optim = config_of("crd", cohort=MOBILE, **given).optim
+    for peer, settings in expected.items():
+        own = optim.of_peer(peer)
+        assert {name: getattr(own, name) for name in settings} == settings, peer
+
+
+@pytest.mark.parametrize("other", ["nesterov", "momentum"])
+def test_an_optimizer_of_the_family_keeps_what_a_recipe_sets(other: str) -> None:
+    found, recipe = (config_of("renyi", **one).as_dict() for one in ({"optimizer": other}, {}))
+    assert found == recipe | {"optimizer": other}
+
+
+def test_a_recipe_overrides_a_preset() -> None:
+    laptop = PRESETS["laptop"].changes
+    optim = settle({}, "one", base=laptop).config.optim
+    assert (optim.epochs, optim.lr_milestones, optim.batch_size) == (300, (150, 225), 128)
+    found = settle({"epochs": 40}, "modern", base=laptop).config  # what modern does not set stays
+    assert (found.optim.epochs, found.data.train_limit, found.optim.lr) == (40, 10_000, 1e-3)
+    assert settle({}, "modern", base=laptop).config.optim.epochs == 20
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "another schedule": {"lr_schedule": "cosine"},
     "the usual schedule": {"lr_schedule": "step"},
@@ -114,10 +170,17 @@ def test_what_a_recipe_needs_is_said_to_be_its() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("cdr", "did you mean crd?"), ("qqq", "there are paper, one, okddip, mcl")]
+    ("name", "hint"),
+    [
+        ("cdr", "did you mean crd?"),
+        ("qqq", "there are paper, one, okddip, mcl"),
+        ("", "there are paper"),
+    ],
 )
 def test_an_unknown_recipe_is_refused(name: str, hint: str) -> None:
-    with pytest.raises(UsageError, match=f"--recipe {name} is unknown: {hint}".replace("?", r"\?")):
+    with pytest.raises(
+        UsageError, match=f"--recipe {name or repr('')} is unknown: {hint}".replace("?", r"\?")
+    ):
         config_of(name)
 
 
