@@ -98,6 +98,11 @@ def refuse(config: Config, methods: Sequence[str]) -> None:
     if "semi" in asked and config.data.labelled_fraction == 1:
         raise UsageError("the method semi needs --labelled-fraction below 1")
     by_turns = [one for one, schedule in UPDATE_SCHEDULES.items() if schedule.takes_turns]
+    if method.teach_with == "ema" and asked & set(by_turns):
+        raise UsageError(
+            f"the methods {' and '.join(by_turns)} update peers in turn, so that peers learn from "
+            "weights that were updated within the step: drop them, or --teach-with ema"
+        )
     if config.compute.placement == "split" and asked & set(by_turns):
         raise UsageError(
             f"the methods {' and '.join(by_turns)} update peers in turn, which leaves processes of "

@@ -39,6 +39,7 @@ class Cost:
         channels: of all batch norm layers together.
         operations: that the forward pass starts, without views and allocations.
         seconds: one image's share of a step, if it was timed.
+        optimizer_state: numbers that the optimizer keeps for each parameter.
     """
 
     macs: int
@@ -48,6 +49,7 @@ class Cost:
     channels: int
     operations: int = 0
     seconds: float | None = None
+    optimizer_state: float = 1.0
 
 
 class _Operations(TorchDispatchMode):

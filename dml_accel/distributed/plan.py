@@ -23,7 +23,7 @@ _MACS_PER_SECOND_OF_A_GPU = 5e12
 # GPU takes as long for few images as for many: 7 ms a step of ResNet-32. An estimate.
 _SECONDS_TO_START_ON_A_GPU = 20e-6
 _BACKWARD = 2  # a backward pass costs as much as two forward passes
-_COPIES = 3  # parameters, gradients, momentum
+_COPIES = 2  # parameters, gradients
 _BUCKET_BYTES = 25e6  # DDP averages gradients in messages of this size
 
 Ranks = dict[str, list[int]]
@@ -69,6 +69,7 @@ class StepLoad:
         low_memory: whether one network's activations at a time are kept.
         averages: whether an average of each network's weights is kept.
         averages_teach: whether the averages predict what peers learn from.
+        best: whether each network's best weights are kept.
         sums: whether the sum of posteriors is exchanged, not every peer's logits.
     """
 
@@ -82,6 +83,7 @@ class StepLoad:
     sums: bool
     averages: bool = False
     averages_teach: bool = False
+    best: bool = False
 
     @classmethod
     def of(cls, config: Config, classes: int) -> "StepLoad":
@@ -99,6 +101,7 @@ class StepLoad:
             sums=config.compute.exchange == "sum",
             averages=config.optim.ema is not None,
             averages_teach=config.method.teach_with == "ema",
+            best=config.run.keep == "best",
         )
 
 
@@ -111,7 +114,8 @@ class Prediction:
         step_seconds: of one optimizer step.
         busy: seconds of it that each process computes and averages within its peers' groups.
         sent: payload bytes that each process sends per step.
-        memory: bytes of each process's parameters, gradients, momentum and activations.
+        memory: bytes of each process's parameters, their copies (gradients, optimizer, averages,
+            best weights) and activations.
     """
 
     ranks: Ranks
@@ -204,7 +208,7 @@ def predict(
             busy[rank] += messages * machine.latency
             sent[rank] += grouped
             # DDP keeps the gradients in buckets as well.
-            copies = _COPIES + load.averages + (width > 1)
+            copies = _COPIES + cost.optimizer_state + load.averages + load.best + (width > 1)
             memory[rank] += copies * load.number_bytes * cost.parameters
             activations[rank].append(max(rows) * cost.activation_bytes)
     together = max if load.low_memory or not load.mutual else sum
@@ -361,10 +365,16 @@ def plan_text(
         f"{sum(load.micro_batches)} images of {image_size} pixels per step, {load.classes} "
         f"classes; assumed: {assumed}, {machine.bandwidth / 1e9:g} GB/s, "
         f"{1e6 * machine.latency:.0f} us per message.\n"
-        "Memory is parameters, gradients, momentum and activations, without images and libraries."
+        f"Memory is {_copies_in_words(load)} and activations, without images and libraries."
     )
     parts.append(f"--placement {asked}: {why}")
     return "\n\n".join(parts)
+
+
+def _copies_in_words(load: StepLoad) -> str:
+    kept = ["parameters", "gradients", "state of the optimizer"]
+    kept += ["averages"] * load.averages + ["best weights"] * load.best
+    return ", ".join(kept)
 
 
 def _named(ranks: Mapping[str, Sequence[int]]) -> str:

@@ -7,13 +7,15 @@ step without a trace and is resumed bit for bit, with its state in JSON and safe
 import ast
 import difflib
 import fnmatch
+import functools
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm.optim
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dml_accel.core.assignments import peer_settings
 from dml_accel.core.config import OptimConfig
@@ -78,6 +80,31 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.defaults.get("fused"))
 
 
+@functools.cache
+def state_per_parameter(optim: OptimConfig) -> float:
+    """Return how many numbers an optimizer keeps for a parameter of a layer of 32 x 32 weights.
+
+    Args:
+        optim: settings of a run or of one peer, which ``check_optimizers`` has accepted.
+
+    Returns:
+        0 for SGD without momentum, 1 with it, 2 for AdamW, a fraction where moments are factored.
+    """
+    layer = nn.utils.skip_init(nn.Linear, 32, 32)  # without a draw from torch's generator
+    optimizer = make_optimizer(layer, optim)
+    _step(layer, optimizer)
+    tensors = [t for state in optimizer.state.values() for t in state.values()]
+    # Single numbers are counts of steps, however large the layer is.
+    kept = sum(t.numel() for t in tensors if isinstance(t, Tensor) and t.dim() > 0)
+    return kept / sum(weight.numel() for weight in layer.parameters())
+
+
+def _step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for weight in layer.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+
+
 def _start_state(optimizer: torch.optim.Optimizer) -> None:
     """Give a fused optimizer the state that its first step would start from."""
     # It is zero in any case; the kernel of SGD would leave it undefined if the first step is
@@ -134,18 +161,29 @@ def _check(optim: OptimConfig, said: str) -> None:
     for key, value in _arguments(optim).items():
         if key not in offered:
             raise UsageError(f"{said} does not take {key}; it takes {', '.join(sorted(offered))}")
-        if isinstance(offered[key], bool) and not isinstance(value, bool):
-            raise UsageError(f"{said}: {key} is {value}; it must be True or False")
+        _check_value(f"{said}: {key} is {value};", value, offered[key])
     # An optimizer knows best which values it can work with.
     net = nn.utils.skip_init(nn.Linear, 2, 2)  # without a draw from torch's generator
     try:
         optimizer = make_optimizer(net, optim)
         for _ in range(2):
-            for weight in net.parameters():
-                weight.grad = torch.ones_like(weight)
-            optimizer.step()
+            _step(net, optimizer)
     except Exception as error:  # each optimizer raises its own kinds
         raise UsageError(f"{said} cannot work with its arguments: {one_line(error)}") from error
+
+
+def _check_value(said: str, value: Any, default: Any) -> None:
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise UsageError(f"{said} it must be True or False")
+    several = isinstance(value, tuple | list)
+    if any(
+        isinstance(one, float) and not math.isfinite(one) for one in (value if several else [value])
+    ):
+        raise UsageError(f"{said} it must be finite")
+    # Most optimizers take the first ones in silence.
+    if isinstance(default, tuple) and not (several and len(value) == len(default)):
+        example = ",".join(map(str, default))
+        raise UsageError(f"{said} it must be {len(default)} numbers, as {example}")
 
 
 def refusal(name: str) -> str | None:

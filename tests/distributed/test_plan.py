@@ -1,5 +1,6 @@
 """Who trains what: allocation against brute force, predictions computed by hand, refusals."""
 
+import dataclasses
 import itertools
 import random
 from pathlib import Path
@@ -110,6 +111,11 @@ def test_split_sends_only_logits() -> None:
     assert found.step_seconds == pytest.approx(0.072 + 344 / 1e6 + 3e-3)
     assert found.idle[0] == pytest.approx(1 - 0.024 / found.step_seconds)
     assert found.memory == [3 * 4 * 1000 + 8 * 50, 3 * 4 * 500_000 + 8 * 70]
+    # Weights, gradients, two moments, and one copy each for the average and the best weights.
+    moments = {"a-0": dataclasses.replace(SMALL, optimizer_state=2.0), "b-0": LARGE}
+    config = tiny_config(batch_size=8, float64=False, ema=0.9, keep="best", val_fraction=0.1)
+    found = predict(ranks, moments, load(config), MACHINE)
+    assert found.memory == [6 * 4 * 1000 + 8 * 50, 5 * 4 * 500_000 + 8 * 70]
 
 
 def test_replicate_sends_gradients_and_batch_statistics() -> None:
@@ -247,6 +253,21 @@ def test_plan_prints_both_placements_and_the_choice(capsys: pytest.CaptureFixtur
     assert sum(line.startswith("2 ") for line in said.splitlines()) == 2  # a row per process
 
 
+def test_plan_counts_what_each_optimizer_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    def memory(*words: str) -> int:
+        shape = ["--cohort", "resnet110", "--world", "1", "--batch-size", "2", "--cpu"]
+        assert cli.main(["plan", *shape, *words]) == 0
+        said = capsys.readouterr().out
+        copies = "averages and" if words else "state of the optimizer and"
+        assert f" {copies} activations, without images" in said
+        (row,) = {line for line in said.splitlines() if line.startswith("0 ")}
+        return int(row.split()[-1])
+
+    # 1.7 million parameters of 4 bytes: a second moment, and the average.
+    more = memory("--peer-opt", "resnet110-0:optimizer=adamw", "--ema", "0.9") - memory()
+    assert 13 <= more <= 15
+
+
 def test_the_assumed_speed_follows_from_the_threads(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:
@@ -264,6 +285,9 @@ def test_the_assumed_speed_follows_from_the_threads(capsys: pytest.CaptureFixtur
         (["--bandwidth", "-1"], "--bandwidth is -1.0; it must be above 0"),
         (["--world", "65"], "--world 65 is more than the 64 images"),
         (["--cohort", "resnet33"], "unknown net 'resnet33'"),
+        (["--cohort", "2", "--peer-opt", "b-7:lr=1"], "--peer-opt b-7: there is no such peer"),
+        (["--optimizer", "adamv", "--measure"], "--optimizer adamv: there is no such optimizer"),
+        (["--augment", "flop"], "--augment: unknown word 'flop'"),
         (["--exchange", "sum", "--exchange-dtype", "bf16"], "--exchange sum sends none"),
     ],
 )

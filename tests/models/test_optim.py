@@ -13,11 +13,11 @@ from torch import nn
 
 from dml_accel.core.config import Config, OptimConfig
 from dml_accel.core.errors import UsageError
-from dml_accel.models.optim import check_optimizers, make_optimizer, refusal
+from dml_accel.models.optim import check_optimizers, make_optimizer, refusal, state_per_parameter
 from dml_accel.models.spec import PeerSpec
 from dml_accel.mutual.peer import Peer
 from dml_accel.training import checkpoint
-from dml_accel.training.optimizer_state import pack_state, problem
+from dml_accel.training.optimizer_state import pack_state, problem, unpack_state
 
 NAMES = timm.optim.list_optimizers()
 REFUSED = [name for name in NAMES if refusal(name)]
@@ -126,6 +126,25 @@ def test_arguments_reach_the_optimizer() -> None:
     assert [lars.optimizer.defaults[name] for name in ("momentum", "trust_coeff")] == [0.7, 0.01]
 
 
+@pytest.mark.parametrize(
+    ("changes", "numbers"),
+    [
+        ({}, 1.0),
+        ({"momentum": 0.0}, 0.0),
+        ({"optimizer": "adamw"}, 2.0),
+        ({"optimizer": "adamw", "opt_args": ("amsgrad=true",)}, 3.0),
+        ({"optimizer": "adan"}, 4.0),
+        # A row, a column, and the whole of the bias, of 32 x 32 + 32 parameters.
+        ({"optimizer": "adafactor"}, 3 * 32 / (33 * 32)),
+    ],
+    ids=str,
+)
+def test_what_an_optimizer_keeps_is_counted(changes: dict, numbers: float) -> None:
+    state_of_torch = torch.get_rng_state()
+    assert state_per_parameter(Config(**changes).optim) == numbers
+    assert torch.equal(torch.get_rng_state(), state_of_torch)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_norms_and_biases_need_not_decay(optimizer: str) -> None:
     one = peer(Config(optimizer=optimizer, wd_exclude_norm_bias=True).optim)
@@ -180,6 +199,26 @@ def test_a_step_whose_gradients_overflow_is_not_taken(optimizer: str) -> None:
             {"optimizer": "adamw", "opt_args": ("eps=small",)},
             "--optimizer adamw cannot work with its arguments: ",
         ),
+        (
+            {"optimizer": "adamw", "opt_args": ("betas=0.9,0.95,.99",)},
+            "--optimizer adamw: betas is (0.9, 0.95, 0.99); it must be 2 numbers, as 0.9,0.999",
+        ),
+        (
+            {"optimizer": "adan", "opt_args": ("betas=[0.9,0.95]",)},
+            "--optimizer adan: betas is [0.9, 0.95]; it must be 3 numbers, as 0.98,0.92,0.99",
+        ),
+        (
+            {"optimizer": "adamw", "opt_args": ("betas=0.9",)},
+            "--optimizer adamw: betas is 0.9; it must be 2 numbers, as 0.9,0.999",
+        ),
+        (
+            {"optimizer": "adamw", "opt_args": ("eps=1e999",)},
+            "--optimizer adamw: eps is inf; it must be finite",
+        ),
+        (
+            {"optimizer": "muon", "opt_args": ("ns_coefficients=3,-1e999,2",)},
+            "--optimizer muon: ns_coefficients is (3, -inf, 2); it must be finite",
+        ),
         ({"peer_opt": ("b-1:lr=1",)}, "--peer-opt b-1: there is no such peer; there are b-0, a-0"),
         (
             {"peer_opt": ("b-0:optimizer=kron",)},
@@ -228,8 +267,22 @@ FOREIGN: dict[str, Callable[[dict, dict], object]] = {
     "no groups": lambda _, rest: rest.pop("groups"),
     "a group too many": lambda _, rest: rest["groups"].append({}),
     "other weights": lambda _, rest: rest["groups"][0].update({"params": [1]}),
-    "another setting": lambda _, rest: rest["groups"][0].update({"colour": 1}),
+    "no weights": lambda _, rest: rest["groups"][0].pop("params"),
+    "counted by another": lambda _, rest: rest["groups"][0].update({"step": 1}),
 }
+
+
+def test_settings_of_another_version_are_those_of_this_one() -> None:
+    one, fresh = (peer(Config(optimizer="adamw").optim) for _ in range(2))
+    take(one, 0)
+    tensors, rest = pack_state(one.optimizer)
+    usual = dict(fresh.optimizer.param_groups[0])
+    del rest["groups"][0]["fused"]  # as if an older version did not have it,
+    rest["groups"][0] |= {"colour": 1, "eps": 7.0}  # and had another one
+    assert problem(fresh.optimizer, tensors, rest) == ""
+    unpack_state(fresh.optimizer, tensors, rest)
+    assert fresh.optimizer.param_groups[0] == usual
+    assert_equal((pack_state(fresh.optimizer)[0], {}), (tensors, {}))
 
 
 @pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)

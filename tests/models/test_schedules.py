@@ -61,6 +61,13 @@ def test_a_rate_is_the_one_worked_out_by_hand(changes: dict, rates: dict[int, fl
         assert learning_rate(peer, 30, STEPS) == pytest.approx(3 * learning_rate(optim, 30, STEPS))
 
 
+def test_a_milestone_within_an_epoch_comes_at_its_step() -> None:
+    # 0.07 * 100 is more than 7 to a computer, 7 / 100 is 0.07.
+    for mark in range(1, 100):
+        optim = of(lr_schedule="milestones", lr_milestones=(float(f"{mark / 100:.2f}"),))
+        assert [learning_rate(optim, mark - back, 100) for back in (1, 0)] == [1, 0.1], mark
+
+
 def test_rates_are_those_of_torch_and_timm() -> None:
     def optimizer() -> torch.optim.Optimizer:
         return torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
@@ -88,12 +95,26 @@ def test_rates_are_those_of_torch_and_timm() -> None:
     [
         ({"epochs": 4}, "it drops every --lr-step 60 epochs, and the run has 4 epochs; "
          "--lr-schedule cosine lets it fall, or --lr-step 1"),
-        ({"epochs": 200, "max_steps": 95}, "the run has 10 epochs; --lr-schedule cosine lets it "
-         "fall, or --lr-step 3"),
+        ({"epochs": 200, "max_steps": 95}, "the run has 10 epochs; --lr-schedule cosine with "
+         "--epochs 10 lets it fall, or --lr-step 3"),
         ({"epochs": 1}, "the run has 1 epoch; --lr-schedule cosine lets it fall"),
         ({"lr_schedule": "milestones", "lr_milestones": (10, 20)}, "it drops at --lr-milestones 10 "
          "20, and the run has 10 epochs; --lr-schedule cosine lets it fall"),
-        ({"lr_step": 1, "warmup": 2.0, "max_steps": 15}, "the run has 2 epochs"),
+        ({"lr_step": 1, "warmup": 2.0, "max_steps": 15}, "never falls: --max-steps ends the run "
+         "within --warmup 2; lower --warmup"),
+        (COSINE | {"warmup": 2.0, "max_steps": 20}, "--max-steps ends the run within --warmup 2"),
+        (COSINE | BY_EPOCH | {"epochs": 1}, "never falls: with --lr-every epoch it falls one epoch "
+         "after --warmup 0, and the run has 1 epoch; --lr-every step lets it fall"),
+        (POLY | BY_EPOCH | {"warmup": 5.0, "epochs": 6}, "one epoch after --warmup 5, and the run "
+         "has 6 epochs; --lr-every step lets it fall"),
+        (COSINE | BY_EPOCH | {"max_steps": 9}, "a higher --max-steps lets it fall"),
+        (COSINE | {"lr_min": 1.0}, "never falls: --lr-min 1 is --lr itself; lower it"),
+        (POLY | {"lr_min": 1.0, "max_steps": 5}, "never falls: --lr-min 1 is --lr itself"),
+        (POLY | {"epochs": 1, "warmup": 0.9}, "one step is left after --warmup 0.9; more --epochs"),
+        ({"lr_gamma": 1.0, "lr_step": 3}, "never falls: --lr-gamma 1 keeps it where it is; "
+         "--lr-schedule cosine lets it fall, or --lr-gamma 0.1"),
+        ({"lr_gamma": 1.0, "epochs": 1} | BY_EPOCH, "--lr-gamma 1 keeps it where it is; "
+         "--lr-schedule cosine and --lr-every step let it fall"),
         (COSINE | {"max_steps": 45}, "hardly fallen when --max-steps ends the run: 0.594 of 1, "
          "because --lr-schedule cosine falls until the end of --epochs 10; --epochs 5 lets it"),
         ({"lr_step": 9}, ""),
@@ -101,7 +122,9 @@ def test_rates_are_those_of_torch_and_timm() -> None:
         ({"lr": 0.0}, ""),
         (COSINE, ""),
         (COSINE | {"max_steps": 60}, ""),
-        (COSINE | {"epochs": 1, "warmup": 0.9}, ""),
+        (COSINE | {"epochs": 1, "warmup": 0.8}, ""),
+        (COSINE | BY_EPOCH | {"warmup": 4.5, "epochs": 6}, ""),
+        (COSINE | {"lr_min": 0.6, "max_steps": 60}, ""),
     ],
     ids=str,
 )  # fmt: skip
