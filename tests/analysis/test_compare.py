@@ -327,6 +327,10 @@ def test_published_values_are_beside_ours_on_cifar100(
     ("words", "message"),
     [
         (["--kl-weight", "0"], "--kl-weight 0 makes every method independent"),
+        (
+            ["--teach-with", "ema", "--ema", "0.9", "--methods", "mutual", "sequential"],
+            "the methods sequential and official update peers in turn, so that peers learn from",
+        ),
         (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
         (["--preset", "paper"], "invalid choice: 'paper'"),

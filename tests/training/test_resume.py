@@ -4,13 +4,14 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
 from dml_accel import cli
-from dml_accel.core.errors import UsageError
+from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.data.sources import Source
 from dml_accel.training import checkpoint, loop, record, resume, setup
 from dml_accel.training import train as training
@@ -309,6 +310,26 @@ def test_a_run_whose_peers_cannot_be_written_is_not_done(
     assert not (tmp_path / "results.json").exists()
     assert train(tmp_path) == 0
     assert_same_run(tmp_path, straight)
+
+
+@pytest.mark.parametrize(
+    ("of_rank_0", "said"),
+    [("a.json is damaged", "a.json is damaged"),
+     ("", "b.json is damaged; all machines must share the folder")],
+)  # fmt: skip
+def test_only_what_rank_0_can_load_is_said_to_be_another_folder(
+    monkeypatch: pytest.MonkeyPatch, of_rank_0: str, said: str
+) -> None:
+    def damaged(*_: Any) -> None:
+        raise UnreadableError("b.json is damaged")
+
+    monkeypatch.setattr(checkpoint, "load_peers", damaged)
+    rank_1: Any = SimpleNamespace(
+        broadcast_text=lambda _: of_rank_0, failed_rank=lambda failed: 1 if failed else None
+    )
+    with pytest.raises(UsageError) as refused:
+        resume.load_peers(resume.Origin(Path("step-00000001"), {}), [], rank_1)
+    assert str(refused.value) == said
 
 
 def test_auto_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
