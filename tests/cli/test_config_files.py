@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -344,7 +345,35 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "another commit": ({"commit": "abc"}, [], "code abc, now "),
     "other flags": ({}, ["--lr", "0.2"], "started with --lr 0.05, but this command says --lr 0.2"),
     "an older run": ({"resolved": None}, [], "it does not record threads and device"),
-    "a run that continued another": ({"config__resume": "runs/x"}, [], "its run continued runs/x"),
+    "processes and their own batch statistics": (
+        {"resolved__world_size": 2, "config__batch_norm": "local"},
+        [],
+        "processes 2, now 1: with --batch-norm local that gives another result",
+    ),
+    "flags that change sums": ({}, ["--exchange", "sum"], "but this command says --exchange sum"),
+    "a run that continued another": ({"continued": "runs/x"}, [], "its run continued runs/x"),
+    "an older one": ({"config__resume": "runs/x"}, [], "its run continued runs/x"),
+    "earlier steps": (
+        {"earlier": [{"until_step": 2, "was": {"threads": 7, "torch": "2.0\n"}}]},
+        [],
+        "its steps 1 to 2 were taken with threads 7, torch 2.0\ufffd: results may differ in the",
+    ),
+    "earlier steps, not the first": (
+        {
+            "earlier": [
+                {"until_step": 2, "was": {}},
+                {"until_step": 3, "was": {"processes": 2}},
+            ],
+            "config__batch_norm": "local",
+        },
+        [],
+        "its step 3 was taken with processes 2: with --batch-norm local that gives another result",
+    ),
+    "earlier steps of an unknown run": (
+        {"earlier": [{"until_step": 2, "was": {"threads": None, "code": None}}]},
+        [],
+        "its steps 1 to 2 were taken with what is not recorded: results may differ",
+    ),
     "other teachers": ({"teachers": {}}, [], "files of its frozen peers or links have changed"),
 }
 
@@ -367,6 +396,26 @@ def test_what_cannot_be_the_same_is_said(
         train(tmp_path / "again", "--config", path, *words)
     lines = [line for line in capsys.readouterr().err.splitlines() if said in line]
     assert len(lines) == 1 and lines[0].startswith(f"{path}: ")
+
+
+def test_a_run_resumed_with_other_threads_says_so_when_it_is_repeated(
+    original: Path,
+    tmp_path: Path,
+    threads: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = shutil.copytree(original, tmp_path / "run")
+    torch.set_num_threads(2)
+    words = [*RUN, "--recipe", "dkd", "--max-steps", "5", "--resume", "auto"]
+    assert train(run, *words) == 0
+    (segment,) = load(run / "config.json")["earlier"]
+    assert segment["until_step"] == 4 and segment["was"]["threads"] == 1
+    capsys.readouterr()
+    monkeypatch.setattr("dml_accel.training.progress.workload", _stop)
+    with pytest.raises(_EnoughError):
+        train(tmp_path / "again", "--config", str(run / "config.json"))
+    assert "config.json: its steps 1 to 4 were taken with threads 1" in capsys.readouterr().err
 
 
 class _EnoughError(Exception):
