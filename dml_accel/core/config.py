@@ -60,7 +60,7 @@ _MOST_ALPHA = 1000
 # Optimizers of one family: their usual rate is that of the paper.
 _SGD = ("sgd", "nesterov", "momentum")
 # What ``--peer-opt`` sets besides arguments of the optimizer.
-_OF_PEER = {"lr", "momentum", "optimizer", "weight_decay"}
+OF_PEER = {"lr", "momentum", "optimizer", "weight_decay"}
 
 
 def same_family(one: str, other: str) -> bool:
@@ -117,13 +117,13 @@ class DataConfig(Section):
         0.0,
         "mix every batch with itself in another order; the shares are drawn from a beta "
         "distribution with this alpha, 0.2 or 1 for instance, once per batch; with --cutmix too, "
-        "each batch has one of the two (default: off)",
+        "each batch has one of the two; 0 is off",
         Range(at_least=0, at_most=_MOST_ALPHA),
     )
     cutmix: float = flag(
         0.0,
-        "paste a box from the same batch in another order into every batch; alpha as for --mixup "
-        "(default: off)",
+        "paste a box from the same batch in another order into every batch; alpha as for --mixup; "
+        "0 is off",
         Range(at_least=0, at_most=_MOST_ALPHA),
     )
     label_smoothing: float = flag(
@@ -337,7 +337,7 @@ class OptimConfig(Section):
         if not own:
             return self
         changes: dict[str, Any] = {"peer_opt": ()}
-        for key in _OF_PEER & own.keys():
+        for key in OF_PEER & own.keys():
             value = own.pop(key)
             changes[key] = (
                 value if key == "optimizer" else number_of(f"--peer-opt {name}", key, value)

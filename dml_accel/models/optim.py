@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dml_accel.core.assignments import peer_settings
-from dml_accel.core.config import OptimConfig
+from dml_accel.core.config import OF_PEER, OptimConfig
 from dml_accel.core.errors import UsageError, one_line
 
 # Why names that match a pattern are refused.
@@ -159,8 +159,15 @@ def _check(optim: OptimConfig, said: str) -> None:
         raise UsageError(f"{said}: there is no such optimizer; {hint}timm has {len(known)}")
     offered = arguments_of(name)
     for key, value in _arguments(optim).items():
+        if key in OF_PEER:
+            raise UsageError(f"--opt-args {key}={value}: use --{key.replace('_', '-')}")
         if key not in offered:
-            raise UsageError(f"{said} does not take {key}; it takes {', '.join(sorted(offered))}")
+            known = sorted(offered)
+            if said.startswith("--peer-opt"):
+                known = [*sorted(OF_PEER), *known]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(f"{said} does not take {key}; {hint}it takes {', '.join(known)}")
         _check_value(f"{said}: {key} is {value};", value, offered[key])
     # An optimizer knows best which values it can work with.
     net = nn.utils.skip_init(nn.Linear, 2, 2)  # without a draw from torch's generator

@@ -48,9 +48,9 @@ def take(one: Peer, step: int, spoil: float = 1.0, lr: float = 0.01) -> bool:
 
 
 def state(one: Peer) -> tuple[dict[str, torch.Tensor], Any]:
-    """What a checkpoint holds of a peer, read back from its two formats."""
+    """What a checkpoint holds of a peer; the rest is read back from its format."""
     tensors, rest = checkpoint.pack(one)
-    return load(save(tensors)), json.loads(json.dumps(rest, allow_nan=False))
+    return tensors, json.loads(json.dumps(rest, allow_nan=False))
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -85,7 +85,8 @@ def test_an_optimizer_skips_without_a_trace_and_resumes_bit_for_bit(name: str, t
     assert_equal(state(straight), start)
     for step in range(3):
         assert take(straight, step) and take(stopped, step)
-    saved = state(stopped)
+    tensors, rest = state(stopped)
+    saved = load(save(tensors)), rest  # read back from the other format
     assert not torch.equal(saved[0]["model.0.weight"], start[0]["model.0.weight"])
     assert not take(straight, 9, spoil=torch.nan)
     assert_equal(state(straight), saved)
@@ -182,7 +183,7 @@ def test_a_step_whose_gradients_overflow_is_not_taken(optimizer: str) -> None:
         ({"optimizer": "AdamW"}, "--optimizer AdamW: there is no such optimizer; near are adamw"),
         ({"optimizer": "zzzz"}, "--optimizer zzzz: there is no such optimizer; timm has "),
         ({"opt_args": ("betas=0.9,0.99",)}, "--optimizer sgd does not take betas; it takes nest"),
-        ({"opt_args": ("momentum=0.5",)}, "--optimizer sgd does not take momentum; it takes nest"),
+        ({"opt_args": ("momentum=0.5",)}, "--opt-args momentum=0.5: use --momentum"),
         (
             {"optimizer": "lion", "opt_args": ("eps=1e-6",)},
             "--optimizer lion does not take eps; it takes betas, caution",
@@ -226,7 +227,7 @@ def test_a_step_whose_gradients_overflow_is_not_taken(optimizer: str) -> None:
         ),
         (
             {"peer_opt": ("a-0:epochs=3",)},
-            "--peer-opt a-0: optimizer sgd does not take epochs; it takes nesterov",
+            "--peer-opt a-0: optimizer sgd does not take epochs; it takes lr, mo",
         ),
     ],
     ids=str,
@@ -268,7 +269,6 @@ FOREIGN: dict[str, Callable[[dict, dict], object]] = {
     "a group too many": lambda _, rest: rest["groups"].append({}),
     "other weights": lambda _, rest: rest["groups"][0].update({"params": [1]}),
     "no weights": lambda _, rest: rest["groups"][0].pop("params"),
-    "counted by another": lambda _, rest: rest["groups"][0].update({"step": 1}),
 }
 
 
