@@ -54,7 +54,7 @@ def unpack_state(
                 values[name] = like.copy_(value)
     groups = []
     for own, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
-        settings = {name: value for name, value in own.items() if name not in _STATE_OF_GROUP}
+        settings = {name: value for name, value in own.items() if name != "step"}
         counted = {name: saved[name] for name in _STATE_OF_GROUP & saved.keys()}
         groups.append(settings | counted | {"params": saved["params"]})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -98,9 +98,9 @@ def problem(
 def _is_group(saved: Any, like: dict[str, Any]) -> bool:
     if not isinstance(saved, dict) or saved.get("params") != like["params"]:
         return False
-    # Before its first step an optimizer may not count yet.
-    counted = _STATE_OF_GROUP & saved.keys()
-    return all(name in like and _kind(saved[name]) is _kind(like[name]) for name in counted)
+    # Before its first step an optimizer may not count yet; another version may count elsewhere.
+    counted = _STATE_OF_GROUP & saved.keys() & like.keys()
+    return all(_kind(saved[name]) is _kind(like[name]) for name in counted)
 
 
 def _kind(value: Any) -> type:
