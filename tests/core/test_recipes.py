@@ -9,6 +9,7 @@ import pytest
 from dml_accel.analysis.methods import PRESETS
 from dml_accel.cli.parser import parse
 from dml_accel.core import recipes
+from dml_accel.core.assignments import peer_settings
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.core.settings import settle
@@ -121,6 +122,9 @@ def test_what_peers_have_beside_a_recipe(case: str) -> None:
     for peer, settings in expected.items():
         own = optim.of_peer(peer)
         assert {name: getattr(own, name) for name in settings} == settings, peer
+    of_peers = [peer_settings(text) for text in optim.peer_opt]
+    keys = [(peer, key) for peer, settings in of_peers for key in settings]
+    assert len(keys) == len(set(keys))
 
 
 @pytest.mark.parametrize("other", ["nesterov", "momentum"])
