@@ -373,7 +373,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="a peer's name, best (by validation accuracy) or ensemble (default: the only peer)",
     )
     _add_checkpoint(parser)
-    _add_weights(parser, "last; with --peer best, the best ones if RUN has them")
+    kept = "the best ones if RUN has them"
+    _add_weights(parser, f"last; with --peer best and no --checkpoint, {kept}")
     parser.add_argument("--to", metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument(
         "--format",

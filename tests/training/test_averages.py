@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,14 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from dml_accel import learn
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
-from dml_accel.mutual import reference
+from dml_accel.data.sources import Source
+from dml_accel.mutual import averages, reference
 from dml_accel.mutual.averages import Average, average_decay, copy_of
-from dml_accel.training import loop
-from tests.helpers import Training, assert_same_state
+from dml_accel.training import loop, setup
+from tests.helpers import Training, assert_same_state, tiny_config
 from tests.mutual.references import (
     assert_as_reference,
     link_rows,
@@ -26,6 +29,7 @@ from tests.mutual.references import (
     nets_in_turn,
 )
 
+training_of_modules = sys.modules["dml_accel.training.learn"]  # its name is that of the function
 Build = Callable[..., Training]
 TWO, THREE = ("resnet8*2",), ("resnet8*3",)
 FIRST_DECAYS = [1 / 10, 2 / 11, 3 / 12]  # (1 + t) / (10 + t)
@@ -106,6 +110,45 @@ def test_shared_weights_move_once_and_constants_stay() -> None:
     assert ours.b.weight is ours.a.weight
     assert torch.equal(ours.mask, net.mask) and ours.level.item() == pytest.approx(7.6)
     assert not any(weight.requires_grad for weight in ours.parameters())
+
+
+def test_what_is_not_finite_stays_as_it_is() -> None:
+    net = Odd()
+    net.register_buffer("bounds", torch.tensor([-math.inf, 0.0, 0.0]))  # saved, so averaged
+    net.conv = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = Average(copy_of(net, "odd"), net, 0.2)
+    ours, start = average.module, copy.deepcopy(average.module.state_dict())
+    with torch.no_grad():
+        net.bounds += torch.tensor([0.0, 1.0, math.nan])
+        net.conv.weight += torch.arange(24.0).view(3, 2, 2, 2)
+    average.update(torch.tensor(True), 0)
+    torch.testing.assert_close(ours.bounds, torch.tensor([-math.inf, 0.9, 0.0]))
+    torch.testing.assert_close(
+        ours.conv.weight, start["conv.weight"] + 0.9 * torch.arange(24.0).view(3, 2, 2, 2)
+    )
+    before = copy.deepcopy(ours.state_dict())
+    with torch.no_grad():
+        net.conv.weight.fill_(math.nan)
+        net.a.weight += 1
+    average.update(torch.tensor(False), 1)
+    assert_same_state(ours.state_dict(), before)
+
+
+@pytest.mark.parametrize("of_modules", [False, True])
+def test_a_copy_is_tried_before_anything_is_built(
+    digits: Source, monkeypatch: pytest.MonkeyPatch, of_modules: bool
+) -> None:
+    def refuse(module: nn.Module, name: str) -> nn.Module:
+        raise UsageError(f"{name} cannot be copied")
+
+    monkeypatch.setattr(averages, "copy_of", refuse)
+    monkeypatch.setattr(training_of_modules, "make_cohort", None)
+    data = torch.zeros(8, 2), torch.arange(8) % 2
+    with pytest.raises(UsageError, match="a cannot be copied|resnet8-0 cannot be copied"):
+        if of_modules:
+            learn({"a": nn.Linear(2, 2)}, data, data, Config(ema=0.9, batch_size=4))
+        else:
+            setup.check(tiny_config(ema=0.9), digits)
 
 
 def test_a_network_that_cannot_be_copied_is_refused() -> None:

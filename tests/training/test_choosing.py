@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from dml_accel import cli, learn
 from dml_accel.core.config import Config
-from dml_accel.core.errors import UnreadableError, UsageError
+from dml_accel.core.errors import StoppedError, UnreadableError, UsageError
+from dml_accel.distributed.launch import Stop
 from dml_accel.training import checkpoint, loop, record
 from dml_accel.training.choosing import Choosing, best_of, wrong_state
 from tests.helpers import Training, assert_same_state, events, load, saved_steps, status_of
@@ -133,6 +134,50 @@ def test_the_weights_kept_are_those_of_the_best_evaluation(training: Build) -> N
         assert len(scores) == 6
 
 
+def kinds(records: list[loop.Record]) -> list[tuple[str, int]]:
+    names = {loop.CheckpointRecord: "saved", loop.EvaluationRecord: "evaluated"}
+    return [(names[type(one)], one.step) for one in records if type(one) in names]
+
+
+@pytest.mark.parametrize("choice", [{"keep": "best"}, {"early_stop": 9}], ids=str)
+def test_the_last_checkpoint_holds_the_last_evaluation(
+    training: Build, monkeypatch: pytest.MonkeyPatch, choice: dict[str, Any]
+) -> None:
+    rules = {"epochs": 1, "max_steps": 2, "save_every": "1", "eval_every": "1"}
+    t = training(images=80, val_fraction=0.1, **rules, **choice)
+    stop, taken = Stop(), t.placement.names
+
+    def evaluate(*_: object, **__: object) -> dict[str, Any] | None:
+        """Get better with every step; be stopped in the second evaluation."""
+        steps = max([one.step for one in records], default=2)
+        if steps == 2 and not stop.signal:
+            stop.signal = "SIGTERM"
+            return None
+        return {"peers": {name: METRICS | {"top1": steps / 10} for name in taken}}
+
+    def follow(start: loop.Start | None, stop: Stop | None = None) -> list[tuple[str, int]]:
+        records.clear()
+        for one in loop.fit(t.cohort, t.data, t.config.run, start, stop):
+            records.append(one)
+            if isinstance(one, loop.CheckpointRecord):
+                saved.append(json.loads(json.dumps(one.chosen)))
+        return kinds(records)
+
+    records: list[loop.Record] = []
+    saved: list[dict[str, Any]] = []
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with pytest.raises(StoppedError):
+        follow(None, stop)
+    assert kinds(records) == [("evaluated", 1), ("saved", 1), ("saved", 2)]
+    assert saved[0] == saved[1]
+    for found in (["evaluated", "saved"], ["evaluated"]):  # it is saved again, once
+        assert follow(loop.Start(2, saved=True, chosen=saved[-1])) == [(one, 2) for one in found]
+    assert len(saved) == 3 and saved[2] != saved[1]
+    # Where nothing interrupts, it is written once.
+    assert follow(None) == [(kind, step) for step in (1, 2) for kind in ("evaluated", "saved")]
+    assert saved[4] == saved[2]
+
+
 # ---------------------------------------------------------------- a run that stops early
 
 
@@ -188,6 +233,15 @@ def test_a_killed_run_stops_at_the_same_step_with_the_same_weights(
         assert states[0][part] == states[1][part]
 
 
+def test_an_evaluation_that_follows_the_clock_is_recorded_once(tmp_path: Path) -> None:
+    words = (*CHOOSING, "--eval-every", "0.0001min", "--early-stop", "1")
+    killed(tmp_path, record, "write_peer", 1, *words)  # after its last checkpoint
+    assert train(tmp_path, *words) == 0
+    steps = [event["step"] for event in events(tmp_path) if event["event"] == "eval"]
+    assert load(tmp_path / "results.json")["stopped_early"]
+    assert steps == sorted(set(steps))
+
+
 def test_a_run_that_stopped_early_has_nothing_left_to_do(
     chosen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,11 +261,27 @@ def test_a_resumed_run_may_stop_keeping_the_best_weights(
     folder = tmp_path / "run"
     shutil.copytree(chosen, folder)
     (folder / "results.json").unlink()
+    (folder / "best").mkdir()  # somebody's export
     assert train(folder, *CHOOSING, "--keep", "last") == 0
+    assert (folder / "best").exists()
     results = load(folder / "results.json")
     assert "best" not in results and "best" not in results["peers"][0]
     assert not (folder / "peers-best").exists() and (folder / "peers-averaged").exists()
     assert load(folder / "results.json")["steps"] == load(chosen / "results.json")["steps"]
+    assert "--keep best counts from" not in capsys.readouterr().err
+
+
+def test_a_resumed_run_that_begins_to_keep_the_best_weights_says_so(
+    tmp_path: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    (folder / "results.json").unlink()
+    assert train(folder, "--keep", "best") == 0
+    assert "--keep best counts from step 15 on: " in capsys.readouterr().err
+    assert load(folder / "results.json")["best"]["step"] == 15
+    state = load(folder / "checkpoints" / "step-00000015" / "state.json")
+    assert {one["step"] for one in state["best"].values()} == {15}
 
 
 def test_a_run_without_the_flags_keeps_nothing_of_them(straight: Path) -> None:
@@ -273,6 +343,7 @@ def test_learn_keeps_no_best_weights() -> None:
             "peers-best/resnet8-1",
         ),
         (["--peer", "best"], "peers-best/{best}"),
+        (["--peer", "best", "--weights", "best", "--checkpoint", "latest"], "peers-best/{best}"),
         (["--peer", "best", "--weights", "last"], "peers/{last}"),
     ],
     ids=str,
@@ -286,6 +357,15 @@ def test_export_writes_the_weights_that_are_meant(
     assert cli.main(["export", str(chosen), *words, "--to", str(tmp_path / "to")]) == 0
     files = (path / "model.safetensors" for path in (tmp_path / "to", chosen / folder))
     assert_same_state(*map(load_file, files))
+
+
+def test_whether_a_run_kept_its_best_weights_is_what_its_results_say(
+    tmp_path: Path, straight: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    for target in (run / "best", run / "peers-best", tmp_path / "to"):  # two in the way of the next
+        assert cli.main(["export", str(run), "--peer", "best", "--to", str(target)]) == 0
 
 
 def test_evaluate_measures_averages_as_training_did(tmp_path: Path, chosen: Path) -> None:
