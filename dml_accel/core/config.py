@@ -342,7 +342,7 @@ class OptimConfig(Section):
             changes[key] = (
                 value if key == "optimizer" else number_of(f"--peer-opt {name}", key, value)
             )
-        if changes.get("optimizer", self.optimizer) != self.optimizer:
+        if not same_family(changes.get("optimizer", self.optimizer), self.optimizer):
             changes = {"lr": None, "opt_args": ()} | changes  # those were meant for another one
         shared = changes.get("opt_args", self.opt_args)
         changes["opt_args"] = (

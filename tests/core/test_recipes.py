@@ -103,6 +103,10 @@ BESIDE: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {"peer_opt": ["mobilenet-0:optimizer=adamw"]},
         {"mobilenet-0": {"lr": 1e-3, "optimizer": "adamw"}, "mobilenet-1": {"lr": 0.01}},
     ),
+    "another of the family for one": (
+        {"peer_opt": ["resnet32-0:optimizer=nesterov"]},
+        {"resnet32-0": {"lr": 0.05, "optimizer": "nesterov"}, "mobilenet-1": {"lr": 0.01}},
+    ),
     "none": ({"peer_opt": []}, {"mobilenet-0": {"lr": 0.05}, "mobilenet-1": {"lr": 0.05}}),
     "another of the family": (
         {"optimizer": "nesterov"},
