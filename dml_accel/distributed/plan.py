@@ -207,8 +207,9 @@ def predict(
             busy[rank] += max(sum(rows) * seconds, least) + grouped / machine.bandwidth
             busy[rank] += messages * machine.latency
             sent[rank] += grouped
-            # DDP keeps the gradients in buckets as well.
-            copies = _COPIES + cost.optimizer_state + load.averages + load.best + (width > 1)
+            # An average keeps the differences of a step as well, and DDP the gradients in buckets.
+            kept = cost.optimizer_state + 2 * load.averages + load.best
+            copies = _COPIES + kept + (width > 1)
             memory[rank] += copies * load.number_bytes * cost.parameters
             activations[rank].append(max(rows) * cost.activation_bytes)
     together = max if load.low_memory or not load.mutual else sum

@@ -263,9 +263,9 @@ def test_plan_counts_what_each_optimizer_keeps(capsys: pytest.CaptureFixture[str
         (row,) = {line for line in said.splitlines() if line.startswith("0 ")}
         return int(row.split()[-1])
 
-    # 1.7 million parameters of 4 bytes: a second moment, and the average.
+    # 1.7 million parameters of 4 bytes: a second moment, the average, and its moves.
     more = memory("--peer-opt", "resnet110-0:optimizer=adamw", "--ema", "0.9") - memory()
-    assert 13 <= more <= 15
+    assert 20 <= more <= 22
 
 
 def test_the_assumed_speed_follows_from_the_threads(capsys: pytest.CaptureFixture[str]) -> None:
