@@ -86,9 +86,10 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, (int, float)) and not isinstance(one, bool):
             require(abs(one) < math.inf, field.name, one, "a finite number")
+            shown = reprlib.repr(one)  # a whole number may have thousands of digits
+            require(one in field.metadata["range"], field.name, shown, field.metadata["range"])
             fits = isinstance(one, float) or abs(one) < 2**63
-            require(fits, field.name, reprlib.repr(one), f"below {2**63:,}")
-            require(one in field.metadata["range"], field.name, one, field.metadata["range"])
+            require(fits, field.name, shown, f"below {2**63:,}")
 
 
 def differences_of(mine: object, other: object, names: Iterable[str]) -> Differences:
