@@ -211,7 +211,7 @@ def test_auto_weighs_what_compiling_saves(
 def test_the_trial_times_both_and_leaves_the_network_as_it_was() -> None:
     it, name = Networks(), "small_for_compiling-0"
     before = {key: value.clone() for key, value in it.modules[name].state_dict().items()}
-    prepared = it.trial._prepared(it.modules[name], compiled=False)
+    prepared = it.trial._prepared(it.modules[name], name, compiled=False)
     eager, compiled, seconds = it.trial._compare(it.modules[name], name, prepared)
     assert 0 < eager < 5 and 0 < compiled < 5 and seconds > compiled
     assert_same_state(before, it.modules[name].state_dict())
