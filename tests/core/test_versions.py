@@ -45,7 +45,7 @@ def test_versions_of_all_that_results_depend_on() -> None:
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__.partition("+")[0]
     names = {"python", "dml-accel", "torch", "torchvision", "accelerate", "datasets", "timm"}
-    assert set(found) == {*names, "safetensors"}
+    assert set(found) == {*names, "safetensors", "numpy"}
 
 
 def test_a_package_without_metadata_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
