@@ -52,7 +52,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "cutmix": 1.0,
         "label_smoothing": 0.1,
         "ema": 0.9,
-        "max_steps": 8,
+        "max_steps": 5,
     }
 
     def case(broken: str | None = None, **changes: object) -> dict[str, Any]:
@@ -105,7 +105,7 @@ WHOLE = {
     "fused activations": 2,
     "sequential": 3,
     "official": 2,
-    "modern": 8,
+    "modern": 5,
 }
 SPLIT = [
     "split",
