@@ -111,11 +111,11 @@ def test_split_sends_only_logits() -> None:
     assert found.step_seconds == pytest.approx(0.072 + 344 / 1e6 + 3e-3)
     assert found.idle[0] == pytest.approx(1 - 0.024 / found.step_seconds)
     assert found.memory == [3 * 4 * 1000 + 8 * 50, 3 * 4 * 500_000 + 8 * 70]
-    # Weights, gradients, two moments, and one copy each for the average and the best weights.
+    # Weights, gradients, two moments, the average and its moves, the best weights.
     moments = {"a-0": dataclasses.replace(SMALL, optimizer_state=2.0), "b-0": LARGE}
     config = tiny_config(batch_size=8, float64=False, ema=0.9, keep="best", val_fraction=0.1)
     found = predict(ranks, moments, load(config), MACHINE)
-    assert found.memory == [6 * 4 * 1000 + 8 * 50, 5 * 4 * 500_000 + 8 * 70]
+    assert found.memory == [7 * 4 * 1000 + 8 * 50, 6 * 4 * 500_000 + 8 * 70]
 
 
 def test_replicate_sends_gradients_and_batch_statistics() -> None:
