@@ -1,7 +1,9 @@
-"""Flags whose words are ``key=value``: ``--opt-args`` and ``--peer-opt``."""
+"""Words that are ``key=value``: ``--opt-args``, ``--peer-opt``, and what stands in brackets."""
 
+import ast
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from dml_accel.core.errors import UsageError
 from dml_accel.core.flags import refuse
@@ -13,6 +15,20 @@ def assignment(flag: str, text: str) -> tuple[str, str]:
     if not (equals and name.strip() and value.strip()):
         raise UsageError(f"{flag} {text!r} is not KEY=VALUE, such as eps=1e-6")
     return name.strip().replace("-", "_"), value.strip()
+
+
+def pairs_in(text: str) -> list[str]:
+    """Return the parts of ``key=value,key=value``."""
+    # A comma within a value, as in betas=0.9,0.95 or scale=(0.2,1), is followed by no key.
+    return re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", text)
+
+
+def literal(text: str) -> Any:
+    """Return the number, tuple or other literal of Python that a text is; else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # a plain word, as in interpolation=bilinear
 
 
 def refuse_repeated(flag: str, keys: list[str]) -> None:
@@ -38,9 +54,7 @@ def peer_settings(text: str) -> tuple[str, dict[str, str]]:
     name, colon, rest = text.partition(":")
     if not (colon and name.strip() and rest.strip()):
         raise UsageError(f"--peer-opt {text!r} is not PEER:KEY=VALUE, such as mobilenet-0:lr=0.01")
-    # A comma within a value, as in betas=0.9,0.95, is followed by no key.
-    parts = re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", rest)
-    pairs = [assignment(f"--peer-opt {name}:", part) for part in parts]
+    pairs = [assignment(f"--peer-opt {name}:", part) for part in pairs_in(rest)]
     refuse_repeated(f"--peer-opt {name}:", [key for key, _ in pairs])
     return name.strip(), dict(pairs)
 

@@ -7,7 +7,6 @@ Shape letters: N images, B rows of a batch, H and W pixels of an image as it is 
 side of what networks are given.
 """
 
-import ast
 import difflib
 import math
 import re
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from dml_accel.core.assignments import literal, pairs_in
 from dml_accel.core.config import AUGMENTATIONS
 from dml_accel.core.errors import UsageError
 
@@ -125,8 +125,7 @@ def _arguments(text: str, word: str, inner: str) -> Arguments:
     """Return the arguments in a word's brackets."""
     found: Arguments = {}
     takes = _TAKES.get(word, ())
-    # A comma within a value, as in scale=(0.2,1), is followed by no name.
-    for part in re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", inner) if inner.strip() else ():
+    for part in pairs_in(inner) if inner.strip() else ():
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals and value):
             raise UsageError(f"--augment {text!r}: write arguments as [key=value,key=value]")
@@ -140,10 +139,7 @@ def _arguments(text: str, word: str, inner: str) -> Arguments:
 
 
 def _value(text: str, name: str, written: str) -> Any:
-    try:
-        value = ast.literal_eval(written)
-    except (ValueError, SyntaxError):
-        value = written  # a plain word, as in interpolation=bilinear
+    value = literal(written)
     value = tuple(value) if isinstance(value, list) else value
     holds, allowed = _ALLOWED[name]
     if not holds(value):
@@ -222,14 +218,17 @@ class ImageTransform:
         words: of ``--augment``.
         size: S, for ``random-resized-crop``.
 
+    Attributes:
+        arguments: of all words; see ``parse_augment``.
+
     Raises:
         UsageError: see ``parse_augment``.
     """
 
     def __init__(self, words: Sequence[str], size: int) -> None:
-        arguments = parse_augment(words)
+        self.arguments = parse_augment(words)
         self._transforms = [
-            _MAKE[word](size, arguments[word]) for word in arguments if word in _MAKE
+            _MAKE[word](size, given) for word, given in self.arguments.items() if word in _MAKE
         ]
         self._seeded = _Seeded(self._transforms)
 

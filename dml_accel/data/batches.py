@@ -20,7 +20,7 @@ from torch import Tensor
 from dml_accel.core.config import DataConfig
 from dml_accel.core.errors import UsageError
 from dml_accel.core.rng import generator, key
-from dml_accel.data.augment import ImageTransform, erase, erasing_boxes, parse_augment
+from dml_accel.data.augment import ImageTransform, erase, erasing_boxes
 from dml_accel.data.mixing import Mix, Mixed, Mixing
 from dml_accel.data.selection import labelled_rows, training_rows, training_sizes
 from dml_accel.data.sources import Source
@@ -262,7 +262,8 @@ class PixelSet(ImageSet):
         **options: Any,
     ) -> None:
         n, size = split.images.shape[:2]
-        self._words, self._transform = parse_augment(augment), ImageTransform(augment, size)
+        self._transform = ImageTransform(augment, size)
+        self._words = self._transform.arguments
         if self._transform:
             options["home"] = torch.device("cpu")
         super().__init__(split.labels, **options)

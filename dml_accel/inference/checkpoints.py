@@ -35,7 +35,7 @@ from dml_accel.training.loop import steps_to_take
 from dml_accel.training.run_folder import CHECKPOINTS, SavedRun
 
 LATEST = "latest"
-_KINDS = dict(zip((LAST, EMA, BEST), checkpoint.WEIGHTS, strict=True))
+_KINDS = dict(zip((LAST, EMA, BEST), checkpoint.KINDS, strict=True))
 _LOOKS = 3  # a run that goes on replaces its checkpoints
 
 

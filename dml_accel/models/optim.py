@@ -4,7 +4,6 @@ Every name of ``timm.optim.list_optimizers()`` is accepted or refused here. An a
 step without a trace and is resumed bit for bit, with its state in JSON and safetensors.
 """
 
-import ast
 import difflib
 import fnmatch
 import functools
@@ -17,7 +16,7 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 
-from dml_accel.core.assignments import peer_settings
+from dml_accel.core.assignments import assignment, literal, peer_settings
 from dml_accel.core.config import OF_PEER, OptimConfig
 from dml_accel.core.errors import UsageError, one_line
 
@@ -215,20 +214,8 @@ def arguments_of(name: str) -> Mapping[str, Any]:
 
 def _arguments(optim: OptimConfig) -> dict[str, Any]:
     """Return ``--opt-args`` as keywords: numbers, tuples, True, False, None and words."""
-    found = {}
-    for text in optim.opt_args:
-        key, _, value = text.partition("=")
-        found[key.strip().replace("-", "_")] = _literal(value.strip())
-    return found
-
-
-def _literal(text: str) -> Any:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    pairs = (assignment("--opt-args", text) for text in optim.opt_args)
+    return {key: _WORDS.get(value.lower(), literal(value)) for key, value in pairs}
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ A peer's initial weights and dropout are keyed by the seed and the peer's name, 
 position in the cohort: permuting the cohort permutes the results, and no two peers start equal.
 """
 
-import ast
 import difflib
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import timm
 
+from dml_accel.core.assignments import literal
 from dml_accel.core.cohort import words_of
 from dml_accel.core.errors import UsageError
 from dml_accel.models import networks
@@ -112,7 +112,7 @@ def _parse_arguments(text: str, words: str) -> tuple[dict[str, Any], str | None]
                 f"--cohort {text!r}: {name} is not an argument of the network; for trained weights "
                 "write pretrained, or pretrained=FOLDER_OR_FILE"
             )
-    return {name: _literal(value) for name, value in found.items()}, start
+    return {name: literal(value) for name, value in found.items()}, start
 
 
 def _with_stem(text: str, arch: str, arguments: dict[str, Any]) -> str:
@@ -127,10 +127,3 @@ def _with_stem(text: str, arch: str, arguments: dict[str, Any]) -> str:
             "a single convolution, such as timm:resnet18, timm:resnet50 or timm:seresnet18"
         )
     return found
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text  # a plain word, as in global_pool=max

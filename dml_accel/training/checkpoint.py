@@ -34,7 +34,7 @@ from dml_accel.training.optimizer_state import pack_state, problem, unpack_state
 _FORMAT = 1
 _LARGEST_HEADER = 16 * 2**20  # bytes
 _STATE = "state.json"
-WEIGHTS = ("model", "ema", "best")  # the weights of a peer, their average, its best ones
+KINDS = ("model", "ema", "best")  # the weights of a peer, their average, its best ones
 _SCALER = set(torch.amp.GradScaler("cpu").state_dict())
 
 
@@ -257,7 +257,7 @@ def _read_peer(
 
 
 def weights_in(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Return the weights of one of the kinds ``WEIGHTS`` among the tensors of a peer."""
+    """Return the weights of one of the kinds ``KINDS`` among the tensors of a peer."""
     start = f"{kind}."
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 
@@ -272,7 +272,7 @@ def load_weights(
         state: the content of its state.json.
         name: of the peer.
         net: its network.
-        kind: one of ``WEIGHTS``.
+        kind: one of ``KINDS``.
 
     Raises:
         UnreadableError: the file is missing or damaged, or does not fit; nothing has been changed.
@@ -351,7 +351,7 @@ def require_fit(
     """
     names = peer.module.state_dict().keys()
     averages = names if peer.average is not None else set()
-    found = [weights_in(tensors, kind).keys() for kind in WEIGHTS]
+    found = [weights_in(tensors, kind).keys() for kind in KINDS]
     if found[:2] != [names, averages] or (found[2] and found[2] != names):
         raise UnreadableError(f"{path} holds other weights than {peer.name} has")
     # Those of its best evaluation, which a peer does not have at its start, are like the others.

@@ -106,8 +106,15 @@ def train(
             if not processes.broadcast_flag(bool(nothing)):
                 recipe = asked.recipe if asked else ""
                 session = Session(processes, display, stop, command, recipe)
-                what = (config, checked, modules, folder, origin or Origin())
-                results = run_one(session, *what, recorded=recorded)
+                results = run_one(
+                    session,
+                    config,
+                    checked,
+                    modules,
+                    folder,
+                    origin or Origin(),
+                    recorded=recorded,
+                )
             processes.close()
     if folder and nothing:
         folder.set_done()
@@ -196,13 +203,13 @@ def run_one(
         session.display.begin(label, work, config.optim.epochs)
         if not label:
             print(_what_starts(ready, work.steps), file=sys.stderr, flush=True)
-        for note in set(_notes(ready, work.steps)) - session.said:
-            print(note, file=sys.stderr, flush=True)
-            session.said.add(note)  # once, for runs that differ in seed and method only
+        for note in _notes(ready, work.steps):
+            if note not in session.said:  # once, for runs that differ in seed and method only
+                print(note, file=sys.stderr, flush=True)
+                session.said.add(note)
         if not ready.resumes:
             setup.print_starts(checked)
-        asked_for = (session.command, session.recipe)
-        recorder = Recorder(folder, ready, *asked_for, session.display)
+        recorder = Recorder(folder, ready, session.command, session.recipe, session.display)
     last = _take_all_steps(ready, recorder, session.stop)
     if recorder:
         recorder.end(last)
