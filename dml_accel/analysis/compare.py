@@ -424,7 +424,7 @@ def _check_cohorts(
                 _refuse_other_starts(saved, checked)
                 if saved.has_description:
                     refuse_other_images(saved, planned.config, source)
-        size = config.data.image_size
+        size = config.data.size
         costs[cohort] = float(sum(count(net, size).macs for net in modules.values()))
         modules.clear()
     return costs

@@ -55,6 +55,10 @@ AUGMENTATIONS = {
     "color-jitter": "brightness, contrast and saturation",
     "erasing": "a box of random size replaced by the mean colour, for a quarter of the images",
 }
+# Images of at most so many pixels a side are small: they are given as 32 pixels, and measured whole.
+SMALL_IMAGES = 64
+SMALL_SIZE, PHOTOGRAPH_SIZE = 32, 224
+CROP_PCT = 0.875  # share of a photograph's side that is evaluated, as torchvision and timm have it
 # Of a beta distribution: all shares are a half from here on.
 _MOST_ALPHA = 1000
 # Optimizers of one family: their usual rate is that of the paper.
@@ -93,16 +97,57 @@ class DataConfig(Section):
     )
     train_split: str = flag("train", "split to train on")
     test_split: str = flag("test", "split to report on")
+    val_split: str = flag(
+        "auto",
+        "split to choose a peer or an epoch by; auto: one called val, validation or valid, if it "
+        "is not --test-split and --val-fraction is 0; none: none",
+    )
     test_fraction: float = flag(
         0.0,
-        "for class folders without a test split (photos/cat/1.jpg): share of each class held out "
-        "to report on, chosen by the images' paths alone, the same for every seed",
+        "for a data set without a test split: share of each class held out to report on, chosen by "
+        "the images' paths or rows alone, the same for every seed",
         Range(at_least=0, below=1),
     )
-    image_size: int = flag(
-        32,
-        "pixels per side; images of another size are resized to a square",
+    image_size: int | None = flag(
+        None,
+        "pixels per side of what networks are given (default: 32 for images of at most 64 pixels; "
+        "for larger ones what pretrained networks were trained with, else 224)",
         Range(at_least=8, at_most=4096),
+    )
+    eval_resize: int | None = flag(
+        None,
+        "pixels of the shorter side to which an image is resized before its centre is cut out "
+        "(default: --image-size; with random-resized-crop above 64 pixels, --image-size / 0.875)",
+        Range(at_least=8, at_most=8192),
+    )
+    crop_mode: str = flag(
+        "center",
+        "what is done with an image that is not a square: its centre is cut out (center), or it is "
+        "squashed into one (squash)",
+        choices=("center", "squash"),
+    )
+    mean: tuple[float, ...] = flag(
+        (),
+        "mean of the red, green and blue levels, from 0 to 1, to normalise with (default: measured "
+        "on the training images, or on 10,000 of them if there are more and they are above 64 "
+        "pixels)",
+        Range(at_least=0, at_most=1),
+        nargs=3,
+        metavar=("R", "G", "B"),
+    )
+    std: tuple[float, ...] = flag(
+        (),
+        "their standard deviation (default: measured as --mean)",
+        Range(above=0, at_most=1),
+        nargs=3,
+        metavar=("R", "G", "B"),
+    )
+    bad_images: str = flag(
+        "refuse",
+        "what to do about an image that cannot be read: refuse to train, or stop with a checkpoint "
+        "where it is met later (refuse); or train on the next image of its class in its place, and "
+        "leave it out of evaluations (skip)",
+        choices=("refuse", "skip"),
     )
     augment: tuple[str, ...] | None = flag(
         None,
@@ -131,6 +176,12 @@ class DataConfig(Section):
         "share of each label that is spread evenly over all classes, 0.1 for instance",
         Range(at_least=0, below=1),
     )
+    class_weights: str = flag(
+        "none",
+        "balanced: weight the cross-entropy of each training image by the inverse frequency of its "
+        "class, with a mean weight of 1",
+        choices=("none", "balanced"),
+    )
     train_limit: int | None = flag(
         None,
         "train on this many images only, stratified by class, the same for every seed "
@@ -153,7 +204,9 @@ class DataConfig(Section):
     def refused_on_resume(self, saved: "Section") -> Differences:
         """The data set may have another name or place: its content is compared instead."""
         found = self.differences(saved)
-        found.pop("dataset", None)
+        # Up to here no image was met that could not be read, whatever would have been done then.
+        for name in ("dataset", "bad_images"):
+            found.pop(name, None)
         return found
 
     def check(self) -> None:
@@ -169,11 +222,52 @@ class DataConfig(Section):
             self.augment is not None and "none" in self.augment and len(self.augment) > 1,
             f"--augment {' '.join(self.augment or ())}: none stands alone",
         )
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            refuse(
+                len(values) not in (0, 3),
+                f"--{name} has {len(values)} values; it needs three: red, green and blue",
+            )
+        refuse(
+            self.eval_resize is not None
+            and self.image_size is not None
+            and self.eval_resize < self.image_size,
+            f"--eval-resize {self.eval_resize} is below --image-size {self.image_size}, which is "
+            "cut out of it",
+        )
+        refuse(
+            self.val_fraction > 0 and self.val_split not in ("auto", "none"),
+            f"--val-fraction {self.val_fraction:g} cuts a validation split from the training "
+            f"images, and --val-split {self.val_split} names one: drop one of the two",
+        )
+        refuse(
+            self.val_split == self.train_split,
+            f"--val-split and --train-split are both {self.val_split!r}: validation images must "
+            "not be training images",
+        )
 
     @property
     def augmentation(self) -> tuple[str, ...]:
         """``augment`` with the default of the data set filled in."""
         return self.augment or (("crop",) if self.dataset == "digits" else ("crop-flip",))
+
+    @property
+    def size(self) -> int:
+        """``image_size``, which is 32 until the images are known."""
+        return self.image_size or SMALL_SIZE
+
+    @property
+    def cuts_originals(self) -> bool:
+        """Whether training images are cut from the originals, not from resized ones."""
+        return any(word.startswith("random-resized-crop") for word in self.augmentation)
+
+    @property
+    def resize(self) -> int:
+        """Pixels of the shorter side before the centre is cut out."""
+        if self.eval_resize is not None:
+            return self.eval_resize
+        shrinks = self.cuts_originals and self.size > SMALL_IMAGES
+        return round(self.size / CROP_PCT) if shrinks else self.size
 
 
 @dataclass(frozen=True)
@@ -540,6 +634,25 @@ class ComputeConfig(Section):
         "return the memory of each step to the system, as glibc does by itself; slower for large "
         "batches (default: keep it for the next step)",
     )
+    feed: str = flag(
+        "auto",
+        "where images come from: all are decoded once and kept in memory (memory), or each is read "
+        "and decoded when it is needed by processes of its own (loader); auto: memory if they fit "
+        "into a quarter of it. The pixels are the same",
+        choices=("auto", "memory", "loader"),
+    )
+    images_on: str = flag(
+        "auto",
+        "where --feed memory keeps images: on the device, or in the memory of the host, from which "
+        "each batch is copied; auto: on the device if they take at most a quarter of its memory",
+        choices=("auto", "device", "host"),
+    )
+    workers: int | None = flag(
+        None,
+        "processes that decode images for each training process with --feed loader; 0: none "
+        "(default: its share of the cores, at most 8; half of it without an accelerator)",
+        Range(at_least=0, at_most=256),
+    )
     placement: str = flag(
         "auto",
         "with several processes: every peer in each process (replicate), or each peer in one or "
@@ -765,8 +878,9 @@ def _refuse_conflicts(config: Config) -> None:
         (f"--early-stop {config.optim.early_stop}", config.optim.early_stop is not None),
     ):
         refuse(
-            on and config.data.val_fraction == 0,
-            f"{name} needs --val-fraction above 0: the test split is for reporting only",
+            on and config.data.val_fraction == 0 and config.data.val_split == "none",
+            f"{name} needs --val-fraction above 0, or a --val-split: the test split is for "
+            "reporting only",
         )
     refuse(
         method.kl_warmup > config.optim.epochs,

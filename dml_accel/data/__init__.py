@@ -2,6 +2,7 @@
 
 In reading order:
 
+    workers        processes that decode images, and their results in order
     pixels         one image: from a file to RGB levels
     listing        a split before it is decoded: labels, and where each image lies
     image_files    files below a folder: images, what lies beside them, links

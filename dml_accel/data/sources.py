@@ -127,14 +127,14 @@ def read(data: DataConfig, quiet: bool = False) -> Source:
     listings, classes = _list(data, ("train", "test"), quiet)
     rows = decoded_rows(listings["train"].labels, data)
     trained = len(listings["train"].labels) if rows is None else len(rows)
-    require_memory(trained + len(listings["test"].labels), data.image_size)
+    require_memory(trained + len(listings["test"].labels), data.size)
     found: dict[str, Decoded] = {}
     damage: list[Damage] = []
     grey_bits = None
     for role in ("train", "test"):
         try:
             chosen = rows if role == "train" else None
-            found[role] = decoded(listings[role], chosen, data.image_size, quiet, grey_bits)
+            found[role] = decoded(listings[role], chosen, data.size, quiet, grey_bits)
             grey_bits = found[role].grey_bits
         except DamagedImagesError as error:  # those of the other split are named as well
             damage += error.damage
@@ -169,8 +169,8 @@ def read_test(
         return source.test, source.classes, source.fingerprint.splits["test"]
     listings, classes = _list(data, ("test",), quiet)
     labels = listings["test"].labels
-    require_memory(len(labels), data.image_size)
-    found = decoded(listings["test"], None, data.image_size, quiet, grey_bits)
+    require_memory(len(labels), data.size)
+    found = decoded(listings["test"], None, data.size, quiet, grey_bits)
     identity = SplitPrint.of(labels, len(classes), found.pixels)
     return Split(found.images, labels), classes, identity
 
@@ -242,7 +242,7 @@ def describe(data: DataConfig, source: Source) -> str:
         *([f"val {held:,}"] if held else []),
         f"test {len(source.test):,}",
     ]
-    size = data.image_size
+    size = data.size
     return (
         f"{printable(data.dataset)}: {len(source.classes)} classes ({shown}); images: "
         f"{', '.join(parts)}, of {size} x {size} pixels"
@@ -262,7 +262,7 @@ def _digits(data: DataConfig) -> Source:
             )
     from sklearn.datasets import load_digits
 
-    bunch, size = load_digits(), data.image_size
+    bunch, size = load_digits(), data.size
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
     images = torch.from_numpy(np.stack([to_rgb(Image.fromarray(g), size) for g in grey]))
     labels = torch.from_numpy(bunch.target).long()

@@ -74,7 +74,7 @@ def read_checkpoint_peers(
             path,
             {},
             prepared.classes,
-            config.data.image_size,
+            config.data.size,
             config=description["config"],
             results=_results(state, specs, events),
             step=state["step"],
@@ -151,7 +151,7 @@ def _write(
     net = build(
         spec,
         classes=len(prepared.classes),
-        image_size=config.data.image_size,
+        image_size=config.data.size,
         seed=config.seed,
         dtype=torch.float64 if config.numerics.float64 else torch.float32,
     )
@@ -163,7 +163,7 @@ def _write(
         spec,
         classes=prepared.classes,
         normalisation=prepared.normalisation,
-        image_size=config.data.image_size,
+        image_size=config.data.size,
         grey_bits=prepared.grey_bits,
     )
     dataset = public_name(config.data.dataset)

@@ -111,7 +111,7 @@ def learn(
         source, config = _check(modules, train, test, config)
     check_batch_size(source, config.data, config.optim.batch_size)
     check_optimizers(config.optim, list(modules))
-    frozen = read_teachers(config.method.frozen_peers, source.classes, config.data.image_size)
+    frozen = read_teachers(config.method.frozen_peers, source.classes, config.data.size)
     if frozen and source.train.images.is_floating_point():
         raise UsageError("Config(frozen_peers=...) needs uint8 images, normalised for each teacher")
     teachers = {name: load_network(folder) for name, folder in frozen.items()}

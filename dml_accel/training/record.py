@@ -264,7 +264,7 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
                     weights=weights,
                     classes=images.classes,
                     normalisation=images.normalisation,
-                    image_size=data.image_size,
+                    image_size=data.size,
                     dataset=data.dataset,
                     grey_bits=ready.checked.source.grey_bits,
                     steps=steps,

@@ -142,7 +142,7 @@ def image_format(config: Config, device: torch.device) -> ImageFormat:
     """Return what the networks of a run are given on a device."""
     precision = launched_precision(config.numerics)
     layout = memory_format(config.compute.memory_format, precision, device)
-    return ImageFormat(config.data.image_size, _dtype(config), layout, device)
+    return ImageFormat(config.data.size, _dtype(config), layout, device)
 
 
 def _dtype(config: Config) -> torch.dtype:
@@ -171,7 +171,7 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     check_batch_size(source, config.data, config.optim.batch_size)
     specs, classes = parse_cohort(config.cohort), source.classes
     check_optimizers(config.optim, [spec.name for spec in specs])
-    frozen = read_teachers(config.method.frozen_peers, classes, config.data.image_size)
+    frozen = read_teachers(config.method.frozen_peers, classes, config.data.size)
     links = read_links(config.method.links, [spec.name for spec in specs], list(frozen))
     # Refused now if they cannot be built.
     teachers = {name: load_network(folder) for name, folder in frozen.items()}
@@ -206,7 +206,7 @@ def build_networks(
         spec.name: build(
             spec,
             classes=classes,
-            image_size=config.data.image_size,
+            image_size=config.data.size,
             seed=config.seed,
             dtype=_dtype(config),
             smallest_micro_batch=config.optim.smallest_micro_batch,
@@ -219,7 +219,7 @@ def build_networks(
 def _count_all(config: Config, modules: Modules) -> dict[str, Cost]:
     return {
         name: dataclasses.replace(
-            count(module, config.data.image_size),
+            count(module, config.data.size),
             optimizer_state=state_per_parameter(config.optim.of_peer(name)),
         )
         for name, module in modules.items()
@@ -264,7 +264,7 @@ def print_starts(checked: Checked) -> None:
 
 
 def _check_batch_norm(config: Config, modules: Modules, ranks: Ranks, classes: int) -> None:
-    size, images = config.data.image_size, config.optim.smallest_micro_batch
+    size, images = config.data.size, config.optim.smallest_micro_batch
     for name, module in modules.items():
         processes = len(ranks[name])
         if processes == 1:
@@ -366,7 +366,7 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
         UsageError: a network, an optimizer or an augmentation cannot be had.
     """
     parse_augment(config.data.augmentation)
-    specs, size = parse_cohort(config.cohort), config.data.image_size
+    specs, size = parse_cohort(config.cohort), config.data.size
     check_optimizers(config.optim, [spec.name for spec in specs])
     modules = build_networks(config, specs, classes)
     costs = _count_all(config, modules)

@@ -340,7 +340,7 @@ def _smaller_steps(config: Config, one_at_a_time: bool) -> str:
 
 def _fewer_pixels(config: Config, device: torch.device) -> str:
     """Return which flags make the images of a run need less memory of a device."""
-    size = config.data.image_size
+    size = config.data.size
     ways = f"an --image-size below {size} or a --train-limit needs less (another result)"
     elsewhere = "" if device.type == "cpu" else "; --cpu trains in the memory of the host"
     return f"all images of a run must fit into the memory of {device}: {ways}{elsewhere}"

@@ -28,12 +28,19 @@ DEFAULTS = {
     "label_column": None,
     "train_split": "train",
     "test_split": "test",
+    "val_split": "auto",
     "test_fraction": 0.0,
-    "image_size": 32,
+    "image_size": None,
+    "eval_resize": None,
+    "crop_mode": "center",
+    "mean": [],
+    "std": [],
+    "bad_images": "refuse",
     "augment": None,
     "mixup": 0.0,
     "cutmix": 0.0,
     "label_smoothing": 0.0,
+    "class_weights": "none",
     "train_limit": None,
     "val_fraction": 0.0,
     "labelled_fraction": 1.0,
@@ -81,6 +88,9 @@ DEFAULTS = {
     "memory_format": None,
     "low_memory": False,
     "return_memory": False,
+    "feed": "auto",
+    "images_on": "auto",
+    "workers": None,
     "placement": "auto",
     "measure": False,
     "exchange": "logits",
@@ -240,7 +250,6 @@ def test_a_usage_error_is_one_line_at_once(case: str) -> None:
         ("--no-such-optimizer", "see train --help"),
         ("--gradient-noise", "see train --help"),
         ("--label-smoothin", "did you mean --label-smoothing?"),
-        ("--workers", "see train --help"),
         ("--devices", "see train --help"),
         ("-x", "see train --help"),
     ],
@@ -320,6 +329,8 @@ def on(name: str) -> tuple[list[str], Any]:
         return [], True
     if choices:
         return [choices[-1]], choices[-1]
+    if name in ("mean", "std"):
+        return ["0.5", "0.25", "1"], [0.5, 0.25, 1.0]
     if "tuple" in hint:
         return (["1", "2.5"], [1.0, 2.5]) if "float" in hint else (["a", "b"], ["a", "b"])
     if "int" in hint:

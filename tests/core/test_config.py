@@ -28,6 +28,16 @@ OTHER: dict[str, typing.Any] = {
     "train_split": "most",
     "test_split": "rest",
     "test_fraction": 0.2,
+    "val_split": "held",
+    "eval_resize": 40,
+    "crop_mode": "squash",
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.2, 0.2),
+    "bad_images": "skip",
+    "class_weights": "balanced",
+    "feed": "loader",
+    "images_on": "host",
+    "workers": 2,
     "image_size": 16,
     "augment": ("crop", "randaugment[magnitude=7]"),
     "mixup": 0.2,
@@ -176,6 +186,8 @@ ABOVE_0 = ([SMALLEST, 1e300], [0.0, -SMALLEST])
 RANGES: dict[str, tuple[list[float], list[float]]] = {
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "image_size": ([8, 4096], [7, 4097]),
+    "eval_resize": ([8, 8192], [7, 8193]),
+    "workers": ([0, 256], [-1, 257]),
     "train_limit": AT_LEAST_1,
     "val_fraction": ([0.0, BELOW_1], [-SMALLEST, 1.0]),
     "test_fraction": ([0.0, BELOW_1], [-SMALLEST, 1.0]),
@@ -268,7 +280,7 @@ def test_every_choice_is_accepted_and_any_other_word_refused() -> None:
                 said = f"--{field.name.replace('_', '-')} is other; it must be one of {choices[0]}"
                 with pytest.raises(UsageError, match=said):
                     Config(**{field.name: "other"})
-    assert chosen == 16
+    assert chosen == 21
 
 
 @pytest.mark.parametrize(
@@ -381,8 +393,9 @@ def test_resuming_may_change_what_does_not_change_the_result(name: str) -> None:
     difference = {name: pair}
     free = section in ("compute", "run")
     assert config.differences(saved) == ({} if free else difference)
-    # What a data set holds is compared instead of its name, wherever it lies.
-    refused = {} if free or name in ("max_steps", "dataset") else difference
+    # What a data set holds is compared instead of its name, wherever it lies. And up to here no
+    # image was met that could not be read.
+    refused = {} if free or name in ("max_steps", "dataset", "bad_images") else difference
     assert config.refused_on_resume(saved) == refused
 
 
@@ -435,8 +448,24 @@ def test_a_rate_that_depends_on_the_last_epoch_forbids_more_of_them(schedule: st
             {"teach_with": "ema", "ema": 0.9, "update": "official"},
             "--teach-with ema needs --update simultaneous: with official, peers learn from weights",
         ),
-        ({"keep": "best"}, "--keep best needs --val-fraction above 0: the test split is for"),
-        ({"early_stop": 3}, "--early-stop 3 needs --val-fraction above 0: the test split is for"),
+        (
+            {"keep": "best", "val_split": "none"},
+            "--keep best needs --val-fraction above 0, or a --val-split: the test split is for",
+        ),
+        (
+            {"early_stop": 3, "val_split": "none"},
+            "--early-stop 3 needs --val-fraction above 0, or a --val-split: the test split is for",
+        ),
+        ({"val_split": "train"}, "--val-split and --train-split are both 'train': validation"),
+        (
+            {"val_split": "held", "val_fraction": 0.1},
+            "--val-fraction 0.1 cuts a validation split from the training images, and --val-split",
+        ),
+        ({"mean": (0.5, 0.5)}, "--mean has 2 values; it needs three: red, green and blue"),
+        (
+            {"image_size": 64, "eval_resize": 60},
+            "--eval-resize 60 is below --image-size 64, which is cut out of it",
+        ),
         (
             {"mixup": 0.2, "labelled_fraction": 0.5},
             "--mixup mixes labels, but with --labelled-fraction 0.5 some images have none: drop",
