@@ -1,4 +1,4 @@
-"""One image, from the bytes of a file to RGB levels of a square; the same everywhere.
+"""One image, from the bytes of a file to RGB levels, whole or as a square; the same everywhere.
 
 Files are untrusted: only Pillow's own decoders run, and an image above Pillow's pixel limit is
 refused by its header.
@@ -6,13 +6,17 @@ refused by its header.
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image
+
+from dml_accel.core.config import DataConfig
 
 _DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey level, as cameras and scanners deliver them
 _DARK = 16  # of 255: the brightest of 12 bits when only the high 8 of 16 are kept
@@ -68,6 +72,59 @@ def unreadable(error: BaseException) -> str:
     return str(error).split(" <_io.BytesIO")[0] or type(error).__name__
 
 
+# ---------------------------------------------------------------- geometry
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an image of any size becomes a square, as torchvision and timm do it for evaluation.
+
+    Attributes:
+        size: S, pixels per side of the square.
+        resize: R, at least S: pixels of the shorter side before the square is cut out of the
+            middle; with ``squash``, of both sides.
+        mode: ``center`` or ``squash``, as ``--crop-mode``; of which timm has the names.
+    """
+
+    size: int
+    resize: int
+    mode: str = "center"
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Geometry":
+        """Return the geometry of a configuration."""
+        return cls(data.size, data.resize, data.crop_mode)
+
+    @classmethod
+    def from_crop(cls, size: int, crop_pct: float, mode: str) -> "Geometry":
+        """Return the geometry that timm makes of ``crop_pct``: S divided by it is R."""
+        return cls(size, math.floor(size / crop_pct), mode)
+
+    @property
+    def crop_pct(self) -> float:
+        """Share of the side that is cut out, from which timm computes R again."""
+        share = self.size / self.resize
+        return share if math.floor(self.size / share) == self.resize else math.nextafter(share, 0)
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """Return the square of an upright image."""
+        width, height = image.size
+        short, long = sorted(image.size)
+        if self.mode == "squash":
+            wanted = (self.resize, self.resize)
+        elif short == self.resize:
+            wanted = image.size
+        else:
+            other = int(self.resize * long / short)
+            wanted = (self.resize, other) if width <= height else (other, self.resize)
+        if wanted != image.size:
+            image = image.resize(wanted, Image.Resampling.BILINEAR)
+        left, top = (round((side - self.size) / 2) for side in image.size)
+        if image.size != (self.size, self.size):
+            image = image.crop((left, top, left + self.size, top + self.size))
+        return image
+
+
 # ---------------------------------------------------------------- levels
 
 
@@ -81,14 +138,16 @@ def depth_of(level: int) -> int:
     return next(bits for bits in _DEPTHS if level < 2**bits)
 
 
-def to_rgb(image: Image.Image, size: int, grey_bits: int | None = None) -> np.ndarray:
-    """Return an image as RGB levels [S, S, 3] uint8, as a viewer shows it, resized to a square.
+def to_rgb(
+    image: Image.Image, geometry: Geometry | None, grey_bits: int | None = None
+) -> np.ndarray:
+    """Return an image as RGB levels [H, W, 3] uint8, as a viewer shows it.
 
     It is turned as its EXIF orientation says, and what is transparent is painted over white.
 
     Args:
         image: as opened.
-        size: S.
+        geometry: how it becomes a square; None: it stays whole.
         grey_bits: how many of the 16 bits of a grey image its levels use: 10 and 12 are common.
             Brighter levels become white. None: as few as hold the brightest level of this image.
 
@@ -115,9 +174,7 @@ def to_rgb(image: Image.Image, size: int, grey_bits: int | None = None) -> np.nd
     image = image.convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return np.asarray(image if geometry is None else geometry.square(image))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -36,7 +36,7 @@ def stored(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 
 def decoded(content: bytes, size: int = 8, bits: int | None = None) -> np.ndarray:
     with pixels.bounded_pixels(), pixels.opened(io.BytesIO(content)) as image:
-        return pixels.to_rgb(image, size, bits)
+        return pixels.to_rgb(image, pixels.Geometry(size, size, "squash"), bits)
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])

@@ -1,0 +1,120 @@
+"""Images of a split that are read and decoded when they are needed; nothing of them is kept.
+
+Shape letters: N images, H and W pixels of an original, S pixels a side of a square.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from dml_accel.core.tables import printable
+from dml_accel.data.listing import Listing
+from dml_accel.data.pixels import Geometry, bounded_pixels, grey_maximum, opened, to_rgb, unreadable
+
+
+@dataclass(frozen=True)
+class Damage:
+    """An image that cannot be read.
+
+    Attributes:
+        row: of its listing.
+        place: what to call it.
+        reason: why.
+    """
+
+    row: int
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One decoded image.
+
+    Attributes:
+        levels: RGB [H, W, 3] or [S, S, 3] uint8.
+        brightest: the brightest level of a grey image of 16 bits; None for others.
+        damage: images that cannot be read, in whose place this one stands.
+    """
+
+    levels: np.ndarray
+    brightest: int | None = None
+    damage: tuple[Damage, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of a split, or of some of its rows, before they are read.
+
+    Attributes:
+        listing: of the split.
+        rows: of the listing, in our order, [N] int64.
+        geometry: how an image becomes a square.
+        grey_bits: see ``pixels.to_rgb``.
+        skips: whether another image of its class stands in for one that cannot be read.
+    """
+
+    listing: Listing
+    rows: Tensor
+    geometry: Geometry
+    grey_bits: int | None = None
+    skips: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, rows: Tensor) -> "Pictures":
+        """Return the images at ``rows`` (int64) of ours, in that order."""
+        return dataclasses.replace(self, rows=self.rows[rows])
+
+    def read(self, place: int, whole: bool = False) -> Picture | Damage:
+        """Read the image at ``place`` of ours, or what stands in for it.
+
+        Args:
+            place: from 0 to N - 1.
+            whole: whether to return the original, not its square.
+
+        Returns:
+            The image; what is wrong with it, if nothing stands in for it.
+        """
+        row = int(self.rows[place])
+        found = self._read(row, whole)
+        if isinstance(found, Picture) or not self.skips:
+            return found
+        damage = [found]
+        for other in stand_ins(self.listing.labels, row):
+            found = self._read(other, whole)
+            if isinstance(found, Picture):
+                return dataclasses.replace(found, damage=tuple(damage))
+            damage.append(found)
+        return damage[0]
+
+    def _read(self, row: int, whole: bool) -> Picture | Damage:
+        try:
+            with bounded_pixels(), opened(io.BytesIO(self.listing.content(row))) as image:
+                level = grey_maximum(image)
+                levels = to_rgb(image, None if whole else self.geometry, self.grey_bits)
+        except Exception as error:  # Pillow raises many kinds for files it cannot parse
+            return damaged(self.listing, row, error)
+        return Picture(levels, level)
+
+
+def damaged(listing: Listing, row: int, error: Exception) -> Damage:
+    """Return what is wrong with an image that raised an error when it was read."""
+    return Damage(row, printable(listing.place(row)), printable(unreadable(error)))
+
+
+def stand_ins(labels: Tensor, row: int) -> Iterator[int]:
+    """Yield the other rows of an image's class, from the one after it round to the one before.
+
+    Args:
+        labels: of a whole listing, [N] int64, so that both feeds and all splits of it agree.
+        row: of the listing.
+    """
+    same: Sequence[int] = (labels == labels[row]).nonzero()[:, 0].tolist()
+    place = same.index(row)
+    yield from (*same[place + 1 :], *same[:place])
