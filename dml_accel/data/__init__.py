@@ -10,6 +10,7 @@ In reading order:
     class_folders  folders whose names are the classes
     arrow          data sets that the datasets library opens
     splits         decoded images and labels, and what tells them from others
+    memory         memory that images may use
     cache          decoded images, kept on disk
     decode         the images of a split as one array
     selection      which images are trained on, held out, or used with their labels

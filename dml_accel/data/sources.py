@@ -25,8 +25,9 @@ from dml_accel.data.arrow import list_tables
 from dml_accel.data.augment import parse_augment
 from dml_accel.data.cache import Decoded
 from dml_accel.data.class_folders import HERE, find_layout, is_archive, read_folders
-from dml_accel.data.decode import Damage, DamagedImagesError, decoded, require_memory
+from dml_accel.data.decode import Damage, DamagedImagesError, decoded
 from dml_accel.data.listing import Listing
+from dml_accel.data.memory import require_memory
 from dml_accel.data.pixels import to_rgb
 from dml_accel.data.selection import decoded_rows
 from dml_accel.data.splits import Fingerprint, Split, SplitPrint, sha256

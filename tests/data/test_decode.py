@@ -312,31 +312,3 @@ def test_two_folders_of_one_name_are_not_taken_for_each_other(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="there is no folder .*/pictures, and the hub cannot be"):
         read("pictures")
-
-
-def test_images_that_do_not_fit_into_memory_are_refused_before_any_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill(tmp_path / "set", BEFORE)
-    needed = 4 * SIZE * SIZE * 7
-    monkeypatch.setattr(decode, "_memory_left", lambda: needed)
-    read(str(tmp_path / "set"))
-    monkeypatch.setattr(decode, "_memory_left", lambda: needed - 1)
-    with pytest.raises(UsageError, match="4 images of 16 x 16 pixels need 0.0 GiB of memory, and"):
-        read(str(tmp_path / "set"))
-
-
-def test_the_memory_that_is_left_respects_a_control_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, text in (
-        ("max", "1000000"),
-        ("current", "900000"),
-        ("stat", "anon 5\ninactive_file 200000\n"),
-    ):
-        (tmp_path / name).write_text(text)
-    group = tuple(str(tmp_path / name) for name in ("max", "current", "stat"))
-    monkeypatch.setattr(decode, "_GROUPS", (group,))
-    assert decode._memory_left() == 300_000  # what files use is given up
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert decode._memory_left() == 100_000
