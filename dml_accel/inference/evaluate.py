@@ -113,14 +113,18 @@ def evaluate(
     Args:
         peers: the peers.
         networks: their networks.
-        split: images, and labels as indices of the networks' classes.
+        split: images, and labels as indices of the networks' classes; images whose label is -1 are
+            not counted, because they could not be read.
         device: of the networks.
         origin: further entries of evaluation.json: what was evaluated, and how.
+
+    Raises:
+        UsageError: none of the images could be read.
     """
     names, classes = networks.names, len(peers.classes)
     sums, hits, confusion = _accumulate(networks, split, device, classes)
-    metrics = finish(sums, names, classes)
-    counts = torch.bincount(split.labels, minlength=classes).tolist()
+    metrics = finish(sums, names, classes, str(origin.get("split", "evaluated")))
+    counts = torch.bincount(split.labels[split.labels >= 0], minlength=classes).tolist()
     record = {
         "format": 1,
         **origin,
@@ -138,6 +142,7 @@ def evaluate(
         ],
         "ensemble": metrics["ensemble"],
         "agreement": metrics["agreement"],
+        "imbalance": metrics["imbalance"],
         "classes": _accuracy_by_class(peers.classes, counts, hits, names),
         "most_confused": [] if confusion is None else _most_confused(confusion, peers.classes),
         "versions": versions() | device_versions(device),
@@ -149,7 +154,7 @@ def _accumulate(
     networks: Networks, split: Split, device: torch.device, classes: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return sums for ``metrics.finish``, hits by class [K + 1, C] and the confusion matrix."""
-    sums = no_sums(len(networks.names), device)
+    sums = no_sums(len(networks.names), classes, device)
     hits = torch.zeros(len(networks.names) + 1, classes, dtype=torch.int64)
     confusion = None
     if classes <= _MOST_CLASSES:
@@ -161,7 +166,9 @@ def _accumulate(
         for row, best in enumerate(predicted):
             hits[row] += torch.bincount(labels[best == labels], minlength=classes)
         if confusion is not None:
-            cells = torch.bincount(labels * classes + predicted[-1], minlength=classes**2)
+            read = labels >= 0
+            pairs = labels[read] * classes + predicted[-1, read]
+            cells = torch.bincount(pairs, minlength=classes**2)
             confusion += cells.view(classes, classes)
     return sums, hits, confusion
 

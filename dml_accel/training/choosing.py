@@ -14,6 +14,8 @@ from typing import Any
 from dml_accel.mutual.peer import Peer
 
 STATE = BEST, EARLY_STOP = "best", "early_stop"
+_METRICS = {"n", "top1", "top5", "nll", "ece"}
+_NEWER_METRICS = {"macro_f1"}  # which older checkpoints lack
 
 
 class Choosing:
@@ -132,7 +134,7 @@ def _is_best(found: Any) -> bool:
     splits = (found["val"], found["test"])
     return _is_count(found["step"]) and all(
         isinstance(one, dict)
-        and set(one) == {"n", "top1", "top5", "nll", "ece"}
+        and _METRICS <= set(one) <= _METRICS | _NEWER_METRICS
         and _is_count(one["n"])
         and isinstance(one["top1"], float)
         and all(isinstance(value, int | float | None) for value in one.values())

@@ -377,7 +377,7 @@ def _evaluate_splits(
         measured: dict[str, Any] = {"test": None, "val": None}
         for name, images in splits.items():
             measured[name] = evaluate(
-                peers, images, len(data.classes), placement, stop, averages=averages
+                peers, images, len(data.classes), placement, stop, averages=averages, split=name
             )
             if measured[name] is None:
                 return None
@@ -394,6 +394,7 @@ def evaluate(
     stop: Stop | None = None,
     *,
     averages: bool = False,
+    split: str = "evaluated",
 ) -> dict[str, Any] | None:
     """Measure every peer and the ensemble on all of ``images``, each image counted once.
 
@@ -406,9 +407,13 @@ def evaluate(
         placement: which rows are ours.
         stop: checked after each chunk on a CPU, and with a single process.
         averages: whether to measure the averages of their weights.
+        split: its name, for messages.
 
     Returns:
         See ``metrics.finish``; the same in all processes. None if a process was asked to stop.
+
+    Raises:
+        UsageError: none of the images could be read.
     """
     processes = placement.processes
     looks = stop and (processes.world_size == 1 or placement.device.type == "cpu")
@@ -417,7 +422,7 @@ def evaluate(
     trained = [peer.module.eval() for peer in peers]
     modules = [peer.average.module for peer in peers if peer.average] if averages else trained
     placement.broadcast_buffers(modules)
-    sums = no_sums(len(placement.names), placement.device)
+    sums = no_sums(len(placement.names), classes, placement.device)
     chunk = _EVALUATION_ROWS * placement.slices
     for start in range(0, len(images), chunk):
         stops = bool(looks and stop and processes.all_reduce_max(stop.requested))
@@ -433,4 +438,6 @@ def evaluate(
             sums += batch_sums(everyone, y)
     for module in trained:
         module.train()
-    return None if stops else finish(placement.sum_over_rows(sums), placement.names, classes)
+    if stops:
+        return None
+    return finish(placement.sum_over_rows(sums), placement.names, classes, split)
