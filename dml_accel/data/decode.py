@@ -9,7 +9,6 @@ import io
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,22 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dml_accel.core.errors import UsageError
-from dml_accel.core.tables import printable
 from dml_accel.data.cache import Decoded, cached
 from dml_accel.data.listing import Listing
 from dml_accel.data.memory import memory_text
-from dml_accel.data.pixels import bounded_pixels, depth_of, grey_maximum, opened, to_rgb, unreadable
+from dml_accel.data.pictures import Damage, damaged
+from dml_accel.data.pixels import Geometry, bounded_pixels, depth_of, grey_maximum, opened, to_rgb
 from dml_accel.data.splits import sha256
 
 _NAMED = 3
-
-
-@dataclass(frozen=True)
-class Damage:
-    """An image that cannot be read: what to call it, and why."""
-
-    place: str
-    reason: str
 
 
 class DamagedImagesError(UsageError):
@@ -71,7 +62,7 @@ class DamagedImagesError(UsageError):
 def decoded(
     listing: Listing,
     rows: Tensor | None,
-    size: int,
+    geometry: Geometry,
     quiet: bool = False,
     grey_bits: int | None = None,
 ) -> Decoded:
@@ -80,7 +71,7 @@ def decoded(
     Args:
         listing: what the split consists of.
         rows: those to decode, ascending, [M] int64; None for all.
-        size: S, pixels per side.
+        geometry: how an image becomes a square of S pixels per side.
         quiet: show no progress.
         grey_bits: see ``pixels.to_rgb``; None: as few as hold the brightest level of the split.
 
@@ -89,18 +80,21 @@ def decoded(
         UsageError: the images do not fit into memory.
     """
     chosen = list(range(len(listing.labels))) if rows is None else rows.tolist()
-    about = (size, grey_bits, rows is None or sha256(rows))
-    return cached(listing, chosen, about, lambda: decode(listing, chosen, size, quiet, grey_bits))
+    about = (geometry, grey_bits, rows is None or sha256(rows))
+    return cached(
+        listing, chosen, about, lambda: decode(listing, chosen, geometry, quiet, grey_bits)
+    )
 
 
 def decode(
     listing: Listing,
     rows: Sequence[int],
-    size: int,
+    geometry: Geometry,
     quiet: bool = False,
     grey_bits: int | None = None,
 ) -> Decoded:
     """Decode images of a split; see ``decoded``."""
+    size = geometry.size
     try:
         images = np.empty((len(rows), size, size, 3), np.uint8)
     except (MemoryError, ValueError) as error:
@@ -120,15 +114,15 @@ def decode(
                 contents.append(hashlib.sha256(stored).digest())
                 with opened(io.BytesIO(stored)) as picture:
                     level = grey_maximum(picture)
-                    images[place] = to_rgb(picture, size, grey_bits)
+                    images[place] = to_rgb(picture, geometry, grey_bits)
                 if level is not None:
                     brightest[place] = level
             except Exception as error:  # Pillow raises many kinds for files it cannot parse
-                damage.append(Damage(printable(listing.place(row)), printable(unreadable(error))))
+                damage.append(damaged(listing, row, error))
         if damage:
             raise DamagedImagesError(damage)
         if brightest:
-            grey_bits = _one_depth(listing, rows, images, brightest, grey_bits)
+            grey_bits = _one_depth(listing, rows, geometry, images, brightest, grey_bits)
     tensor = torch.from_numpy(images)
     short = np.frombuffer(b"".join(one[:8] for one in contents), np.int64).copy()
     return Decoded(
@@ -143,12 +137,13 @@ def decode(
 def _one_depth(
     listing: Listing,
     rows: Sequence[int],
+    geometry: Geometry,
     images: np.ndarray,
     brightest: dict[int, int],
     given: int | None,
 ) -> int:
     """Give all 16-bit grey images of a split the same depth, in place; return its bits."""
-    size, most = images.shape[1], max(brightest.values())
+    most = max(brightest.values())
     bits = given or depth_of(most)
     above = [place for place, level in brightest.items() if level >= 2**bits]
     if above:
@@ -160,5 +155,5 @@ def _one_depth(
     for place, level in brightest.items():
         if given is None and depth_of(level) != bits:
             with opened(io.BytesIO(listing.content(rows[place]))) as picture:
-                images[place] = to_rgb(picture, size, bits)
+                images[place] = to_rgb(picture, geometry, bits)
     return bits

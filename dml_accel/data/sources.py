@@ -25,10 +25,11 @@ from dml_accel.data.arrow import list_tables
 from dml_accel.data.augment import parse_augment
 from dml_accel.data.cache import Decoded
 from dml_accel.data.class_folders import HERE, find_layout, is_archive, read_folders
-from dml_accel.data.decode import Damage, DamagedImagesError, decoded
+from dml_accel.data.decode import DamagedImagesError, decoded
 from dml_accel.data.listing import Listing
 from dml_accel.data.memory import require_memory
-from dml_accel.data.pixels import to_rgb
+from dml_accel.data.pictures import Damage
+from dml_accel.data.pixels import Geometry, to_rgb
 from dml_accel.data.selection import decoded_rows
 from dml_accel.data.splits import Fingerprint, Split, SplitPrint, sha256
 
@@ -135,7 +136,7 @@ def read(data: DataConfig, quiet: bool = False) -> Source:
     for role in ("train", "test"):
         try:
             chosen = rows if role == "train" else None
-            found[role] = decoded(listings[role], chosen, data.size, quiet, grey_bits)
+            found[role] = decoded(listings[role], chosen, Geometry.of(data), quiet, grey_bits)
             grey_bits = found[role].grey_bits
         except DamagedImagesError as error:  # those of the other split are named as well
             damage += error.damage
@@ -171,7 +172,7 @@ def read_test(
     listings, classes = _list(data, ("test",), quiet)
     labels = listings["test"].labels
     require_memory(len(labels), data.size)
-    found = decoded(listings["test"], None, data.size, quiet, grey_bits)
+    found = decoded(listings["test"], None, Geometry.of(data), quiet, grey_bits)
     identity = SplitPrint.of(labels, len(classes), found.pixels)
     return Split(found.images, labels), classes, identity
 
@@ -263,9 +264,11 @@ def _digits(data: DataConfig) -> Source:
             )
     from sklearn.datasets import load_digits
 
-    bunch, size = load_digits(), data.size
+    bunch, geometry = load_digits(), Geometry.of(data)
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
-    images = torch.from_numpy(np.stack([to_rgb(Image.fromarray(g), size) for g in grey]))
+    images = torch.from_numpy(
+        np.stack([to_rgb(Image.fromarray(g), geometry) for g in grey])
+    )
     labels = torch.from_numpy(bunch.target).long()
     cut = len(labels) - _DIGITS_TEST_ROWS
     train, test = Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:])

@@ -46,7 +46,7 @@ def test_other_colours_and_sizes_become_rgb_squares(parquet: Write, mode: str) -
     folder = parquet(train=split([0], [buffer.getvalue()]), test=split([1]))
     image = read(folder).train.images[0]
     assert image.shape == (SIZE, SIZE, 3)
-    assert (image.int() - 90).abs().max() <= 12  # the palette has no such grey
+    assert (image.int() - 90).abs().max() <= 16  # the palette has no such grey
 
 
 # ---------------------------------------------------------------- the cache
