@@ -56,6 +56,7 @@ def mutual_loss(
     target: str = "peers",
     mixed: Mixed | None = None,
     label_smoothing: float = 0.0,
+    class_weights_C: Tensor | None = None,
 ) -> Losses:
     """Return the loss of K peers that all learn from each other, on every row.
 
@@ -69,7 +70,7 @@ def mutual_loss(
         temperature: T.
         kl_reduction: ``mean`` or ``sum`` over the K - 1 other peers.
         target: see ``targets``.
-        mixed, label_smoothing: see ``mutual_losses``.
+        mixed, label_smoothing, class_weights_C: see ``mutual_losses``.
     """
     learned = None
     if kl_weight and len(logits_KBC) > 1:
@@ -85,6 +86,7 @@ def mutual_loss(
         sums_kl=kl_reduction == "sum",
         mixed=mixed,
         label_smoothing=label_smoothing,
+        class_weights_C=class_weights_C,
     )
 
 
@@ -100,6 +102,7 @@ def mutual_losses(
     kl_on_labelled: bool = False,
     mixed: Mixed | None = None,
     label_smoothing: float = 0.0,
+    class_weights_C: Tensor | None = None,
 ) -> Losses:
     """Return the loss of K peers on every row.
 
@@ -118,23 +121,27 @@ def mutual_losses(
             labels, each times its share. All rows must be labelled.
         label_smoothing: share of each label that is spread evenly over all classes, as in
             ``torch.nn.functional.cross_entropy``.
+        class_weights_C: factor of the cross-entropy with a label of each class, smoothed or not; of
+            a mixed row, of each of its two. The KL term has none. None for 1.
 
     Returns:
         ``total`` carries gradients: its row k into the logits of peer k and nowhere else.
-        ``cross_entropy`` includes ``mixed``, ``label_smoothing`` and ``label_weight``. ``kl`` is
-        the term of the formula above before w, with T^2; 0 if it was not computed.
+        ``cross_entropy`` includes ``mixed``, ``label_smoothing`` and both weights. ``kl`` is the
+        term of the formula above before w, with T^2; 0 if it was not computed.
     """
     # Half precision has too few digits for the sums over classes and over rows.
     logits_KBC = at_least_single(logits_KBC)
     log_p = F.log_softmax(logits_KBC, dim=-1)  # [K, B, C]
     # gather needs a valid class; what it picks for an unused label is multiplied by 0 below.
     known_B = labels_B if label_weight is None else labels_B.clamp(min=0)
-    cross_entropy = _cross_entropy(log_p, known_B)
+    cross_entropy = _cross_entropy(log_p, known_B, class_weights_C)
     if mixed is not None:
-        theirs = _cross_entropy(log_p, mixed.labels)
+        theirs = _cross_entropy(log_p, mixed.labels, class_weights_C)
         cross_entropy = mixed.share * cross_entropy + (1 - mixed.share) * theirs
     if label_smoothing:
         evenly = -log_p.mean(-1)  # [K, B]: the cross-entropy with every class alike
+        if class_weights_C is not None:
+            evenly = evenly * _weights_of_rows(class_weights_C, known_B, mixed)
         cross_entropy = (1 - label_smoothing) * cross_entropy + label_smoothing * evenly
     weight_B = None
     if label_weight is not None:
@@ -154,9 +161,30 @@ def mutual_losses(
     return Losses(cross_entropy + kl_weight * kl, cross_entropy, kl)
 
 
-def _cross_entropy(log_p_KBC: Tensor, labels_B: Tensor) -> Tensor:
+def _cross_entropy(log_p_KBC: Tensor, labels_B: Tensor, weights_C: Tensor | None) -> Tensor:
     """Return the cross-entropy of every peer with each row's class, [K, B], in nats."""
-    return -log_p_KBC.gather(2, labels_B.expand(len(log_p_KBC), -1)[..., None])[..., 0]
+    found = -log_p_KBC.gather(2, labels_B.expand(len(log_p_KBC), -1)[..., None])[..., 0]
+    return found if weights_C is None else found * weights_C[labels_B]
+
+
+def _weights_of_rows(weights_C: Tensor, labels_B: Tensor, mixed: Mixed | None) -> Tensor:
+    """Return the weight of each row's label, or the mean of those that it is mixed of, [B]."""
+    own = weights_C[labels_B]
+    return own if mixed is None else mixed.share * own + (1 - mixed.share) * weights_C[mixed.labels]
+
+
+def balanced_weights(counts_C: Tensor) -> Tensor:
+    """Return the inverse frequency of each class, with a mean of 1 over all images, [C] float64.
+
+    That is N / (C n_c) for n_c of N images, where C counts the classes that have any; the others
+    have the weight 0.
+
+    Args:
+        counts_C: images of each class.
+    """
+    counts = counts_C.double()
+    present = counts > 0
+    return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 0.0)
 
 
 def kl_from_targets(log_p_KBC: Tensor, targets: Targets) -> Tensor:

@@ -20,10 +20,11 @@ def kl(p_l: Tensor, p_k: Tensor) -> Tensor:
     return total / p_k.shape[0]
 
 
-def cross_entropy(p_k: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(p_k: Tensor, labels: Tensor, class_weights: list[float] | None = None) -> Tensor:
     """L_C of posteriors [B, C] and classes [B] (equation 2): the mean over labelled rows.
 
-    Rows with label -1 have none; 0 where no row has one. ``labels`` [B, C] are ``soft_labels``.
+    Rows with label -1 have none; 0 where no row has one. ``labels`` [B, C] are ``soft_labels``,
+    which have weights already.
     """
     total, labelled = torch.zeros((), dtype=p_k.dtype), 0
     if labels.dim() == 2:
@@ -33,21 +34,28 @@ def cross_entropy(p_k: Tensor, labels: Tensor) -> Tensor:
         return total / p_k.shape[0]
     for row in range(p_k.shape[0]):
         if labels[row] >= 0:
-            total = total - torch.log(p_k[row, labels[row]])
+            weight = class_weights[int(labels[row])] if class_weights else 1.0
+            total = total - weight * torch.log(p_k[row, labels[row]])
             labelled += 1
     return total / labelled if labelled else total
 
 
 def soft_labels(
-    labels: Tensor, classes: int, partners: Tensor, share: float, smoothing: float = 0.0
+    labels: Tensor,
+    classes: int,
+    partners: Tensor,
+    share: float,
+    smoothing: float = 0.0,
+    class_weights: list[float] | None = None,
 ) -> Tensor:
-    """The indicators I(y_i, m) of equation 2, mixed with the partners' and smoothed, [B, C]."""
+    """The indicators I(y_i, m) of equation 2, smoothed, weighted and mixed with the partners'."""
     indicators = torch.zeros(len(labels), classes, dtype=torch.float64)
     for row in range(len(labels)):
-        for m in range(classes):
-            own, other = float(labels[row] == m), float(partners[row] == m)
-            mixed = share * own + (1 - share) * other
-            indicators[row, m] = (1 - smoothing) * mixed + smoothing / classes
+        for label, part in ((int(labels[row]), share), (int(partners[row]), 1 - share)):
+            weight = class_weights[label] if class_weights else 1.0
+            for m in range(classes):
+                smooth = (1 - smoothing) * float(label == m) + smoothing / classes
+                indicators[row, m] += part * weight * smooth
     return indicators
 
 
@@ -61,13 +69,14 @@ def loss(
     target: str = "peers",
     links: list[list[float]] | None = None,
     frozen: list[Tensor] | None = None,
+    class_weights: list[float] | None = None,
 ) -> Tensor:
     """L_k of logits [B, C] of each peer (equations 5 and 8); the other peers are constants.
 
     ``links[k][l]`` weighs what k learns from l; ``frozen`` are logits of further teachers, whose
     weights stand at the end of each row.
     """
-    total = cross_entropy(F.softmax(logits[k], dim=1), labels)
+    total = cross_entropy(F.softmax(logits[k], dim=1), labels, class_weights)
     everyone = logits + (frozen or [])
     teachers = []
     for index, z in enumerate(everyone):

@@ -64,6 +64,8 @@ class Cohort:
         seed: keys dropout.
         low_memory: whether to keep one network's activations at a time.
         label_smoothing: share of each label that is spread over all classes.
+        class_weights: factor of the cross-entropy with a label of each class, [C] on the device;
+            None for 1.
     """
 
     peers: Sequence[Peer]
@@ -76,6 +78,7 @@ class Cohort:
     seed: int = 0
     low_memory: bool = False
     label_smoothing: float = 0.0
+    class_weights: Tensor | None = None
 
     @property
     def one_at_a_time(self) -> bool:
@@ -84,6 +87,11 @@ class Cohort:
         Without a KL term nothing has to be predicted first: less memory for the same work.
         """
         return self.low_memory or not self.teaching.is_on
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest of the class weights; reading it waits for the device."""
+        return 1.0 if self.class_weights is None else float(self.class_weights.max())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,6 +171,7 @@ class Step:
             label_weight=cohort.images.label_weight(batch, cohort.optim.batch_size),
             mixed=labels.mixed,
             label_smoothing=cohort.label_smoothing,
+            class_weights=cohort.class_weights,
         )
         return losses, torch.stack([part.detach().sum(1) for part in losses], 1)
 

@@ -162,6 +162,7 @@ class Teaching:
         label_weight: Tensor | None,
         mixed: Mixed | None = None,
         label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
     ) -> Losses:
         """Return the losses of peers with logits [K, B, C] on B rows; see ``mutual_losses``."""
         return mutual_losses(
@@ -175,4 +176,5 @@ class Teaching:
             kl_on_labelled=self._method.kl_images == "labelled",
             mixed=mixed,
             label_smoothing=label_smoothing,
+            class_weights_C=class_weights,
         )

@@ -170,7 +170,8 @@ def fit(
     placement, optim, per_epoch = cohort.placement, cohort.optim, cohort.steps_per_epoch
     optims = {name: optim.of_peer(name) for name in placement.names}
     agenda = Agenda(optim, run, placement, len(data.train), start, stop)
-    streaks = Streaks(placement, len(data.classes), start, run.max_nonfinite)
+    bound = _DIVERGED * math.log(len(data.classes)) * cohort.largest_weight
+    streaks = Streaks(placement, bound, start, run.max_nonfinite)
     choosing = Choosing(cohort.peers, run.keep == "best", optim.early_stop, start.chosen)
     step, evaluation = start.step, None
     while True:
@@ -318,12 +319,12 @@ class _Timer:
 class Streaks:
     """How many steps in a row each peer has lost, now and at most; on the device.
 
-    A step is lost if its loss is not finite or its cross-entropy out of bounds.
+    A step is lost if its loss is not finite or its cross-entropy above ``bound``.
     """
 
-    def __init__(self, placement: Placement, classes: int, start: Start, most: int) -> None:
+    def __init__(self, placement: Placement, bound: float, start: Start, most: int) -> None:
         self._names, self._most, device = placement.names, most, placement.device
-        self._bound = _DIVERGED * math.log(classes)
+        self._bound = bound
         self._now = torch.tensor([start.lost.get(name, 0) for name in self._names], device=device)
         self._longest = self._now
 

@@ -57,6 +57,7 @@ from dml_accel.models.pretrained import PretrainedWeights, read_weights
 from dml_accel.models.spec import PeerSpec, parse_cohort
 from dml_accel.mutual.averages import Average, copy_of, refuse_uncopied
 from dml_accel.mutual.links import LinkWeights, read_links
+from dml_accel.mutual.losses import balanced_weights
 from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import Cohort
 from dml_accel.mutual.teachers import load_teachers, read_teachers
@@ -443,7 +444,16 @@ def make_cohort(
         config.seed,
         config.compute.low_memory,
         config.data.label_smoothing,
+        _class_weights(config, images, format_),
     )
+
+
+def _class_weights(config: Config, images: Data, format_: ImageFormat) -> torch.Tensor | None:
+    """Return the weights of ``--class-weights`` on the device; None for 1."""
+    if config.data.class_weights == "none":
+        return None
+    weights = balanced_weights(images.train.label_counts(len(images.classes)).cpu())
+    return weights.to(format_.dtype).to(format_.device)
 
 
 # ---------------------------------------------------------------- compilation

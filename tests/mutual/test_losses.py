@@ -2,13 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 
 from dml_accel.data.mixing import Mixed
 from dml_accel.mutual import reference
-from dml_accel.mutual.losses import contributions, mutual_loss, mutual_losses, targets
+from dml_accel.mutual.losses import (
+    balanced_weights,
+    contributions,
+    mutual_loss,
+    mutual_losses,
+    targets,
+)
 
 K, B, C = 4, 6, 10
 
@@ -232,3 +240,85 @@ def test_a_row_without_a_label_has_no_smoothed_one_either(
         expected = F.cross_entropy(logits[k], some, ignore_index=-1, label_smoothing=0.1)
         torch.testing.assert_close(found[k].mean(), expected)
     assert (found[:, 2] == 0).all()
+
+
+# ---------------------------------------------------------------- weights of classes
+
+
+WEIGHTS = torch.tensor([0.5, 0.0, 2.0, 1.0, 1.5, 3.0, 0.25, 1.0, 0.75, 4.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_classes_equal_torch_and_the_reference(
+    logits: torch.Tensor, labels: torch.Tensor, share: float | None, smoothing: float
+) -> None:
+    partners = labels.roll(1)
+    mixed = None if share is None else Mixed(partners, share)
+    options = {"mixed": mixed, "label_smoothing": smoothing}
+    z = logits.clone().requires_grad_()
+    losses = mutual_loss(z, labels, **options, class_weights_C=WEIGHTS)
+    share = 1.0 if share is None else share
+    for k in range(K):
+        # A smoothed label has the weight of its own class as a whole: torch would weight its parts.
+        own, theirs = (
+            WEIGHTS[y] * F.cross_entropy(logits[k], y, reduction="none", label_smoothing=smoothing)
+            for y in (labels, partners)
+        )
+        torch.testing.assert_close(losses.cross_entropy[k], share * own + (1 - share) * theirs)
+        if not smoothing and share == 1:
+            weighted = F.cross_entropy(logits[k], labels, weight=WEIGHTS, reduction="none")
+            torch.testing.assert_close(losses.cross_entropy[k], weighted)
+    plain = mutual_loss(logits, labels, **options)
+    assert torch.equal(losses.kl, plain.kl)
+    torch.testing.assert_close(losses.total, losses.cross_entropy + plain.kl)
+    slow = [one.clone().requires_grad_() for one in logits]
+    weights = WEIGHTS.tolist()
+    soft = reference.soft_labels(labels, C, partners, share, smoothing, weights)
+    expected = [reference.loss(k, slow, soft) for k in range(K)]
+    if not smoothing and share == 1:
+        hard = [reference.loss(k, slow, labels, class_weights=weights) for k in range(K)]
+        torch.testing.assert_close(torch.stack(hard), torch.stack(expected))
+    torch.testing.assert_close(losses.total.mean(1), torch.stack(expected))
+    losses.total.mean(1).sum().backward()
+    sum(expected).backward()
+    torch.testing.assert_close(z.grad, torch.stack([one.grad for one in slow]))
+
+
+def test_weighted_classes_by_hand() -> None:
+    # p = (.9, .1), labels 0 and 1 with shares .7 and .3, weights 2 and 5, smoothing .2.
+    p, weights = torch.tensor([[[0.9, 0.1]]], dtype=torch.float64), torch.tensor([2.0, 5.0])
+    options = {"mixed": Mixed(torch.tensor([1]), 0.7), "class_weights_C": weights.double()}
+    a, b = -math.log(0.9), -math.log(0.1)
+    found = mutual_losses(p.log(), torch.tensor([0]), None, **options).total.item()
+    assert found == pytest.approx(0.7 * 2 * a + 0.3 * 5 * b)
+    options["label_smoothing"] = 0.2
+    found = mutual_losses(p.log(), torch.tensor([0]), None, **options).total.item()
+    assert found == pytest.approx(0.7 * 2 * (0.9 * a + 0.1 * b) + 0.3 * 5 * (0.1 * a + 0.9 * b))
+
+
+def test_weighted_rows_are_those_of_any_slice(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    # Not divided by the weights of a batch: slices on several processes have other ones.
+    some = labels.clone()
+    some[1] = -1
+    options = {"label_weight": torch.tensor(B / (B - 1)), "class_weights_C": WEIGHTS}
+    whole = mutual_losses(logits, some, None, **options).total
+    parts = [
+        mutual_losses(logits[:, s], some[s], None, **options).total
+        for s in [range(2), [2, 3, 4, 5]]
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-14)
+    assert (whole[:, 1] == 0).all()
+    right = WEIGHTS[labels[2]] * -F.log_softmax(logits, -1)[:, 2, labels[2]] * B / (B - 1)
+    torch.testing.assert_close(whole[:, 2], right)
+
+
+def test_balanced_weights_are_inverse_frequencies_with_a_mean_of_1() -> None:
+    # 12 images of three classes with any: 12 / (3 x 8), 12 / (3 x 3), 12 / (3 x 1).
+    counts = torch.tensor([8, 0, 3, 1])
+    weights = balanced_weights(counts)
+    assert weights.tolist() == pytest.approx([0.5, 0, 4 / 3, 4])
+    assert (weights * counts).sum() / counts.sum() == pytest.approx(1)
+    labels = np.repeat([0, 2, 3], [8, 3, 1])
+    theirs = compute_class_weight("balanced", classes=np.array([0, 2, 3]), y=labels)
+    assert weights[[0, 2, 3]].tolist() == pytest.approx(theirs.tolist())
