@@ -28,6 +28,7 @@ from dml_accel.core.errors import DivergedError, UsageError, one_line
 from dml_accel.core.files import read_json, write_text
 from dml_accel.core.flags import require
 from dml_accel.data import sources
+from dml_accel.data.catalogue import folders_read, located
 from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.distributed.costs import count
@@ -157,7 +158,7 @@ class ComparisonFolder(LockedFolder):
         self._plan = plan
         self.failed: dict[str, str] = {}
         label = "-".join(["compare", *dict.fromkeys(planned.cohort for planned in plan)])[:80]
-        super().__init__(path, label, sources.folders_read(plan[0].config.data))
+        super().__init__(path, label, folders_read(plan[0].config.data))
 
     def finished(self) -> list[Run]:
         """Return the finished runs.
@@ -366,7 +367,7 @@ def compare(
     check_launch(config.numerics, config.compute, config.optim)
     trackers.resolve(config.run.log_with)
     share_cores(config.compute)
-    config = sources.located(config)
+    config = located(config)
     plan, first = plan_runs(config, cohorts, methods, seeds), launched_rank() == 0
     folder = ComparisonFolder(config.run.output_dir, plan) if first else None
     source = sources.read(config.data, quiet=not first)

@@ -14,6 +14,7 @@ from dml_accel.core.files import can_be_made, read_json
 from dml_accel.core.tables import printable
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.data import sources
+from dml_accel.data.catalogue import DIGITS, find_folder
 from dml_accel.data.splits import Fingerprint, Split, SplitPrint
 from dml_accel.distributed.device import choose_device
 from dml_accel.inference import evaluate as evaluation
@@ -102,7 +103,7 @@ def _choose_images(peers: TrainedPeers, values: dict[str, Any]) -> DataConfig:
     """Return which images to evaluate on: the run's own, unless flags name others."""
     names = ("dataset", "dataset_config", *_COLUMNS, "test_split", "test_fraction")
     given = {name: values[name] for name in names if values[name] is not None}
-    if folder := sources.find_folder(given.get("dataset", sources.DIGITS)):
+    if folder := find_folder(given.get("dataset", DIGITS)):
         given["dataset"] = str(folder)
     own = {name: value for name, value in peers.config.items() if name in (*names, *_OF_ITS_OWN)}
     if "dataset" not in given and not own.get("dataset"):

@@ -9,13 +9,14 @@ In reading order:
     holdout        a test split that is cut from a single one
     class_folders  folders whose names are the classes
     arrow          data sets that the datasets library opens
+    catalogue      where a data set lies, and the images of its splits
     splits         decoded images and labels, and what tells them from others
     memory         memory that images may use
     cache          decoded images, kept on disk
     decode         the images of a split as one array
     selection      which images are trained on, held out, or used with their labels
     augment        the words of --augment: read, checked, applied
-    sources        data sets: from the hub, from a local folder, or scikit-learn's digits
+    sources        data sets, read: from the hub, a local folder, or scikit-learn's digits
     mixing         mixup and CutMix: how each batch is mixed with itself
     batches        splits and batches: order, crop, flip and normalisation
 """

@@ -1,39 +1,32 @@
-"""Data sets: of the hub, a local folder, or scikit-learn's digits; where they lie, what they hold.
+"""Data sets: of the hub, a local folder, or scikit-learn's digits; read into memory.
 
-located    the configuration with the absolute path of the folder that it names
 read       the splits that a run trains and reports on
 read_test  the split to report on
 """
 
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dml_accel.core.config import Config, DataConfig
+from dml_accel.core.config import DataConfig
 from dml_accel.core.errors import UsageError
-from dml_accel.core.host import expanded
 from dml_accel.core.tables import printable
 from dml_accel.core.versions import require_packages
-from dml_accel.data.arrow import list_tables
 from dml_accel.data.augment import parse_augment
 from dml_accel.data.cache import Decoded
-from dml_accel.data.class_folders import HERE, find_layout, is_archive, read_folders
+from dml_accel.data.catalogue import DIGITS, list_splits
 from dml_accel.data.decode import DamagedImagesError, decoded
-from dml_accel.data.listing import Listing
 from dml_accel.data.memory import require_memory
 from dml_accel.data.pictures import Damage
 from dml_accel.data.pixels import Geometry, to_rgb
 from dml_accel.data.selection import decoded_rows
 from dml_accel.data.splits import Fingerprint, Split, SplitPrint, sha256
 
-DIGITS = "digits"
 _DIGITS_TEST_ROWS = 360
 _NAMED = 6
 
@@ -58,55 +51,6 @@ class Source:
     grey_bits: int | None = None
 
 
-def located(config: Config) -> Config:
-    """Return the configuration with the absolute path of the local folder that it names.
-
-    Raises:
-        UsageError: the name looks like a path, but leads to no folder.
-    """
-    folder = find_folder(config.data.dataset)
-    return config if folder is None else config.changed(dataset=str(folder))
-
-
-def find_folder(dataset: str) -> Path | None:
-    """Return the absolute path of the local folder that a name stands for; None if it does not.
-
-    Raises:
-        UsageError: the name looks like a path, but leads to no folder.
-    """
-    if dataset == DIGITS:
-        return None
-    try:
-        path = expanded(dataset)
-        present = path.exists()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--dataset {dataset!r} cannot be a folder: {error}") from error
-    if not dataset or path.is_file():
-        if dataset and is_archive(path):
-            raise UsageError(f"--dataset {path} is an archive: unpack it, and name the folder")
-        raise UsageError(f"--dataset {dataset!r} is not a folder; name the folder with the images")
-    if present:
-        return Path(os.path.abspath(path))
-    if dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or dataset.endswith("/"):
-        raise UsageError(f"--dataset {dataset}: this folder does not exist")
-    return None
-
-
-def folders_read(data: DataConfig) -> list[Path]:
-    """Return the local folders that images are read from; none for the hub and digits.
-
-    Raises:
-        UsageError: see ``located``, and ``class_folders.find_layout``.
-    """
-    folder = find_folder(data.dataset)
-    if folder is None:
-        return []
-    layout = find_layout(folder, data, ("train", "test"))
-    # Beside a split that is to be cut, any folder with images may be one.
-    names = {HERE} if data.test_fraction or not layout else set(layout.splits.values())
-    return [folder if name == HERE else folder / name for name in sorted(names)]
-
-
 def read(data: DataConfig, quiet: bool = False) -> Source:
     """Read a whole data set into memory.
 
@@ -126,7 +70,8 @@ def read(data: DataConfig, quiet: bool = False) -> Source:
             f"--train-split and --test-split are both {data.train_split!r}: test images must not "
             "be training images; name two different splits"
         )
-    listings, classes = _list(data, ("train", "test"), quiet)
+    listed = list_splits(data, ("train", "test"), quiet)
+    listings, classes = listed.splits, listed.classes
     rows = decoded_rows(listings["train"].labels, data)
     trained = len(listings["train"].labels) if rows is None else len(rows)
     require_memory(trained + len(listings["test"].labels), data.size)
@@ -169,43 +114,13 @@ def read_test(
         source = read(data, quiet)
         assert source.fingerprint
         return source.test, source.classes, source.fingerprint.splits["test"]
-    listings, classes = _list(data, ("test",), quiet)
+    listed = list_splits(data, ("test",), quiet)
+    listings, classes = listed.splits, listed.classes
     labels = listings["test"].labels
     require_memory(len(labels), data.size)
     found = decoded(listings["test"], None, Geometry.of(data), quiet, grey_bits)
     identity = SplitPrint.of(labels, len(classes), found.pixels)
     return Split(found.images, labels), classes, identity
-
-
-def _list(
-    data: DataConfig, roles: Sequence[str], quiet: bool
-) -> tuple[Mapping[str, Listing], tuple[str, ...]]:
-    """List the images of the splits that are needed, by role, and the class names."""
-    folder = find_folder(data.dataset)
-    layout = find_layout(folder, data, roles) if folder is not None else None
-    if layout is None:
-        if data.test_fraction:
-            raise UsageError(
-                f"--test-fraction {data.test_fraction:g} is for class folders, which --dataset "
-                f"{data.dataset} has not; choose a split of it with --test-split"
-            )
-        return list_tables(data, folder, roles, quiet)
-    for name in ("image_column", "label_column", "dataset_config"):
-        if getattr(data, name) is not None:
-            raise UsageError(
-                f"--{name.replace('_', '-')} has no effect with class folders, which --dataset "
-                f"{data.dataset} holds: drop it"
-            )
-    listings, classes, lines = read_folders(layout)
-    if not quiet:
-        for line in lines:
-            print(line, file=sys.stderr)
-    if len(classes) < 2:
-        raise UsageError(
-            f"--dataset {data.dataset} has images of {len(classes)} class; at least 2 are needed, "
-            "each a folder in its split"
-        )
-    return listings, classes
 
 
 # ---------------------------------------------------------------- what a user should know

@@ -23,6 +23,7 @@ from dml_accel.core.host import keep_memory
 from dml_accel.core.settings import Settings
 from dml_accel.core.tables import printable
 from dml_accel.data import sources
+from dml_accel.data.catalogue import folders_read, located
 from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import Ranks
@@ -65,13 +66,13 @@ def train(
     check_launch(config.numerics, config.compute, config.optim)
     trackers.resolve(config.run.log_with)
     share_cores(config.compute)
-    config, first = sources.located(config), launched_rank() == 0
+    config, first = located(config), launched_rank() == 0
     names = [spec.name for spec in parse_cohort(config.cohort)]
     in_place = resume.resumes_in_place(config)
     folder = None
     if first:
         where, label = config.run.output_dir, cohort_label(names)
-        folder = RunFolder(where, label, in_place, sources.folders_read(config.data))
+        folder = RunFolder(where, label, in_place, folders_read(config.data))
     source = sources.read(config.data, quiet=not first)
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
     recorded = None

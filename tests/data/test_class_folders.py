@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dml_accel.core.errors import UsageError
-from dml_accel.data import class_folders, sources
+from dml_accel.data import catalogue, class_folders, sources
 from tests.data.folders import SIZE, png, read
 from tests.helpers import tiny_config
 
@@ -122,7 +122,7 @@ def test_any_path_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     first = read(str(root)).fingerprint
     for path in (f"{root}/", ".", f"../{name}", f"{tmp_path}/link", f"{tmp_path}/link/../{name}//"):
         assert read(path).fingerprint == first
-        config = sources.located(tiny_config(dataset=path))
+        config = catalogue.located(tiny_config(dataset=path))
         assert os.path.isabs(config.data.dataset) and Path(config.data.dataset).samefile(root)
 
 
