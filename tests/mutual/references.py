@@ -36,7 +36,9 @@ def assert_as_reference(
             torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-9)
 
 
-def batch_of(training: Training, index: int, lo: int, hi: int) -> reference.Batch:
+def batch_of(
+    training: Training, index: int, lo: int, hi: int, class_weights: list[float] | None = None
+) -> reference.Batch:
     """Rows of a batch as the reference takes them: mixed and smoothed labels are posteriors."""
     data, images = training.config.data, training.data.train
     size = training.config.optim.batch_size
@@ -46,7 +48,9 @@ def batch_of(training: Training, index: int, lo: int, hi: int) -> reference.Batc
         return x, labels
     partners, share = mixed or (labels, 1.0)
     classes = len(training.data.classes)
-    return x, reference.soft_labels(labels, classes, partners, share, data.label_smoothing)
+    return x, reference.soft_labels(
+        labels, classes, partners, share, data.label_smoothing, class_weights
+    )
 
 
 def loss_options(config: Config) -> dict[str, object]:
