@@ -48,6 +48,13 @@ def cache_dir() -> Path | None:
         return None
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def forget_empty_variables() -> None:
     """Unset what is set to nothing; call it before the hub's libraries are imported.
 

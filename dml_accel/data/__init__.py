@@ -12,6 +12,9 @@ In reading order:
     catalogue      where a data set lies, and the images of its splits
     splits         decoded images and labels, and what tells them from others
     memory         memory that images may use
+    progress       how far the reading of many images is
+    kept           the folder of the cache: what is kept in it, its limit
+    parts          parts of a set that is being decoded, so that a start goes on there
     cache          decoded images, kept on disk
     decode         the images of a split as one array
     selection      which images are trained on, held out, or used with their labels

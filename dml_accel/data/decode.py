@@ -6,24 +6,34 @@ the cache. Only image files, Arrow and safetensors are read, so no input can exe
 
 import hashlib
 import io
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dml_accel.core.errors import UsageError
+from dml_accel.core.host import cores
+from dml_accel.core.tables import printable
 from dml_accel.data.cache import Decoded, cached
 from dml_accel.data.listing import Listing
-from dml_accel.data.memory import memory_text
-from dml_accel.data.pictures import Damage, damaged
+from dml_accel.data.memory import memory_text, processes_here
+from dml_accel.data.parts import NOT_GREY, UNREAD, Parts, Pass
+from dml_accel.data.pictures import Damage, damaged, stand_ins
 from dml_accel.data.pixels import Geometry, bounded_pixels, depth_of, grey_maximum, opened, to_rgb
+from dml_accel.data.progress import Progress
 from dml_accel.data.splits import sha256
+from dml_accel.data.workers import Results, in_pieces
 
 _NAMED = 3
+# Fewer images are decoded here before workers have started.
+FEWEST_FOR_WORKERS = 500
+_MOST_WORKERS = 16
+_PIECE, _PIECE_BYTES = 32, 4 * 2**20
 
 
 class DamagedImagesError(UsageError):
@@ -65,6 +75,10 @@ def decoded(
     geometry: Geometry,
     quiet: bool = False,
     grey_bits: int | None = None,
+    *,
+    dataset: str = "",
+    skips: bool = False,
+    classes: Sequence[str] = (),
 ) -> Decoded:
     """Return the images of a split, from the cache if it holds them undamaged.
 
@@ -74,16 +88,23 @@ def decoded(
         geometry: how an image becomes a square of S pixels per side.
         quiet: show no progress.
         grey_bits: see ``pixels.to_rgb``; None: as few as hold the brightest level of the split.
+        dataset: folder or name of the data set, for a list of what is kept.
+        skips: whether another image of its class stands in for one that cannot be read.
+        classes: names, for messages.
 
     Raises:
         DamagedImagesError: images cannot be read.
-        UsageError: the images do not fit into memory.
+        UsageError: the images do not fit into memory, or no image of a class can be read.
     """
     chosen = list(range(len(listing.labels))) if rows is None else rows.tolist()
+
+    def decode_them(parts: Parts | None) -> Decoded:
+        return decode(
+            listing, chosen, geometry, quiet, grey_bits, skips=skips, classes=classes, parts=parts
+        )
+
     about = (geometry, grey_bits, rows is None or sha256(rows))
-    return cached(
-        listing, chosen, about, lambda: decode(listing, chosen, geometry, quiet, grey_bits)
-    )
+    return cached(listing, chosen, geometry.size, about, decode_them, dataset=dataset, skips=skips)
 
 
 def decode(
@@ -92,68 +113,210 @@ def decode(
     geometry: Geometry,
     quiet: bool = False,
     grey_bits: int | None = None,
+    *,
+    skips: bool = False,
+    classes: Sequence[str] = (),
+    parts: Parts | None = None,
 ) -> Decoded:
-    """Decode images of a split; see ``decoded``."""
-    size = geometry.size
+    """Decode images of a split; see ``decoded``.
+
+    Args:
+        parts: of these images, to go on with and to keep; None: none are kept.
+    """
     try:
-        images = np.empty((len(rows), size, size, 3), np.uint8)
+        done = Pass.empty(len(rows), geometry.size)
     except (MemoryError, ValueError) as error:
-        raise UsageError(memory_text(len(rows), size)) from error
-    if not (quiet or sys.stderr.isatty()):
-        print(
-            f"decoding {len(rows):,} images of split {listing.split!r}", file=sys.stderr, flush=True
-        )
-    contents: list[bytes] = []
-    damage: list[Damage] = []
-    brightest: dict[int, int] = {}  # of 16-bit grey images, by place
-    with bounded_pixels():
-        progress = tqdm(rows, f"decoding {listing.split}", disable=quiet or None, unit=" images")
-        for place, row in enumerate(progress):
-            try:
-                stored = listing.content(row)
-                contents.append(hashlib.sha256(stored).digest())
-                with opened(io.BytesIO(stored)) as picture:
-                    level = grey_maximum(picture)
-                    images[place] = to_rgb(picture, geometry, grey_bits)
-                if level is not None:
-                    brightest[place] = level
-            except Exception as error:  # Pillow raises many kinds for files it cannot parse
-                damage.append(damaged(listing, row, error))
-        if damage:
-            raise DamagedImagesError(damage)
-        if brightest:
-            grey_bits = _one_depth(listing, rows, geometry, images, brightest, grey_bits)
-    tensor = torch.from_numpy(images)
-    short = np.frombuffer(b"".join(one[:8] for one in contents), np.int64).copy()
+        raise UsageError(memory_text(len(rows), geometry.size)) from error
+    # While others wait for a set that is kept, all cores are ours.
+    workers = cores() // (1 if parts else processes_here())
+    reader = _Reader(listing, geometry, grey_bits)
+    damage = _fill(done, reader, rows, parts, quiet, workers)
+    if damage and not skips:
+        raise DamagedImagesError(list(damage.values()))
+    shown = dict(enumerate(rows))  # which row an image is of
+    unread = [rows[place] for place in damage]
+    unreachable = any(not done.contents[place].any() for place in damage)
+    if damage:
+        _let_others_stand_in(done, reader, shown, damage, classes)
+    grey = done.levels > NOT_GREY
+    bits = _one_depth(done, reader, shown, workers) if grey.any() else None
+    images = torch.from_numpy(done.images)
+    contents = [bytes(one) for one in done.contents]
+    short = np.ascontiguousarray(done.contents[:, :8]).view(np.int64)[:, 0].copy()
     return Decoded(
-        tensor,
+        images,
         torch.from_numpy(short),
-        grey_bits if brightest else None,
-        sha256(tensor),
+        bits,
+        sha256(images),
         listing.digest(rows, contents) if listing.files(rows) else "",
+        torch.tensor(unread, dtype=torch.int64),
+        unreachable,
     )
 
 
-def _one_depth(
-    listing: Listing,
+def _fill(
+    done: Pass,
+    reader: "_Reader",
     rows: Sequence[int],
-    geometry: Geometry,
-    images: np.ndarray,
-    brightest: dict[int, int],
-    given: int | None,
-) -> int:
+    parts: Parts | None,
+    quiet: bool,
+    workers: int,
+) -> dict[int, Damage]:
+    """Decode all images that no part holds; return what is wrong with some, by place."""
+    spans, split = done.spans, printable(reader.listing.split)
+    several = parts if len(spans) > 1 else None
+    loaded = {number for number in range(len(spans)) if several and several.load(done, number)}
+    places = (done.levels == UNREAD).nonzero()[0].tolist()
+    before = len(rows) - len(places)
+    if not (quiet or sys.stderr.isatty()):
+        more = f": {before:,} of them are already" if before else ""
+        print(
+            f"decoding {len(rows):,} images of split {split!r}{more}", file=sys.stderr, flush=True
+        )
+    damage: dict[int, Damage] = {}
+    number = 0
+    try:
+        with Progress(f"decoding {split}", len(rows), before, quiet) as progress:
+            for piece, read in _read(reader, places, dict(enumerate(rows)), workers):
+                for name, values in vars(done).items():
+                    values[piece] = getattr(read, name).numpy()
+                damage |= {piece[at]: one for at, one in read.damage}
+                progress.add(len(piece))
+                while several and number < len(spans) and (piece[-1] + 1 >= spans[number].stop):
+                    if number not in loaded:
+                        several.save(done, number)
+                    number += 1
+    except KeyboardInterrupt:
+        if several and several.saved and not quiet:
+            print("what is decoded is kept: the next start goes on there", file=sys.stderr)
+        raise
+    return damage
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A few decoded images; see ``Pass``.
+
+    Attributes:
+        damage: what is wrong with some, by place among them.
+    """
+
+    images: Tensor
+    contents: Tensor
+    levels: Tensor
+    damage: list[tuple[int, Damage]]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Decodes images; it runs in worker processes."""
+
+    listing: Listing
+    geometry: Geometry
+    grey_bits: int | None
+
+    def __call__(self, rows: Sequence[int]) -> _Read:
+        done = Pass.empty(len(rows), self.geometry.size)
+        damage = []
+        with bounded_pixels():
+            for place, row in enumerate(rows):
+                try:
+                    stored = self.listing.content(row)
+                    sha = hashlib.sha256(stored).digest()
+                    done.contents[place] = np.frombuffer(sha, np.uint8)
+                    with opened(io.BytesIO(stored)) as picture:
+                        level = grey_maximum(picture)
+                        done.images[place] = to_rgb(picture, self.geometry, self.grey_bits)
+                    done.levels[place] = NOT_GREY if level is None else level
+                except Exception as error:  # Pillow raises many kinds for files it cannot parse
+                    done.images[place] = 0
+                    damage.append((place, damaged(self.listing, row, error)))
+        return _Read(**done.tensors(slice(None)), damage=damage)
+
+
+def _read(
+    reader: _Reader, places: Sequence[int], shown: dict[int, int], workers: int
+) -> Iterable[tuple[list[int], _Read]]:
+    """Yield decoded images in pieces, with their places, in order; in workers if there are many."""
+    image_bytes = 3 * reader.geometry.size**2
+    size = max(1, min(_PIECE, _PIECE_BYTES // image_bytes))
+    pieces = [list(piece) for piece in in_pieces(places, size)]
+    requests = [[shown[place] for place in piece] for piece in pieces]
+    workers = min(_MOST_WORKERS, workers, len(pieces))
+    if len(places) < FEWEST_FOR_WORKERS or workers < 2:
+        workers = 0
+    while True:
+        try:
+            results = Results(reader, requests, workers=workers, result_bytes=size * image_bytes)
+            break
+        except UsageError:  # there is little shared memory
+            workers //= 2
+    with results:
+        yield from zip(pieces, results, strict=False)
+
+
+def _let_others_stand_in(
+    done: Pass,
+    reader: _Reader,
+    shown: dict[int, int],
+    damage: dict[int, Damage],
+    classes: Sequence[str],
+) -> None:
+    """Put the next readable image of its class in place of each that cannot be read.
+
+    Args:
+        done: our images; those are filled in.
+        reader: reads images that are not among ours.
+        shown: the row of each place; those of stand-ins are put in.
+        damage: of our images, by place.
+        classes: their names.
+    """
+    places = {row: place for place, row in shown.items()}
+    found: dict[int, _Read] = {}
+    labels = reader.listing.labels
+    for place, one in damage.items():
+        for row in stand_ins(labels, one.row):
+            there = places.get(row)
+            if there is not None:
+                if there in damage:
+                    continue
+                done.images[place], done.levels[place] = done.images[there], done.levels[there]
+            else:
+                read = found.setdefault(row, reader([row]))
+                if read.damage:
+                    continue
+                done.images[place], done.levels[place] = read.images[0].numpy(), int(read.levels[0])
+            shown[place] = row
+            break
+        else:
+            label = int(labels[one.row])
+            name = repr(printable(classes[label])) if classes else f"{label}"
+            raise UsageError(
+                f"no image of class {name} in split {printable(reader.listing.split)!r} can be "
+                f"read, {one.place} among them ({one.reason}): repair them, or remove the class"
+            )
+        if not done.contents[place].any():  # it has no bytes; no other image is a copy of it
+            sha = hashlib.sha256(b"unreachable " + os.fsencode(one.place)).digest()
+            done.contents[place] = np.frombuffer(sha, np.uint8)
+
+
+def _one_depth(done: Pass, reader: _Reader, shown: dict[int, int], workers: int) -> int:
     """Give all 16-bit grey images of a split the same depth, in place; return its bits."""
-    most = max(brightest.values())
+    given, most = reader.grey_bits, int(done.levels.max())
     bits = given or depth_of(most)
-    above = [place for place, level in brightest.items() if level >= 2**bits]
+    above = int((done.levels >= 2**bits).sum())
     if above:
         print(
-            f"warning: {len(above):,} grey images of split {listing.split!r} have levels above the "
-            f"{2**bits - 1:,} of the training images, such as {most:,}: they become white",
+            f"warning: {above:,} grey images of split {reader.listing.split!r} have levels above "
+            f"the {2**bits - 1:,} of the training images, such as {most:,}: they become white",
             file=sys.stderr,
         )
-    for place, level in brightest.items():
-        if given is None and depth_of(level) != bits:
-            with opened(io.BytesIO(listing.content(rows[place]))) as picture:
-                images[place] = to_rgb(picture, geometry, bits)
+    if given is None:
+        grey = (done.levels > NOT_GREY).nonzero()[0].tolist()
+        others = [place for place in grey if depth_of(int(done.levels[place])) != bits]
+        again = _Reader(reader.listing, reader.geometry, bits)
+        for piece, read in _read(again, others, shown, workers):
+            if read.damage:
+                raise DamagedImagesError([one for _, one in read.damage])
+            done.images[piece] = read.images.numpy()
     return bits

@@ -30,7 +30,7 @@ def machine_memory() -> int:
             most.append(int(Path(limit).read_text(encoding="ascii")))
         except (OSError, ValueError):  # no such group, or no limit
             continue
-    return min(most) // _processes_here()
+    return min(most) // processes_here()
 
 
 def require_memory(images: int, size: int) -> None:
@@ -43,21 +43,40 @@ def require_memory(images: int, size: int) -> None:
     Raises:
         UsageError: the text says how much they need, and what needs less.
     """
-    if _bytes_needed(images, size) > _memory_left():
+    if bytes_needed(images, size) > _memory_left():
         raise UsageError(memory_text(images, size))
+
+
+def require_bytes(needed: float, what: str) -> None:
+    """Refuse what needs more memory than is left.
+
+    Args:
+        needed: bytes.
+        what: needs them.
+
+    Raises:
+        UsageError: the text says how much is needed and left.
+    """
+    left = max(0, _memory_left())
+    if needed > left:
+        raise UsageError(
+            f"{what} need about {needed / 2**30:.1f} GiB of memory, and {left / 2**30:.1f} GiB are "
+            "left: use --feed loader, which reads each when it is needed"
+        )
 
 
 def memory_text(images: int, size: int) -> str:
     """Return that images do not fit into memory, what they need, and what needs less."""
-    needed, left = _bytes_needed(images, size), max(0, _memory_left())
+    needed, left = bytes_needed(images, size), max(0, _memory_left())
     return (
         f"{images:,} images of {size} x {size} pixels need {needed / 2**30:.1f} GiB of memory, and "
-        f"{left / 2**30:.1f} GiB are left: use a smaller --image-size, or a --train-limit, which "
-        "reads only the images that it needs"
+        f"{left / 2**30:.1f} GiB are left: use --feed loader, which reads each when "
+        "it is needed, a smaller --image-size or a --train-limit"
     )
 
 
-def _bytes_needed(images: int, size: int) -> int:
+def bytes_needed(images: int, size: int) -> int:
+    """Return the bytes that ``images`` squares of ``size`` pixels need."""
     return images * size * size * _BYTES_PER_PIXEL
 
 
@@ -73,7 +92,7 @@ def _memory_left() -> int:
     except (ImportError, OSError):  # not on every system
         pass
     left += [size for size in map(_left_in_group, _GROUPS) if size is not None]
-    return min(left) // _processes_here()
+    return min(left) // processes_here()
 
 
 def _left_in_group(files: Sequence[str]) -> int | None:
@@ -88,7 +107,7 @@ def _left_in_group(files: Sequence[str]) -> int | None:
         return None
 
 
-def _processes_here() -> int:
+def processes_here() -> int:
     """Return the training processes of this machine."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(here) if here.isdecimal() and int(here) else 1

@@ -1,0 +1,53 @@
+"""How far the reading of many images is: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Images that are done, of so many; use it as a context.
+
+    Args:
+        what: is done with them, as "decoding train".
+        total: images.
+        done: of them, before.
+        quiet: show nothing.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0, quiet: bool = False) -> None:
+        self._what, self._total, self._done, self._first = what, total, done, done
+        self._bar: tqdm[Any] | None = None
+        self._speaks = not quiet
+        if self._speaks and sys.stderr.isatty():
+            self._bar = tqdm(desc=what, total=total, initial=done, unit=" images")
+        self._started = self._spoke = time.monotonic()
+
+    def add(self, images: int) -> None:
+        """Count further images."""
+        self._done += images
+        if self._bar is not None:
+            self._bar.update(images)
+            return
+        now = time.monotonic()
+        if self._speaks and now - self._spoke >= _SECONDS_BETWEEN_LINES:
+            self._spoke = now
+            rate = (self._done - self._first) / (now - self._started)
+            left = tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
+            print(
+                f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} a second, "
+                f"{left} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
