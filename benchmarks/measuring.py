@@ -14,7 +14,8 @@ import torch
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.core.versions import commit, versions
-from dml_accel.data.batches import Data, ImageSet, Normalisation, PixelSet
+from dml_accel.data.batches import ImageSet, Normalisation, PixelSet
+from dml_accel.data.images import Data
 from dml_accel.data.splits import Split
 from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.placement import Placement

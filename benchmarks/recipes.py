@@ -41,7 +41,8 @@ from benchmarks.measuring import (
 )
 from dml_accel.core.config import Config
 from dml_accel.core.files import read_json, write_json, write_text
-from dml_accel.data.batches import ImageFormat, prepare
+from dml_accel.data.batches import ImageFormat
+from dml_accel.data.images import prepare
 from dml_accel.data.sources import Source
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import everywhere

@@ -18,7 +18,7 @@ from benchmarks.measuring import BATCH, build_cohort, device
 from dml_accel.core.config import Config
 from dml_accel.core.host import keep_memory
 from dml_accel.data import sources
-from dml_accel.data.batches import Data
+from dml_accel.data.images import Data
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
 from dml_accel.distributed.placement import Placement

@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dml_accel.core.config import Config
-from dml_accel.data.batches import Data, ImageFormat, Normalisation, PixelSet
+from dml_accel.data.batches import ImageFormat, Normalisation, PixelSet
+from dml_accel.data.images import Data
 from dml_accel.data.mixing import Mixing
 from dml_accel.data.splits import Split
 from dml_accel.distributed import placement, wrap

@@ -15,7 +15,7 @@ import torch
 from benchmarks.measuring import device
 from dml_accel import cli
 from dml_accel.core.config import Config
-from dml_accel.data.batches import Data
+from dml_accel.data.images import Data
 from dml_accel.data.sources import Source
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import allocate, everywhere

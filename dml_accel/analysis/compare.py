@@ -61,7 +61,7 @@ from dml_accel.training.run_folder import (
     refuse_foreign,
     refuse_inside,
 )
-from dml_accel.training.setup import Checked, check, choose_ranks, seconds_saved
+from dml_accel.training.setup import Checked, check, choose_ranks, list_and_size, seconds_saved
 from dml_accel.training.train import Session, run_one
 
 _PLOT = "differences.png"
@@ -367,10 +367,12 @@ def compare(
     check_launch(config.numerics, config.compute, config.optim)
     trackers.resolve(config.run.log_with)
     share_cores(config.compute)
-    config = located(config)
-    plan, first = plan_runs(config, cohorts, methods, seeds), launched_rank() == 0
+    config, first = located(config), launched_rank() == 0
+    plan_runs(config, cohorts, methods, seeds)  # refused before images are looked for
+    config, listed = list_and_size(config, cohorts, quiet=not first)
+    plan = plan_runs(config, cohorts, methods, seeds)
     folder = ComparisonFolder(config.run.output_dir, plan) if first else None
-    source = sources.read(config.data, quiet=not first)
+    source = sources.read(config.data, not first, listed, config.compute)
     image_costs = _check_cohorts(plan, source, config.run.output_dir)
     with explaining_stop(folder), Stop() as stop, folder or contextlib.nullcontext():
         unfinished = plan

@@ -113,7 +113,8 @@ def _analyse(nets: dict[str, nn.Module], run: Run, images: int) -> dict[str, Any
 
 def _all_labelled(data: DataConfig) -> DataConfig:
     """Return only what the images of a data set depend on, which runs of a comparison share."""
-    return dataclasses.replace(data, augment=None, labelled_fraction=1.0)
+    # How images are resized may follow from how they are augmented.
+    return dataclasses.replace(data, augment=None, eval_resize=data.resize, labelled_fraction=1.0)
 
 
 @functools.lru_cache(maxsize=1)  # for the next run of the comparison

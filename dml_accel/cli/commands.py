@@ -19,6 +19,7 @@ from dml_accel.core.config_file import read_config_file
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
 from dml_accel.core.flags import require
 from dml_accel.core.host import (
+    cores,
     expanded,
     forget_empty_variables,
     ignoring_hangup,
@@ -29,7 +30,7 @@ from dml_accel.core.settings import Settings, settle, with_resolved
 from dml_accel.core.streams import choose_encodings, drain, only_displayed
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.distributed import environment
-from dml_accel.distributed.launch import cores, launched_processes, launched_rank
+from dml_accel.distributed.launch import launched_processes, launched_rank
 
 # How long a process waits for rank 0 to print an error that all of them have.
 _SECONDS_FOR_RANK_0 = 20.0

@@ -55,7 +55,7 @@ AUGMENTATIONS = {
     "color-jitter": "brightness, contrast and saturation",
     "erasing": "a box of random size replaced by the mean colour, for a quarter of the images",
 }
-# Images of at most so many pixels a side are small: they are given as 32 pixels, and measured whole.
+# Images of at most so many pixels a side are small: 32 pixels suit them, and all are measured.
 SMALL_IMAGES = 64
 SMALL_SIZE, PHOTOGRAPH_SIZE = 32, 224
 CROP_PCT = 0.875  # share of a photograph's side that is evaluated, as torchvision and timm have it

@@ -195,11 +195,13 @@ class _Seeded:
     def __init__(self, transforms: Sequence[_Transform]) -> None:
         self._transforms = transforms
 
-    def batch(self, images: Iterable[Tensor], keys: Iterable[int]) -> Tensor:
+    def each(self, images: Iterable[Tensor], keys: Iterable[int]) -> list[Tensor]:
         # They draw from torch's global generator of the CPU, which must not move for others.
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
-            made = [self._one(image, key) for image, key in zip(images, keys, strict=True)]
-        return torch.stack(made)
+            return [self._one(image, key) for image, key in zip(images, keys, strict=True)]
+
+    def batch(self, images: Iterable[Tensor], keys: Iterable[int]) -> Tensor:
+        return torch.stack(self.each(images, keys))
 
     def _one(self, image: Tensor, key: int) -> Tensor:
         torch.default_generator.manual_seed(key)
@@ -243,6 +245,10 @@ class ImageTransform:
     def batch(self, images: Iterable[Tensor], keys: Iterable[int]) -> Tensor:
         """Return several images, each as it would be alone, stacked: [B, 3, S, S] uint8."""
         return self._seeded.batch(images, keys)
+
+    def each(self, images: Iterable[Tensor], keys: Iterable[int]) -> list[Tensor]:
+        """Return several images, each as it would be alone."""
+        return self._seeded.each(images, keys)
 
 
 # ---------------------------------------------------------------- a batch at a time

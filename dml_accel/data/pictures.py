@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from dml_accel.core.tables import printable
@@ -71,6 +72,10 @@ class Pictures:
         """Return the images at ``rows`` (int64) of ours, in that order."""
         return dataclasses.replace(self, rows=self.rows[rows])
 
+    def of_depth(self, grey_bits: int | None) -> "Pictures":
+        """Return the same images with another depth of grey."""
+        return dataclasses.replace(self, grey_bits=grey_bits)
+
     def read(self, place: int, whole: bool = False) -> Picture | Damage:
         """Read the image at ``place`` of ours, or what stands in for it.
 
@@ -101,6 +106,30 @@ class Pictures:
         except Exception as error:  # Pillow raises many kinds for files it cannot parse
             return damaged(self.listing, row, error)
         return Picture(levels, level)
+
+
+@dataclass(frozen=True)
+class HeldPictures(Pictures):
+    """Images whose originals are in memory.
+
+    Attributes:
+        originals: [H, W, 3] uint8 of each row of ``rows``, or what is wrong with it.
+    """
+
+    originals: Sequence[Picture | Damage] = ()
+
+    def select(self, rows: Tensor) -> "HeldPictures":
+        """Return the images at ``rows`` (int64) of ours, in that order."""
+        kept = [self.originals[row] for row in rows.tolist()]
+        return dataclasses.replace(self, rows=self.rows[rows], originals=kept)
+
+    def read(self, place: int, whole: bool = False) -> Picture | Damage:
+        """Return the image at ``place`` of ours, or what stands in for it."""
+        found = self.originals[place]
+        if whole or isinstance(found, Damage):
+            return found
+        square = self.geometry.square(Image.fromarray(found.levels))
+        return dataclasses.replace(found, levels=np.asarray(square))
 
 
 def damaged(listing: Listing, row: int, error: Exception) -> Damage:

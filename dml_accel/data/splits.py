@@ -1,4 +1,4 @@
-"""Decoded images with their labels, and what tells them from others.
+"""Images with their labels, and what tells them from others.
 
 Shape letters: N images of a split, M decoded ones, S pixels per side.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dml_accel.core.tables import printable
+from dml_accel.data.pictures import Pictures
 
 _NAMED = 5  # differences in one message
 
@@ -21,22 +22,38 @@ class Split:
     """Images and labels.
 
     Attributes:
-        images: [M, S, S, 3] uint8, in the order of ``decoded``.
+        images: [M, S, S, 3] uint8, in the order of ``decoded``; or what reads N images when they
+            are needed.
         labels: [N] int64.
         decoded: the rows that ``images`` holds, ascending, [M] int64; None for all.
+        unread: whether an image cannot be read, [N] bool; None if that is not known, or none is.
     """
 
-    images: Tensor
+    images: Tensor | Pictures
     labels: Tensor
     decoded: Tensor | None = None
+    unread: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def held(self) -> Tensor:
+        """The images, which are in memory."""
+        assert isinstance(self.images, Tensor)
+        return self.images
+
     def select(self, rows: Tensor) -> "Split":
         """Return the given rows, shape [n] int64, in that order; they must be decoded."""
+        unread = None if self.unread is None else self.unread[rows]
         places = rows if self.decoded is None else torch.searchsorted(self.decoded, rows)
-        return Split(self.images[places], self.labels[rows])
+        if isinstance(self.images, Pictures):
+            return Split(self.images.select(places), self.labels[rows], unread=unread)
+        return Split(self.images[places], self.labels[rows], unread=unread)
+
+    def counted(self) -> Tensor:
+        """Return the labels with which images are evaluated: -1 for those that cannot be read."""
+        return self.labels if self.unread is None else self.labels.masked_fill(self.unread, -1)
 
 
 def sha256(values: Tensor) -> str:
@@ -51,20 +68,36 @@ class SplitPrint:
     Attributes:
         images: how many.
         by_class: images of each class, in label order.
-        pixels: sha256 of the decoded images.
+        pixels: sha256 of the decoded images; None if they are read when they are needed.
         labels: sha256 of the labels.
+        files: sha256 of the images' names and sizes; None if they have none, or in old records.
     """
 
     images: int
     by_class: list[int]
-    pixels: str
+    pixels: str | None
     labels: str
+    files: str | None = None
 
     @classmethod
-    def of(cls, labels: Tensor, classes: int, pixels: str) -> "SplitPrint":
-        """Compute it from labels [N], the number of classes, and the sha256 of the images."""
+    def of(
+        cls, labels: Tensor, classes: int, pixels: str | None, files: str | None = None
+    ) -> "SplitPrint":
+        """Compute it from labels [N], the number of classes, and what identifies the images."""
         counts = torch.bincount(labels, minlength=classes).tolist()
-        return cls(len(labels), counts, pixels, sha256(labels))
+        return cls(len(labels), counts, pixels, sha256(labels), files)
+
+    def is_same(self, other: "SplitPrint") -> bool:
+        """Whether another print is of the same images and labels."""
+        return self.labels == other.labels and self._same_images(other) is True
+
+    def _same_images(self, other: "SplitPrint") -> bool | None:
+        """Whether the images are the same; None if the two have nothing to compare."""
+        if self.pixels is not None and other.pixels is not None:
+            return self.pixels == other.pixels
+        if self.files is not None and other.files is not None:
+            return self.files == other.files
+        return None
 
 
 @dataclass(frozen=True)
@@ -103,7 +136,7 @@ class Fingerprint:
             found.append(_other_classes(theirs, self.classes))
         for role, now in self.splits.items():
             then = before.get(role)
-            if then is None or then == now:
+            if then is None or now.is_same(then):
                 continue
             if then.images != now.images:
                 found.append(f"the {role} split had {then.images:,} images, now {now.images:,}")
@@ -115,7 +148,12 @@ class Fingerprint:
                 found.append(f"{role} images by class: {moved}")
             elif theirs != self.classes:
                 continue  # their order is another one, and with it that of the images
-            elif then.pixels != now.pixels:
+            elif now._same_images(then) is None:
+                found.append(
+                    f"the record of the {role} split has nothing that can be compared with --feed "
+                    "loader: use --feed memory"
+                )
+            elif not now._same_images(then):
                 found.append(f"other images, or another order, in the {role} split")
             elif then.labels != now.labels:
                 found.append(f"other labels in the {role} split")

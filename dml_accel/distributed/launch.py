@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from dml_accel.core.config import ComputeConfig, NumericsConfig, OptimConfig
 from dml_accel.core.errors import UsageError
+from dml_accel.core.host import cores
 from dml_accel.core.versions import torch_release
 from dml_accel.distributed import environment
 
@@ -225,10 +226,3 @@ def _threads(asked: int | None, world: environment.World) -> int | None:
     if asked or world.size == 1 or (environment.threads() or 1) > 1:
         return asked
     return max(1, cores() // (world.local_size or world.size))
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

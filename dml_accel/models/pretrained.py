@@ -98,6 +98,12 @@ def _known(arch: str) -> Any:
         return None
 
 
+def trained_size(arch: str) -> int | None:
+    """Return the pixels per side on which timm's weights of a network were trained, if it knows."""
+    known = _known(arch)
+    return int(known.input_size[-1]) if known else None
+
+
 def build_pretrained(
     arch: str, arguments: Mapping[str, Any], classes: int, weights: PretrainedWeights
 ) -> nn.Module:

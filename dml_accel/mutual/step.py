@@ -15,7 +15,7 @@ parts of a loss, R requests.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dml_accel.core.config import OptimConfig
 from dml_accel.core.rng import key
+from dml_accel.core.updates import UPDATE_SCHEDULES
 from dml_accel.data.batches import ImageSet, slices
 from dml_accel.data.mixing import Mixed
 from dml_accel.distributed.placement import Placement
@@ -116,8 +117,7 @@ class Step:
 
     def rows(self, batch: int, part: tuple[int, int]) -> tuple[Tensor, Labels]:
         """Return our images and labels of rows ``part`` of a batch."""
-        # Our slice of this micro-batch, in rows of the whole batch.
-        lo, hi = (part[0] + row for row in self.placement.rows(part[1] - part[0]))
+        lo, hi = _our_rows(self.placement, part)
         size, images = self.cohort.optim.batch_size, self.cohort.images
         x, classes = images.batch(batch, size, lo, hi)
         return x, Labels(classes, images.mixed(batch, size, lo, hi))
@@ -199,6 +199,23 @@ class Step:
         for peer in self.peers:
             if peer.average is not None:
                 peer.average.update(self._taken[peer.name], self.number)
+
+
+def _our_rows(placement: Placement, part: tuple[int, int]) -> tuple[int, int]:
+    """Return our slice of a micro-batch, in rows of the whole batch."""
+    lo, hi = placement.rows(part[1] - part[0])
+    return part[0] + lo, part[0] + hi
+
+
+def reads(cohort: Cohort, steps: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield batch, first and last row of all that this process reads in some steps, in order."""
+    parts = slices(cohort.optim.batch_size, cohort.optim.grad_accum)
+    schedule = UPDATE_SCHEDULES[cohort.update]
+    batches = schedule.batches_per_step(len(cohort.placement.names))
+    for number in steps:
+        for batch in range(number * batches, (number + 1) * batches):
+            for part in parts:
+                yield (batch, *_our_rows(cohort.placement, part))
 
 
 def train_step(

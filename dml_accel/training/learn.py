@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.data.augment import parse_augment
-from dml_accel.data.batches import check_batch_size
+from dml_accel.data.images import check_batch_size
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
 from dml_accel.distributed.batchnorm import check_spanning
@@ -112,7 +112,7 @@ def learn(
     check_batch_size(source, config.data, config.optim.batch_size)
     check_optimizers(config.optim, list(modules))
     frozen = read_teachers(config.method.frozen_peers, source.classes, config.data.size)
-    if frozen and source.train.images.is_floating_point():
+    if frozen and source.train.held.is_floating_point():
         raise UsageError("Config(frozen_peers=...) needs uint8 images, normalised for each teacher")
     teachers = {name: load_network(folder) for name, folder in frozen.items()}
     refuse_shared({**modules, **teachers})
@@ -191,8 +191,8 @@ def _check(
         raise UsageError("modules is empty; at least one network is needed")
     splits = {"train": _as_split("train", train), "test": _as_split("test", test)}
     for name, split in splits.items():
-        _check_split(name, split, splits["train"].images)
-    shape, floating = splits["train"].images.shape[1:], splits["train"].images.is_floating_point()
+        _check_split(name, split, splits["train"].held)
+    shape, floating = splits["train"].held.shape[1:], splits["train"].held.is_floating_point()
     augment = config.data.augment
     if floating and augment not in (None, ("none",)):
         raise UsageError(
@@ -212,7 +212,7 @@ def _check(
     dtype = torch.float64 if config.numerics.float64 else torch.float32
     for name, module in modules.items():
         require_trainable(name, module, dtype)
-    shown = splits["train"].images[:2]
+    shown = splits["train"].held[:2]
     shown = shown if floating else shown.permute(0, 3, 1, 2) / 255
     half = torch.bfloat16 if launched_precision(config.numerics) == "bf16" else None
     classes = _count_classes(modules, shown[:1], dtype, half)
@@ -290,7 +290,7 @@ def _as_split(name: str, given: Any) -> Split:
 
 
 def _check_split(name: str, split: Split, like: Tensor) -> None:
-    images, labels = split.images, split.labels
+    images, labels = split.held, split.labels
     shown = f"images {list(images.shape)} and labels {list(labels.shape)} of {labels.dtype}"
     if images.dim() == 0 or len(images) == 0:
         raise UsageError(f"{name} has {shown}: at least one image is needed")

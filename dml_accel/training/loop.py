@@ -18,17 +18,19 @@ from torch import Tensor
 from dml_accel.core.config import OptimConfig, RunConfig
 from dml_accel.core.errors import DivergedError, StoppedError
 from dml_accel.core.flags import Interval
-from dml_accel.data.batches import Data, ImageSet
+from dml_accel.data.batches import ImageSet
+from dml_accel.data.decode import DamagedImagesError
+from dml_accel.data.images import Data
 from dml_accel.distributed.launch import Stop
 from dml_accel.distributed.placement import Placement
 from dml_accel.models.schedules import learning_rate
 from dml_accel.mutual.metrics import batch_sums, finish, no_sums
 from dml_accel.mutual.peer import Peer
-from dml_accel.mutual.step import PARTS, Cohort, train_step
+from dml_accel.mutual.step import PARTS, Cohort, reads, train_step
 from dml_accel.training.choosing import Choosing, is_over
 
 _EVALUATION_ROWS = 256
-_STEPS_BETWEEN_LOOKS = 10
+STEPS_BETWEEN_LOOKS = 10
 # A cross-entropy this many times that of guessing means that a peer has diverged.
 _DIVERGED = 100.0
 _REMEDY = "a smaller --lr or --clip-norm 1 may help"
@@ -46,6 +48,7 @@ class StepRecord:
         losses_KP: mean over the batch of the ``PARTS`` of every peer's loss, in name order, on the
             device. A peer whose loss is not finite has skipped the step.
         lrs: the learning rate of every peer, in name order.
+        waited: seconds for which the step has waited for images; None if they are in memory.
     """
 
     step: int
@@ -54,6 +57,7 @@ class StepRecord:
     pauses: bool
     losses_KP: Tensor
     lrs: Mapping[str, float] = field(default_factory=dict)
+    waited: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,11 +169,22 @@ def fit(
         DivergedError: a peer lost ``--max-nonfinite`` steps in a row, or its predictions are not
             finite at the end.
         StoppedError: the run was stopped; a checkpoint of the last step was due before.
+        DamagedImagesError: images cannot be read, in this process or in another; where it was
+            foreseen, a checkpoint of the last step was due before.
     """
-    start, stop = start or Start(), stop or Stop()
+    start, images = start or Start(), cohort.images
+    try:
+        steps = range(start.step, steps_to_take(cohort.optim, len(data.train)))
+        images.begin(cohort.optim.batch_size, reads(cohort, steps))
+        yield from _fit(cohort, data, run, start, stop or Stop())
+    finally:
+        images.close()
+
+
+def _fit(cohort: Cohort, data: Data, run: RunConfig, start: Start, stop: Stop) -> Iterator[Record]:
     placement, optim, per_epoch = cohort.placement, cohort.optim, cohort.steps_per_epoch
     optims = {name: optim.of_peer(name) for name in placement.names}
-    agenda = Agenda(optim, run, placement, len(data.train), start, stop)
+    agenda = Agenda(optim, run, placement, data.train, start, stop)
     bound = _DIVERGED * math.log(len(data.classes)) * cohort.largest_weight
     streaks = Streaks(placement, bound, start, run.max_nonfinite)
     choosing = Choosing(cohort.peers, run.keep == "best", optim.early_stop, start.chosen)
@@ -195,17 +210,21 @@ def fit(
                 agenda.save_again(streaks)
             if choosing.is_on:
                 continue  # with the checkpoint that waits for it
+        if agenda.meets_damage:
+            raise DamagedImagesError(list(data.train.damage.values()))
         if agenda.stops:
             raise StoppedError(f"stopped by {stop.signal or 'a signal to another process'}")
         if agenda.is_done(step):
             break
         lr = learning_rate(optim, step, per_epoch)
         lrs = {name: learning_rate(one, step, per_epoch) for name, one in optims.items()}
+        before = data.train.waited
         losses, requested = train_step(cohort, step, lrs, agenda.requests)
         step += 1
         streaks.count(losses)
         looks = agenda.advance(step, requested, streaks)
-        yield StepRecord(step, (step - 1) // per_epoch, lr, agenda.pauses, losses, lrs)
+        waited = None if before is None else (data.train.waited or 0.0) - before
+        yield StepRecord(step, (step - 1) // per_epoch, lr, agenda.pauses, losses, lrs, waited)
         if looks:
             streaks.refuse_diverged(step)
     assert evaluation is not None, "the last step is evaluated"
@@ -218,6 +237,7 @@ class Agenda:
     Attributes:
         evaluates: whether an evaluation is due.
         stops: whether any process was asked to stop.
+        meets_damage: whether it stops because a process cannot read images of a step to come.
     """
 
     def __init__(
@@ -225,21 +245,23 @@ class Agenda:
         optim: OptimConfig,
         run: RunConfig,
         placement: Placement,
-        images: int,
+        images: ImageSet,
         start: Start,
         stop: Stop,
     ) -> None:
-        self._optim, self._run, self._images, self._stop = optim, run, images, stop
+        self._optim, self._run, self._stop = optim, run, stop
+        self._set, self._images = images, len(images)
         self._processes = placement.processes
         self._on_cpu = placement.device.type == "cpu"
         self._evaluation_timer = _Timer(run.eval_interval)
         self._save_timer = _Timer(run.save_interval)
         self._saved_step = start.step if start.saved else None
         self._ends = False
-        self.evaluates = begins_with_evaluation(optim, run, images, start)
+        self.evaluates = begins_with_evaluation(optim, run, self._images, start)
         # A run that continues another one's checkpoint first writes its own.
         self._save_due = self._saves_now = start.step > 0 and not start.saved
         self.stops = bool(self._processes.all_reduce_max(stop.requested))
+        self.meets_damage = False
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due now."""
@@ -269,27 +291,33 @@ class Agenda:
         return self._ends or step >= steps_to_take(self._optim, self._images)
 
     def requests(self) -> list[bool]:
-        """Return what this process requests: stop, evaluate, save. Rank 0's clock decides."""
+        """Return what this process requests: stop, evaluate, save. Rank 0's clock decides.
+
+        Last, whether it cannot read images of a step to come.
+        """
         timers = (self._evaluation_timer, self._save_timer)
         decides = self._processes.rank == 0
-        return [self._stop.requested, *(decides and timer.is_up for timer in timers)]
+        clock = [decides and timer.is_up for timer in timers]
+        return [self._stop.requested, *clock, self._set.meets_damage]
 
     def advance(self, step: int, requested: Tensor, streaks: "Streaks") -> bool:
         """Decide what is due after a step; return whether the device may be waited for now.
 
         Args:
             step: optimizer steps taken.
-            requested: how many processes have each of the ``requests``, [3] on the device.
+            requested: how many processes have each of the ``requests``, [4] on the device.
             streaks: of steps that peers have lost.
         """
         per_epoch = self._images // self._optim.batch_size
         self.evaluates = evaluation_follows(self._optim, self._run, self._images, step)
         self._save_due |= self.is_done(step) or self._run.save_interval.due(step, per_epoch)
         # Looking at the requests waits for an accelerator, so it happens less often there.
-        due = self.evaluates or self._save_due or step % _STEPS_BETWEEN_LOOKS == 0
+        due = self.evaluates or self._save_due or step % STEPS_BETWEEN_LOOKS == 0
         looks = self._on_cpu or due
         if looks or self._processes.world_size == 1:
-            self.stops, evaluation_is_up, save_is_up = (requested > 0).tolist()
+            stops, evaluation_is_up, save_is_up, damage = (requested > 0).tolist()
+            self.meets_damage = damage and not self.is_done(step)
+            self.stops = stops or self.meets_damage
             self.evaluates |= evaluation_is_up
             self._save_due |= save_is_up
         self._saves_now = self._save_due and not streaks.any()
@@ -425,17 +453,17 @@ def evaluate(
     placement.broadcast_buffers(modules)
     sums = no_sums(len(placement.names), classes, placement.device)
     chunk = _EVALUATION_ROWS * placement.slices
-    for start in range(0, len(images), chunk):
+    counts = [min(chunk, len(images) - first) for first in range(0, len(images), chunk)]
+    ours = [placement.rows(count) for count in counts]
+    bounds = [(chunk * i + lo, chunk * i + hi) for i, (lo, hi) in enumerate(ours)]
+    for count, (x, y) in zip(counts, images.in_order(bounds), strict=True):
         stops = bool(looks and stop and processes.all_reduce_max(stop.requested))
         if stops:
             break
-        count = min(chunk, len(images) - start)
-        lo, hi = placement.rows(count)
-        x, y = images.rows(start + lo, start + hi)
         # Our slice of the last chunk may be empty, which not every network accepts.
-        ours = [module(x) if hi > lo else x.new_zeros(0, classes) for module in modules]
-        everyone = placement.gather(torch.stack(ours), count)  # [K, B, C]
-        if placement.counts_rows and hi > lo:
+        found = [module(x) if len(x) else x.new_zeros(0, classes) for module in modules]
+        everyone = placement.gather(torch.stack(found), count)  # [K, B, C]
+        if placement.counts_rows and len(x):
             sums += batch_sums(everyone, y)
     for module in trained:
         module.train()

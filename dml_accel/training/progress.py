@@ -82,6 +82,7 @@ def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int
     batch_size, schedule = config.optim.batch_size, config.method.schedule
     steps = steps_to_take(config.optim, trained)
     period = config.run.eval_interval.steps(trained // batch_size)
+    held = held or len(source.val or ())
     names = tuple(spec.name for spec in parse_cohort(config.cohort))
     peers = len(names)
     return Workload(
@@ -105,6 +106,7 @@ class Window:
         seconds: that they took.
         losses: {peer: {part: mean over the steps that the peer took; None if it took none}}.
         skipped: {peer: steps skipped because its loss was not finite}, for peers with any.
+        waiting: share of the time that was spent waiting for images; None if they are in memory.
     """
 
     last: StepRecord
@@ -112,6 +114,7 @@ class Window:
     seconds: float
     losses: dict[str, dict[str, float | None]]
     skipped: dict[str, int]
+    waiting: float | None = None
 
     @property
     def step_seconds(self) -> float:
@@ -165,10 +168,15 @@ class Windows:
                 for peer, row in zip(self._peers, means, strict=True)
             },
             {name: count for name, count in zip(self._peers, skipped, strict=True) if count},
+            self._waiting(now - self._started),
         )
         self._measured.append(window)
         self._pending, self._started = [], now
         return window
+
+    def _waiting(self, seconds: float) -> float | None:
+        waited = [record.waited for record in self._pending if record.waited is not None]
+        return min(1.0, sum(waited) / seconds) if waited and seconds else None
 
     def throughput(self, images: int) -> dict[str, float | None]:
         """Return images per second and the median step, without the first steps of this process."""
@@ -182,9 +190,13 @@ class Windows:
             return {"images_per_second": None, "step_seconds_median": None}
         seconds = sum(window.seconds for window in windows)
         per_step = [window.step_seconds for window in windows for _ in range(window.steps)]
+        waiting = [
+            window.waiting * window.seconds for window in windows if window.waiting is not None
+        ]
         return {
             "images_per_second": images * len(per_step) / seconds,
             "step_seconds_median": median(per_step),
+            **({"waiting_for_images": sum(waiting) / seconds} if waiting else {}),
         }
 
 
@@ -234,6 +246,8 @@ class Display:
         if window is None:
             return
         rate = f"{self._workload.images_per_step / window.step_seconds:.0f} images/s"
+        if window.waiting is not None:
+            rate += f", {100 * window.waiting:.0f}% waiting"
         if window.skipped:
             skipped = ", ".join(f"{peer} {count}" for peer, count in window.skipped.items())
             self._print(

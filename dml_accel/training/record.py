@@ -14,6 +14,7 @@ from dml_accel.core.errors import one_line
 from dml_accel.core.files import write_text
 from dml_accel.core.tables import percent, render, results_table
 from dml_accel.core.versions import commit, versions
+from dml_accel.data.pixels import Geometry
 from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.plan import StepLoad, predict, this_machine
 from dml_accel.models.build import memory_format
@@ -94,6 +95,7 @@ class Recorder:
             seconds=round(window.seconds, 6),
             peers=window.losses,
             **({"skipped": window.skipped} if window.skipped else {}),
+            **({} if window.waiting is None else {"waiting": round(window.waiting, 4)}),
             **({"lrs": dict(window.last.lrs)} if self._own_rates else {}),
         )
 
@@ -264,7 +266,7 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
                     weights=weights,
                     classes=images.classes,
                     normalisation=images.normalisation,
-                    image_size=data.size,
+                    geometry=Geometry.of(data),
                     dataset=data.dataset,
                     grey_bits=ready.checked.source.grey_bits,
                     steps=steps,

@@ -36,6 +36,17 @@ _ANOTHER = "the results are those of another run"
 # What changes the order of sums, besides processes, device and versions.
 _RESOLVED = ("threads", "mixed_precision", "memory_format", "placement", "compile")
 _FLAGS = ("placement", "measure", "exchange", "compile", "compile_mode", "memory_format")
+# Flags of the data section that leave it open which images those are.
+_OF_ANY_IMAGES = {
+    "augment",
+    "mixup",
+    "cutmix",
+    "label_smoothing",
+    "class_weights",
+    "mean",
+    "std",
+    "bad_images",
+}
 _SPREAD = {"processes", "placement"}  # facts that say how networks are spread
 
 
@@ -163,7 +174,7 @@ def compare_with_original(
         return None
     images = _other_images(file.description, checked)
     choosing = {field.name for group in flag_groups() for field in group.fields}
-    choosing &= set(type(config.data).names()) - {"augment", "mixup", "cutmix", "label_smoothing"}
+    choosing &= set(type(config.data).names()) - _OF_ANY_IMAGES
     if images and not choosing & asked.given:
         raise UsageError(
             f"{file.path}: its run was trained on other images than --dataset "

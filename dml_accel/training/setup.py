@@ -22,8 +22,12 @@ from torch import nn
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
+from dml_accel.data import sources
 from dml_accel.data.augment import parse_augment
-from dml_accel.data.batches import Data, ImageFormat, check_batch_size, prepare
+from dml_accel.data.batches import ImageFormat
+from dml_accel.data.catalogue import Listed
+from dml_accel.data.feeds import reading_workers
+from dml_accel.data.images import Data, Reading, check_batch_size, prepare
 from dml_accel.data.sources import Source
 from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.compile import Trial
@@ -53,7 +57,7 @@ from dml_accel.models.build import (
 )
 from dml_accel.models.optim import check_optimizers, make_optimizer, state_per_parameter
 from dml_accel.models.peer_folder import PeerFolder, load_network
-from dml_accel.models.pretrained import PretrainedWeights, read_weights
+from dml_accel.models.pretrained import PretrainedWeights, read_weights, trained_size
 from dml_accel.models.spec import PeerSpec, parse_cohort
 from dml_accel.mutual.averages import Average, copy_of, refuse_uncopied
 from dml_accel.mutual.links import LinkWeights, read_links
@@ -62,7 +66,7 @@ from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import Cohort
 from dml_accel.mutual.teachers import load_teachers, read_teachers
 from dml_accel.mutual.teaching import Teaching
-from dml_accel.training.loop import Start
+from dml_accel.training.loop import STEPS_BETWEEN_LOOKS, Start
 
 Modules = dict[str, nn.Module]
 
@@ -170,6 +174,7 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
         UsageError: see the text.
     """
     check_batch_size(source, config.data, config.optim.batch_size)
+    _require_validation(config, source)
     specs, classes = parse_cohort(config.cohort), source.classes
     check_optimizers(config.optim, [spec.name for spec in specs])
     frozen = read_teachers(config.method.frozen_peers, classes, config.data.size)
@@ -194,6 +199,18 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
         _check_batch_norm(config, modules, ranks, len(classes))
     recorded = {name: one.record() for name, one in weights.items()}
     return Checked(specs, source, costs, frozen, links, recorded), modules
+
+
+def _require_validation(config: Config, source: Source) -> None:
+    """Refuse to choose an epoch where no split of the data set is for validation."""
+    chooses = {"--keep best": config.run.keep == "best"}
+    chooses[f"--early-stop {config.optim.early_stop}"] = config.optim.early_stop is not None
+    for name, on in chooses.items():
+        if on and source.val is None and not config.data.val_fraction:
+            raise UsageError(
+                f"{name} needs --val-fraction above 0, or a --val-split, which "
+                f"{config.data.dataset} has not: the test split is for reporting only"
+            )
 
 
 def build_networks(
@@ -383,9 +400,48 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
 # ---------------------------------------------------------------- images and peers
 
 
-def prepare_images(config: Config, source: Source, device: torch.device) -> Data:
-    """Return the splits of a run on a device, in its dtype and memory layout."""
-    return prepare(source, config.data, config.seed, image_format(config, device))
+def list_and_size(
+    config: Config, cohorts: Sequence[Sequence[str]], quiet: bool
+) -> tuple[Config, Listed | None]:
+    """List the images of a run, and choose their size if the configuration leaves it open.
+
+    Args:
+        config: of the run, or of several that differ in seed, method and cohort.
+        cohorts: of those runs, as ``--cohort`` names them.
+        quiet: show no progress.
+
+    Returns:
+        The configuration with an image size, and the images; None for digits.
+
+    Raises:
+        UsageError: see ``sources.list_images``.
+    """
+    listed = sources.list_images(config.data, quiet)
+    specs = [spec for cohort in cohorts for spec in parse_cohort(cohort)]
+    sizes = [trained_size(spec.arch) for spec in specs if spec.start is not None]
+    wanted = max((size for size in sizes if size), default=None)
+    return sources.sized(config, listed, wanted, quiet), listed
+
+
+def prepare_images(
+    config: Config, source: Source, device: torch.device, processes: int = 1
+) -> Data:
+    """Return the splits of a run on a device, in its dtype and memory layout.
+
+    Args:
+        config: of the run.
+        source: its images.
+        device: of this process.
+        processes: of the run.
+    """
+    on_cpu = device.type == "cpu"
+    reading = Reading(
+        reading_workers(config.compute, on_cpu),
+        config.compute.images_on,
+        # Where processes look at each other's requests less often, damage is known earlier.
+        1 if on_cpu or processes == 1 else STEPS_BETWEEN_LOOKS,
+    )
+    return prepare(source, config.data, config.seed, image_format(config, device), reading)
 
 
 def make_cohort(

@@ -73,7 +73,8 @@ def train(
     if first:
         where, label = config.run.output_dir, cohort_label(names)
         folder = RunFolder(where, label, in_place, folders_read(config.data))
-    source = sources.read(config.data, quiet=not first)
+    config, listed = setup.list_and_size(config, [config.cohort], quiet=not first)
+    source = sources.read(config.data, not first, listed, config.compute)
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
     recorded = None
     if asked is not None:
@@ -382,7 +383,9 @@ def prepare(
     ranks = ranks or setup.choose_ranks(config, checked, modules, processes, path, recorded)
     placement = Placement(processes, ranks, config.numerics.batch_norm)
     with _explaining_out_of_memory(_fewer_pixels(config, placement.device)):
-        images = setup.prepare_images(config, checked.source, placement.device)
+        images = setup.prepare_images(
+            config, checked.source, placement.device, processes.world_size
+        )
     parameters = {name: parameter_count(module) for name, module in modules.items()}
     start = origin.start(path / CHECKPOINTS)
     teaches = config.method.kl_weight > 0 and len(checked.names) + len(checked.frozen) > 1

@@ -9,18 +9,15 @@ import torch.nn.functional as F
 
 from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import (
-    Data,
     ImageFormat,
     ImageSet,
     Normalisation,
     PixelSet,
     TensorSet,
-    check_batch_size,
-    prepare,
     slices,
-    split_training,
     training_sizes,
 )
+from dml_accel.data.images import Data, check_batch_size, prepare, split_training
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
 from tests.helpers import tiny_config

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dml_accel.data.batches import Data, ImageFormat, ImageSet, Normalisation, PixelSet, prepare
+from dml_accel.data.batches import ImageFormat, ImageSet, Normalisation, PixelSet
+from dml_accel.data.images import Data, prepare
 from dml_accel.data.mixing import Mix, Mixing
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dml_accel
 from dml_accel import Config, EvaluationRecord, StepRecord, UsageError, learn
-from dml_accel.data.batches import labelled_rows
+from dml_accel.data.selection import labelled_rows
 from dml_accel.data.sources import Source
 from dml_accel.models.optim import make_optimizer
 from dml_accel.mutual import reference

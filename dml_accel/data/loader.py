@@ -1,0 +1,338 @@
+"""Images that workers read, decode and cut while the networks compute; the pixels of ``PixelSet``.
+
+A worker does for an image all that depends on its pixels alone: decoding, its square or its
+original, crop, flip, and the words of ``--augment`` that torchvision applies image by image. What a
+batch is made of, and all draws, are decided in the training process, which normalises, erases and
+mixes as it does with images in memory.
+
+Shape letters: B rows of a batch, S pixels a side.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dml_accel.data.augment import ImageTransform
+from dml_accel.data.batches import (
+    Draws,
+    Epoch,
+    LevelSet,
+    Normalisation,
+    Request,
+    reflected_windows,
+)
+from dml_accel.data.decode import DamagedImagesError
+from dml_accel.data.pictures import Damage, Picture, Pictures
+from dml_accel.data.splits import Split
+from dml_accel.data.workers import Results, in_pieces
+
+_MOST_IN_A_PIECE = 32  # images that a worker is given at a time
+_CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Images that a worker cuts.
+
+    Attributes:
+        places: of the images in their split.
+        crops: first row and column of each, in the padded image; None: without augmentation.
+        flips: whether left and right change sides.
+        keys: of each image, for what torchvision draws.
+    """
+
+    places: tuple[int, ...]
+    crops: Sequence[tuple[int, int]] | None = None
+    flips: Sequence[bool] = ()
+    keys: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a worker makes of a piece.
+
+    Attributes:
+        levels: [b, S, S, 3] uint8; 0 for images that cannot be read.
+        bad: places in the piece of those.
+        damage: all that cannot be read, stood in for or not.
+    """
+
+    levels: Tensor
+    bad: tuple[int, ...] = ()
+    damage: tuple[Damage, ...] = ()
+
+
+class Cutter:
+    """Reads and cuts the images of a piece; a function of the piece alone.
+
+    Args:
+        pictures: of the split.
+        augment: words of ``--augment``.
+    """
+
+    def __init__(self, pictures: Pictures, augment: Sequence[str]) -> None:
+        self._pictures, self._size = pictures, pictures.geometry.size
+        self._transform = ImageTransform(augment, self._size)
+        self._whole = "random-resized-crop" in self._transform.arguments
+        self._windows = reflected_windows(self._size, self._size // 8).numpy()
+
+    def __call__(self, piece: Piece) -> Cut:
+        """Return the images of a piece."""
+        size = self._size
+        levels = torch.zeros(len(piece.places), size, size, _CHANNELS, dtype=torch.uint8)
+        bad: list[int] = []
+        damage: list[Damage] = []
+        whole = self._whole and piece.crops is not None
+        images: list[tuple[int, np.ndarray]] = []
+        for index, place in enumerate(piece.places):
+            found = self._pictures.read(place, whole)
+            if isinstance(found, Picture):
+                damage += found.damage
+                images.append((index, self._moved(found.levels, piece, index)))
+            else:
+                damage.append(found)
+                bad.append(index)
+        if piece.crops is not None and self._transform:
+            moved = [torch.from_numpy(image).permute(2, 0, 1) for _, image in images]
+            keys = [piece.keys[index] for index, _ in images]
+            for (index, _), made in zip(images, self._transform.each(moved, keys), strict=True):
+                levels[index].permute(2, 0, 1).copy_(made)
+        else:
+            for index, image in images:
+                levels[index] = torch.from_numpy(image)
+        return Cut(levels, tuple(bad), tuple(damage))
+
+    def _moved(self, levels: np.ndarray, piece: Piece, index: int) -> np.ndarray:
+        """Return an image cropped and flipped, in memory of its own."""
+        if piece.crops is None:
+            return np.array(levels)
+        flipped = piece.flips[index]
+        if self._whole:
+            return np.array(levels[:, ::-1] if flipped else levels, order="C")
+        top, left = piece.crops[index]
+        rows, columns = self._windows[top], self._windows[left]
+        return levels[rows[:, None], columns[::-1] if flipped else columns]
+
+
+@dataclass
+class _Read:
+    """The images of one read of ``ImageSet``, put together.
+
+    Attributes:
+        rows: of the stored order, [B] int64.
+        epoch: whose augmentation they have; None for none.
+        levels: [B, S, S, 3] uint8.
+        bad: places in the read of images that cannot be read.
+        damage: what was found out about images that cannot be read.
+    """
+
+    rows: Tensor
+    epoch: int | None
+    levels: Tensor
+    bad: list[int] = field(default_factory=list)
+    damage: list[Damage] = field(default_factory=list)
+
+
+class LoaderSet(LevelSet):
+    """Images that are read when they are needed.
+
+    ``batch`` must be called as ``begin`` was told; without ``begin`` images are read in this
+    process, when they are asked for.
+
+    Args:
+        split: whose images are ``Pictures``.
+        normalisation: what is subtracted and divided by.
+        augment: words of ``--augment``.
+        workers: processes that read.
+        skips: whether images that cannot be read are left out of evaluations; else they are refused
+            when they are met.
+        lookahead: reads that are complete before they are needed, so that images that cannot be
+            read are known some steps before.
+        options: of ``LevelSet``.
+
+    Raises:
+        UsageError: see ``augment.parse_augment``.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        normalisation: Normalisation,
+        *,
+        augment: tuple[str, ...],
+        workers: int,
+        skips: bool = False,
+        lookahead: int = 1,
+        **options: Any,
+    ) -> None:
+        assert isinstance(split.images, Pictures)
+        size = split.images.geometry.size
+        options["home"] = torch.device("cpu")
+        super().__init__(split.labels, normalisation, size, augment=augment, **options)
+        self._cutter = Cutter(split.images, augment)
+        self._workers, self._skips, self._lookahead = workers, skips, lookahead
+        self._stream: _Stream | None = None
+        self._ready: deque[_Read] = deque()
+        self.waited = 0.0
+
+    def begin(self, batch_size: int, requests: Iterable[Request]) -> None:
+        """Begin to read the images of the batches that will be asked for."""
+        self.close()
+        self._stream = self._open(self._to_come(batch_size, requests), batch_size)
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
+        self._ready.clear()
+
+    def in_order(self, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images from ``lo`` to ``hi`` of each of the bounds, read ahead."""
+        asked = [torch.arange(lo, min(hi, len(self))) for lo, hi in bounds]
+        most = max((len(rows) for rows in asked), default=1)
+        stream = self._open(((rows, None) for rows in asked), most)
+        try:
+            while read := stream.read():
+                yield self._evaluated(read)
+        finally:
+            stream.close()
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images at ``rows`` (int64) of the stored order, not augmented, and labels."""
+        return self._evaluated(self._read_here(rows, None))
+
+    def _evaluated(self, read: _Read) -> tuple[Tensor, Tensor]:
+        self._note(read)
+        labels = self._labels[read.rows]
+        labels[read.bad] = -1
+        return self._normalised(read.levels.permute(0, 3, 1, 2)), self._send(labels)
+
+    def _to_come(
+        self, batch_size: int, requests: Iterable[Request]
+    ) -> Iterator[tuple[Tensor, Epoch | None]]:
+        for step, lo, hi in requests:
+            yield from self._reads(step, batch_size, lo, hi)
+
+    def _open(self, reads: Iterable[tuple[Tensor, Epoch | None]], rows: int) -> "_Stream":
+        asked = ((rows, self._pieces(rows, epoch), epoch) for rows, epoch in reads)
+        return _Stream(self._cutter, asked, rows, self._size, self._workers, self._is_pinned)
+
+    @property
+    def _is_pinned(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _levels(self, rows: Tensor, epoch: Epoch | None) -> Tensor:
+        read = self._read_here(rows, epoch) if self._stream is None else self._next()
+        number = None if epoch is None else epoch.number
+        assert read.epoch == number and torch.equal(read.rows, rows), "not as it was announced"
+        self._note(read)
+        return read.levels.permute(0, 3, 1, 2)
+
+    def _next(self) -> _Read:
+        """Return the next read; some more are put together before."""
+        assert self._stream is not None
+        begun = time.perf_counter()
+        while len(self._ready) <= self._lookahead and (read := self._stream.read()):
+            self._ready.append(read)
+            self.damage |= {one.row: one for one in read.damage}
+            self.meets_damage |= bool(read.bad)
+        self.waited = (self.waited or 0.0) + time.perf_counter() - begun
+        return self._ready.popleft()
+
+    def _note(self, read: _Read) -> None:
+        """Remember what cannot be read, and refuse it unless it is skipped."""
+        self.damage |= {one.row: one for one in read.damage}
+        if read.bad and not self._skips:
+            raise DamagedImagesError(read.damage)
+
+    def _read_here(self, rows: Tensor, epoch: Epoch | None) -> _Read:
+        asked = [(rows, self._pieces(rows, epoch), epoch)]
+        read = _Stream(self._cutter, asked, len(rows), self._size, 0, self._is_pinned).read()
+        assert read is not None
+        return read
+
+    def _pieces(self, rows: Tensor, epoch: Epoch | None) -> list[Piece]:
+        """Return what workers are told, in plain numbers."""
+        size = _piece_size(len(rows), self._workers)
+        if epoch is None:
+            return [Piece(places) for places in in_pieces(rows.tolist(), size)]
+        draws: Draws = epoch.draws
+        return [
+            Piece(
+                tuple(part.tolist()),
+                list(zip(draws.top[part].tolist(), draws.left[part].tolist(), strict=True)),
+                draws.flip[part].tolist(),
+                self._keys(part.tolist(), epoch.number),
+            )
+            for part in rows.split(size)
+        ]
+
+
+class _Stream:
+    """Reads that workers work on, one after the other.
+
+    Args:
+        cutter: what workers do.
+        asked: rows, pieces and epoch of each read, read ahead.
+        rows: of the largest read.
+        size: S.
+        workers: processes.
+        pinned: whether reads are put together in pinned memory.
+    """
+
+    def __init__(
+        self,
+        cutter: Cutter,
+        asked: Iterable[tuple[Tensor, list[Piece], Epoch | None]],
+        rows: int,
+        size: int,
+        workers: int,
+        pinned: bool,
+    ) -> None:
+        self._size, self._pinned = size, pinned
+        self._asked, announced = itertools.tee(asked)
+        piece = _piece_size(rows, workers)
+        # Two reads are under way, however many pieces they have.
+        ahead = max(2, -(-2 * -(-rows // piece) // max(1, workers)))
+        self._results = Results(
+            cutter,
+            (piece for _, pieces, _ in announced for piece in pieces),
+            workers=workers,
+            ahead=ahead,
+            result_bytes=piece * size * size * _CHANNELS,
+        )
+
+    def read(self) -> _Read | None:
+        """Return the next read; None after the last."""
+        found = next(self._asked, None)
+        if found is None:
+            return None
+        rows, pieces, epoch = found
+        shape = (len(rows), self._size, self._size, _CHANNELS)
+        levels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+        read = _Read(rows, None if epoch is None else epoch.number, levels)
+        lo = 0
+        for _ in pieces:
+            cut = next(self._results)
+            levels[lo : lo + len(cut.levels)] = cut.levels
+            read.bad += [lo + place for place in cut.bad]
+            read.damage += cut.damage
+            lo += len(cut.levels)
+        return read
+
+    def close(self) -> None:
+        """End the workers."""
+        self._results.close()
+
+
+def _piece_size(rows: int, workers: int) -> int:
+    """Return how many images a worker is given at a time, for reads of ``rows``."""
+    return min(_MOST_IN_A_PIECE, max(1, -(-rows // max(1, workers))))
