@@ -9,6 +9,8 @@ In reading order:
     holdout        a test split that is cut from a single one
     class_folders  folders whose names are the classes
     arrow          data sets that the datasets library opens
+    columns        which column of a table holds the images, and which the classes
+    table_splits   the splits of those data sets as listings
     catalogue      where a data set lies, and the images of its splits
     splits         decoded images and labels, and what tells them from others
     memory         memory that images may use

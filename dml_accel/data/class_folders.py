@@ -12,17 +12,18 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from dml_accel.core.config import DataConfig
 from dml_accel.core.errors import UsageError
 from dml_accel.core.tables import printable
-from dml_accel.data.holdout import held_out
+from dml_accel.data.holdout import first_copies, held_out
 from dml_accel.data.image_files import (
     ending_of,
     files_below,
@@ -33,7 +34,7 @@ from dml_accel.data.image_files import (
     is_passed,
     kind_of,
 )
-from dml_accel.data.listing import Listing, StoredFile, file_digest
+from dml_accel.data.listing import Listing, StoredFiles, file_digest
 from dml_accel.data.pixels import endings
 
 HERE = "."  # as a split: the folder of the data set itself
@@ -265,24 +266,28 @@ class FolderListing(Listing):
     """
 
     root: Path
-    images: Sequence[StoredFile]
+    images: StoredFiles
 
     def content(self, row: int) -> bytes:
         """Return the bytes of an image file."""
-        return (self.root / self.images[row].path).read_bytes()
+        return (self.root / self.images.path(row)).read_bytes()
 
     def place(self, row: int) -> str:
         """Return the path of an image file."""
-        return str(self.root / self.images[row].path)
+        return str(self.root / self.images.path(row))
 
-    def files(self, rows: Sequence[int]) -> list[StoredFile]:
+    def files(self, rows: Sequence[int]) -> StoredFiles:
         """Return the image files of some rows."""
-        return [self.images[row] for row in rows]
+        return self.images.take(rows)
 
     def digest(self, rows: Sequence[int], contents: Sequence[bytes] | None) -> str:
         """Return the sha256 of the contents' sha256."""
-        known = contents or [file_digest(self.root / self.images[row].path) for row in rows]
+        known = contents or (file_digest(self.root / self.images.path(row)) for row in rows)
         return hashlib.sha256(b"".join(known)).hexdigest()
+
+    def names(self, rows: Sequence[int]) -> Iterator[tuple[str, int]]:
+        """Yield the path below ``root`` and the bytes of each image file."""
+        return ((self.images.path(row), int(self.images.sizes[row])) for row in rows)
 
 
 @dataclass
@@ -335,57 +340,77 @@ def read_folders(
         UsageError: a folder cannot be read, a link leads to a folder above it, or a split has no
             images.
     """
-    left_out, found = LeftOut(), {}
-    for name in dict.fromkeys(layout.splits.values()):
-        found[name] = _read_split(layout.root, name, left_out)
-    classes = tuple(sorted({label for images in found.values() for label in images.values()}))
-    sides = {role: found[name] for role, name in layout.splits.items()}
+    left_out = LeftOut()
+    names = dict.fromkeys(layout.splits.values())
+    found = {name: _read_split(layout.root, name, left_out) for name in names}
+    classes = tuple(sorted({label for split in found.values() for label, _ in split}))
+    places = {label: place for place, label in enumerate(classes)}
+    read = {name: _joined(split, places) for name, split in found.items()}
+    sides = {role: read[name] for role, name in layout.splits.items()}
     if layout.test_fraction:
-        (images,) = found.values()
-        tested = held_out(layout.root, images, layout.test_fraction)
+        images, labels = sides["train"]
+        tested = held_out(
+            images.path, labels, layout.test_fraction, first_copies(layout.root, images)
+        )
         sides = {
-            "train": {file: label for file, label in images.items() if file.path not in tested},
-            "test": {file: label for file, label in images.items() if file.path in tested},
+            role: (images.take(rows), labels[rows])
+            for role, rows in (("train", (~tested).nonzero()[0]), ("test", tested.nonzero()[0]))
         }
     lines = left_out.lines()
     if layout.unused:
         lines.append(f"folders beside the splits are not used: {_listed(layout.unused)}")
-    places = {label: place for place, label in enumerate(classes)}
     listings = {}
-    for role, images in sides.items():
+    for role, (images, labels) in sides.items():
         name = layout.splits[role]
         if not images:
             raise UsageError(f"split {name!r} of {layout.root} has no images for {role}ing")
-        labels = torch.tensor([places[label] for label in images.values()], dtype=torch.int64)
         title = role if layout.test_fraction else name
         where = (os.path.realpath(layout.root),)
-        listings[role] = FolderListing(title, labels, where, layout.root, list(images))
+        listings[role] = FolderListing(title, torch.from_numpy(labels), where, layout.root, images)
     return listings, classes, lines
 
 
-def _read_split(root: Path, split: str, left_out: LeftOut) -> dict[StoredFile, str]:
-    """Return the images of a split with the class of each, in the order of their paths."""
+def _joined(
+    split: Sequence[tuple[str, StoredFiles]], places: Mapping[str, int]
+) -> tuple[StoredFiles, np.ndarray]:
+    """Return the images of all classes of a split, and their labels, [N] int64."""
+    labels = np.array([places[label] for label, _ in split], np.int64)
+    sizes = np.array([len(images) for _, images in split], np.int64)
+    return StoredFiles.joined([images for _, images in split]), labels.repeat(sizes)
+
+
+def _read_split(root: Path, split: str, left_out: LeftOut) -> list[tuple[str, StoredFiles]]:
+    """Return the classes of a split with the images of each, in the order of their paths."""
     top = root if split == HERE else root / split
     prefix = "" if split == HERE else f"{split}/"
-    found: dict[StoredFile, str] = {}
-    for label in folders_in(top):
-        before = len(found)
+    found: list[tuple[str, StoredFiles]] = []
+    above = (identity_of(root), identity_of(top))
+    for label in sorted(folders_in(top), key=lambda name: f"{name}/"):
         place = f"{prefix}{label}"
-        for path, stat in files_below(top / label, place, (identity_of(root), identity_of(top))):
-            kind = "unreadable" if stat is None else kind_of(path)
-            if kind == "unknown":
-                kind = "image" if is_image(root / path) else "unreadable"
-            if kind == "image" and stat is not None:
-                # A name has several spellings in Unicode, and file systems choose differently.
-                found[StoredFile.of(path, stat)] = unicodedata.normalize("NFC", label)
-            elif kind == "beside":
-                left_out.beside[ending_of(path)] += 1
-            else:
-                left_out.unreadable[place, ending_of(path) if stat else "a broken link"] += 1
-        if len(found) == before:
+        images = StoredFiles.of(_images_in(root, top / label, place, above, left_out))
+        if images:
+            # A name has several spellings in Unicode, and file systems choose differently.
+            found.append((unicodedata.normalize("NFC", label), images))
+        else:
             left_out.empty.append(place)
     with os.scandir(top) as entries:
         loose = [e.name for e in entries if not is_passed(e.name) and e.is_file()]
     left_out.classless[split] += sum(kind_of(name) == "image" for name in loose)
     left_out.classless += Counter()  # drops what is zero
-    return dict(sorted(found.items(), key=lambda item: item[0].path))
+    return found
+
+
+def _images_in(
+    root: Path, folder: Path, place: str, above: tuple[tuple[int, int], ...], left_out: LeftOut
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the images of a class by their path below ``root``, and count what else there is."""
+    for path, stat in files_below(folder, place, above):
+        kind = "unreadable" if stat is None else kind_of(path)
+        if kind == "unknown":
+            kind = "image" if is_image(root / path) else "unreadable"
+        if kind == "image" and stat is not None:
+            yield path, stat
+        elif kind == "beside":
+            left_out.beside[ending_of(path)] += 1
+        else:
+            left_out.unreadable[place, ending_of(path) if stat else "a broken link"] += 1

@@ -1,69 +1,83 @@
-"""A test split that is cut from a single one, by the paths of its images alone."""
+"""A test split that is cut from a single one, by the names of its images alone."""
 
 import contextlib
+import hashlib
 import os
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from dml_accel.core.errors import UnreadableError
 from dml_accel.core.files import read_json, write_json
 from dml_accel.core.host import cache_dir
 from dml_accel.core.rng import key
-from dml_accel.data.listing import StoredFile, file_digest
+from dml_accel.data.listing import StoredFiles, file_digest
 
 
-def held_out(root: Path, images: Mapping[StoredFile, str], fraction: float) -> set[str]:
-    """Return the paths of the images that are for testing.
+def held_out(
+    name: Callable[[int], str], labels: np.ndarray, fraction: float, first: np.ndarray
+) -> np.ndarray:
+    """Return which images are for testing, [N] bool.
 
-    Each image falls on a side by its path alone, so that images that are added move no other.
-    Copies and links of an image lie on its side: that of their shortest path. In a class with
-    several images each side has one, which may move back when images are added.
+    Each image falls on a side by its name alone, so that images that are added move no other.
+    Copies of an image lie on its side. In a class with several images each side has one, which may
+    move back when images are added.
+
+    Args:
+        name: returns the name of an image.
+        labels: [N] int64.
+        fraction: share of each class that is for testing.
+        first: the image that each is a copy of, or itself, [N] int64.
     """
-    first = _copies(root, list(images))
-    labels = {file.path: label for file, label in images.items()}
-    by_class: dict[str, list[tuple[float, str]]] = {}
-    for path in sorted({first.get(path, path) for path in labels}):
-        place = key("test split", unicodedata.normalize("NFC", path)) / 2**63
-        by_class.setdefault(labels[path], []).append((place, path))
-    tested: set[str] = set()
-    for places in by_class.values():
-        places.sort()
-        chosen = [path for place, path in places if place < fraction]
-        if len(places) > 1:  # with very few images, chance may leave a side empty
-            chosen = chosen or [places[0][1]]
-            chosen = chosen if len(chosen) < len(places) else chosen[:-1]
-        tested.update(chosen)
-    return {path for path in labels if first.get(path, path) in tested}
+    places = np.ones(len(labels))
+    own = first == np.arange(len(labels))
+    for row in own.nonzero()[0].tolist():
+        places[row] = key("test split", unicodedata.normalize("NFC", name(row))) / 2**63
+    tested = own & (places < fraction)
+    by_class = np.argsort(labels, kind="stable")
+    for same in np.split(by_class, np.diff(labels[by_class]).nonzero()[0] + 1):
+        rows = same[own[same]]
+        if len(rows) > 1:  # with very few images, chance may leave a side empty
+            if not tested[rows].any():
+                tested[rows[places[rows].argmin()]] = True
+            if tested[rows].all():
+                tested[rows[places[rows].argmax()]] = False
+    return np.asarray(tested[first])
 
 
-def _copies(root: Path, files: Sequence[StoredFile]) -> dict[str, str]:
-    """Return the shortest path of every image that lies in several places, by each of its paths.
+def first_copies(root: Path, files: StoredFiles) -> np.ndarray:
+    """Return for every image the row with its shortest path, [N] int64: copies have several paths.
 
     What was found is kept beside the decoded images, because it takes reading the files.
     """
-    names = tuple((file.name, file.state) for file in files)
     cache = cache_dir()
-    kept = cache and cache / f"{key('copies', os.path.realpath(root), names):016x}.copies.json"
+    kept = cache and cache / f"{_state_of(root, files):016x}.copies.json"
+    first = np.arange(len(files))
     if kept:
-        with contextlib.suppress(UnreadableError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(UnreadableError, ValueError, TypeError, IndexError):
             before = read_json(kept)
-            return {files[int(row)].path: files[first].path for row, first in before.items()}
-    sizes = Counter(file.size for file in files)
+            first[[int(row) for row in before]] = list(before.values())
+            return first
+    _, places, counts = np.unique(files.sizes, return_inverse=True, return_counts=True)
     groups: dict[bytes, list[int]] = {}
-    for row, file in enumerate(files):
-        if sizes[file.size] > 1:
-            groups.setdefault(file_digest(root / file.path), []).append(row)
-    # A copy has mostly a longer name than the image, such as "cat (1).jpg".
-    found = {
-        row: min(rows, key=lambda one: (len(files[one].path), files[one].path))
-        for rows in groups.values()
-        if len(rows) > 1
-        for row in rows
-    }
+    for row in (counts[places] > 1).nonzero()[0].tolist():
+        groups.setdefault(file_digest(root / files.path(row)), []).append(row)
+    for rows in groups.values():
+        # A copy has mostly a longer name than the image, such as "cat (1).jpg".
+        first[rows] = min(rows, key=lambda row: (len(files.path(row)), files.path(row)))
     if kept:
+        copies = (first != np.arange(len(files))).nonzero()[0].tolist()
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, {str(row): first for row, first in found.items()})
-    return {files[row].path: files[first].path for row, first in found.items()}
+            write_json(kept, {str(row): int(first[row]) for row in copies})
+    return first
+
+
+def _state_of(root: Path, files: StoredFiles) -> int:
+    """Return a number that is another one when any of the files is another one."""
+    digest = hashlib.sha256(files.paths)
+    for values in (files.ends, files.sizes, files.times, files.inodes):
+        digest.update(values.tobytes())
+    return key("copies", os.path.realpath(root), digest.hexdigest())

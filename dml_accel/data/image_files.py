@@ -51,22 +51,23 @@ def files_below(
         try:
             above = (*above, identity_of(folder))
             with os.scandir(folder) as entries:
-                children = [entry for entry in entries if not is_passed(entry.name)]
+                for entry in entries:
+                    if is_passed(entry.name):
+                        continue
+                    name = f"{path}/{entry.name}" if path else entry.name
+                    try:
+                        if not entry.is_dir():
+                            yield name, entry.stat() if entry.is_file() else None
+                            continue
+                        in_a_circle = entry.is_symlink() and identity_of(Path(entry.path)) in above
+                    except OSError:
+                        yield name, None
+                        continue
+                    if in_a_circle:
+                        raise UsageError(f"{entry.path} is a link to a folder above it: remove it")
+                    waiting.append((Path(entry.path), name, above))
         except OSError as error:
             raise UsageError(f"{folder} cannot be read: {error.strerror}") from error
-        for entry in children:
-            name = f"{path}/{entry.name}" if path else entry.name
-            try:
-                if not entry.is_dir():
-                    yield name, entry.stat() if entry.is_file() else None
-                    continue
-                in_a_circle = entry.is_symlink() and identity_of(Path(entry.path)) in above
-            except OSError:
-                yield name, None
-                continue
-            if in_a_circle:
-                raise UsageError(f"{entry.path} is a link to a folder above it: remove it")
-            waiting.append((Path(entry.path), name, above))
 
 
 def identity_of(folder: Path) -> tuple[int, int]:
