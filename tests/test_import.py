@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dml_accel.data.batches import Normalisation
+from dml_accel.data.pixels import Geometry
 from dml_accel.models.peer_folder import write_peer
 from dml_accel.models.spec import parse_cohort
 from tests.helpers import ROOT, build_peer, run_program, tiny_config
@@ -185,7 +186,7 @@ def test_timm_loads_a_trained_peer_after_importing_the_package_alone(tmp_path: P
         {"top1": 0.5, "n": 1},
         classes=tuple(map(str, range(10))),
         normalisation=Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
-        image_size=16,
+        geometry=Geometry(16, 16),
         dataset="digits",
         steps=1,
         teachers=["resnet8-1"],

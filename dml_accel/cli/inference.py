@@ -171,10 +171,10 @@ def _read_images(peers: TrainedPeers, data: DataConfig, named: bool) -> tuple[Sp
         data: which images.
         named: whether the user has named the data set; else it must be that of the training.
     """
-    split, classes, images = sources.read_test(data, peers.grey_bits)
+    split, classes, images = sources.read_test(data, peers.geometry, peers.grey_bits)
     labels = evaluation.match_labels(split.labels, classes, peers.classes, str(peers.path))
     # A split need not have images of all classes, and its own names may be fewer.
-    images = SplitPrint.of(labels, len(peers.classes), images.pixels)
+    images = SplitPrint.of(labels, len(peers.classes), images.pixels, images.files)
     recorded = SavedRun(peers.path).description.get("data") if peers.config else None
     theirs, is_gone = _data_set_of(peers)
     own = is_gone or data.dataset == theirs
@@ -192,7 +192,7 @@ def _read_images(peers: TrainedPeers, data: DataConfig, named: bool) -> tuple[Sp
         missing = len(peers.classes) - len(classes)
         how = f"the data set lacks {missing} of them" if missing else "their order differs"
         print(f"classes are matched by name: {how}", file=sys.stderr)
-    return Split(split.images, labels), images
+    return Split(split.images, labels, unread=split.unread), images
 
 
 # ---------------------------------------------------------------- predict
@@ -206,9 +206,7 @@ def _predict(peers: TrainedPeers, values: dict[str, Any]) -> int:
     files = _Files(values["images"])
     rows: list[prediction.ImagePrediction] = []
     header = prediction.CSV_HEADER if style == "csv" else ""
-    for batch in prediction.predict(
-        networks, peers.image_size, files, files.report, peers.grey_bits
-    ):
+    for batch in prediction.predict(networks, peers.geometry, files, files.report, peers.grey_bits):
         if style == "table":  # a column is as wide as its longest cell, so all are printed at once
             rows += batch
             continue

@@ -30,6 +30,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+INTERPOLATIONS = tuple(one.name.lower() for one in Image.Resampling)
 # Formats that Pillow passes to another program to run, or knows by name only.
 _UNREADABLE = ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 
@@ -84,11 +85,13 @@ class Geometry:
         resize: R, at least S: pixels of the shorter side before the square is cut out of the
             middle; with ``squash``, of both sides.
         mode: ``center`` or ``squash``, as ``--crop-mode``; of which timm has the names.
+        interpolation: one of ``INTERPOLATIONS``; training resizes bilinearly.
     """
 
     size: int
     resize: int
     mode: str = "center"
+    interpolation: str = "bilinear"
 
     @classmethod
     def of(cls, data: DataConfig) -> "Geometry":
@@ -96,9 +99,11 @@ class Geometry:
         return cls(data.size, data.resize, data.crop_mode)
 
     @classmethod
-    def from_crop(cls, size: int, crop_pct: float, mode: str) -> "Geometry":
+    def from_crop(
+        cls, size: int, crop_pct: float, mode: str, interpolation: str = "bilinear"
+    ) -> "Geometry":
         """Return the geometry that timm makes of ``crop_pct``: S divided by it is R."""
-        return cls(size, math.floor(size / crop_pct), mode)
+        return cls(size, math.floor(size / crop_pct), mode, interpolation)
 
     @property
     def crop_pct(self) -> float:
@@ -118,7 +123,7 @@ class Geometry:
             other = int(self.resize * long / short)
             wanted = (self.resize, other) if width <= height else (other, self.resize)
         if wanted != image.size:
-            image = image.resize(wanted, Image.Resampling.BILINEAR)
+            image = image.resize(wanted, Image.Resampling[self.interpolation.upper()])
         left, top = (round((side - self.size) / 2) for side in image.size)
         if image.size != (self.size, self.size):
             image = image.crop((left, top, left + self.size, top + self.size))

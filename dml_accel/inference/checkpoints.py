@@ -17,6 +17,7 @@ from dml_accel.core.errors import UnreadableError, UsageError, one_line
 from dml_accel.core.files import parse_json, write_text
 from dml_accel.core.host import expanded
 from dml_accel.data.batches import Normalisation
+from dml_accel.data.pixels import Geometry
 from dml_accel.inference.load import (
     BEST,
     EMA,
@@ -62,7 +63,8 @@ def read_checkpoint_peers(
     named = checkpoint.named(root)
     if not named:
         raise UsageError(f"--checkpoint {asked}: {path} ({saved.state}) has no checkpoint yet")
-    prepared, specs = _prepared(path / "config.json", description), parse_cohort(config.cohort)
+    specs = parse_cohort(config.cohort)
+    prepared = _prepared(path / "config.json", description, config)
     try:
         if asked == LATEST:
             chosen, state = _newest_good(root, specs)
@@ -74,7 +76,7 @@ def read_checkpoint_peers(
             path,
             {},
             prepared.classes,
-            config.data.size,
+            prepared.geometry,
             config=description["config"],
             results=_results(state, specs, events),
             step=state["step"],
@@ -163,7 +165,7 @@ def _write(
         spec,
         classes=prepared.classes,
         normalisation=prepared.normalisation,
-        image_size=config.data.size,
+        geometry=prepared.geometry,
         grey_bits=prepared.grey_bits,
     )
     dataset = public_name(config.data.dataset)
@@ -185,14 +187,16 @@ class _Prepared:
     classes: tuple[str, ...]
     normalisation: Normalisation
     grey_bits: int | None
+    geometry: Geometry
 
 
-def _prepared(path: Path, description: dict[str, Any]) -> _Prepared:
+def _prepared(path: Path, description: dict[str, Any], config: Config) -> _Prepared:
     """Return what a run recorded of its images.
 
     Args:
         path: of its config.json, for messages.
         description: the content of the file.
+        config: the configuration in it.
 
     Raises:
         UsageError: an entry is missing, or is not what a run writes.
@@ -222,7 +226,10 @@ def _prepared(path: Path, description: dict[str, Any]) -> _Prepared:
             f"{path}: normalisation is {found!r}; it must hold a mean and a std above 0 for each "
             "of three channels"
         )
-    return _Prepared(tuple(names), Normalisation(mean, std), grey_bits)
+    geometry = Geometry.of(config.data)
+    if "crop_mode" not in description["config"]:  # of a version that always squashed
+        geometry = Geometry(config.data.size, config.data.size, "squash")
+    return _Prepared(tuple(names), Normalisation(mean, std), grey_bits, geometry)
 
 
 # ---------------------------------------------------------------- what the run has measured

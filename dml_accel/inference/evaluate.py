@@ -4,10 +4,11 @@ Shape letters: K networks, N images, B of them, C classes. Row K of a table is t
 """
 
 import csv
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,11 @@ from dml_accel.core.errors import UsageError
 from dml_accel.core.files import as_utf8, replacing, write_json
 from dml_accel.core.tables import percent, printable, results_table, table
 from dml_accel.core.versions import versions
+from dml_accel.data.decode import DamagedImagesError
+from dml_accel.data.loader import Cutter, Piece
+from dml_accel.data.pictures import Damage
 from dml_accel.data.splits import Split
+from dml_accel.data.workers import Results, in_pieces
 from dml_accel.distributed.device import device_versions
 from dml_accel.inference.load import BATCH_SIZE, Networks, TrainedPeers
 from dml_accel.models.build import parameter_count
@@ -30,9 +35,25 @@ if TYPE_CHECKING:  # imported when something is drawn, because that takes a seco
 
 ENSEMBLE = "ensemble"
 RECORD, MATRIX, FIGURE = FILES = ("evaluation.json", "confusion.csv", "confusion.png")
+_PIECE = 32  # images that a worker is given at a time
 _SHOWN = 10  # classes, and pairs of confused classes, on the screen
 _MOST_CLASSES = 2000  # of a confusion matrix, which grows with their square
 _MOST_NAMED, _MOST_COUNTED = 100, 20  # classes of a figure with names, and with counts in its cells
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images that are not in memory are read.
+
+    Attributes:
+        workers: processes that do it; 0: this one.
+        skips: whether those that cannot be read are left out; else they are refused.
+        damage: what was left out is added to it.
+    """
+
+    workers: int = 0
+    skips: bool = False
+    damage: list[Damage] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,24 +128,27 @@ def evaluate(
     split: Split,
     device: torch.device,
     origin: dict[str, Any],
+    reading: Reading | None = None,
 ) -> Evaluation:
     """Evaluate every network and their ensemble on all images of a split.
 
     Args:
         peers: the peers.
         networks: their networks.
-        split: images, and labels as indices of the networks' classes; images whose label is -1 are
-            not counted, because they could not be read.
+        split: images, and labels as indices of the networks' classes; images that cannot be read
+            are not counted.
         device: of the networks.
         origin: further entries of evaluation.json: what was evaluated, and how.
+        reading: how images that are not in memory are read (default: in this process).
 
     Raises:
+        DamagedImagesError: images cannot be read when they are needed, and are not to be skipped.
         UsageError: none of the images could be read.
     """
     names, classes = networks.names, len(peers.classes)
-    sums, hits, confusion = _accumulate(networks, split, device, classes)
+    reading = reading or Reading()
+    sums, hits, counts, confusion = _accumulate(networks, split, device, classes, reading)
     metrics = finish(sums, names, classes, str(origin.get("split", "evaluated")))
-    counts = torch.bincount(split.labels[split.labels >= 0], minlength=classes).tolist()
     record = {
         "format": 1,
         **origin,
@@ -143,7 +167,7 @@ def evaluate(
         "ensemble": metrics["ensemble"],
         "agreement": metrics["agreement"],
         "imbalance": metrics["imbalance"],
-        "classes": _accuracy_by_class(peers.classes, counts, hits, names),
+        "classes": _accuracy_by_class(peers.classes, counts.tolist(), hits, names),
         "most_confused": [] if confusion is None else _most_confused(confusion, peers.classes),
         "versions": versions() | device_versions(device),
     }
@@ -151,35 +175,66 @@ def evaluate(
 
 
 def _accumulate(
-    networks: Networks, split: Split, device: torch.device, classes: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return sums for ``metrics.finish``, hits by class [K + 1, C] and the confusion matrix."""
+    networks: Networks, split: Split, device: torch.device, classes: int, reading: Reading
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return sums for ``metrics.finish``, and what is counted.
+
+    That is hits by class [K + 1, C], images by class [C] and the confusion matrix [C, C].
+    """
     sums = no_sums(len(networks.names), classes, device)
     hits = torch.zeros(len(networks.names) + 1, classes, dtype=torch.int64)
+    counts = torch.zeros(classes, dtype=torch.int64)
     confusion = None
     if classes <= _MOST_CLASSES:
         confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    for images, labels in _batches(split):
+    for images, labels in _batches(split, reading):
         logits = networks.logits(images)
         sums += batch_sums(logits, labels.to(device))
         predicted = best_five(log_posteriors(logits))[1][..., 0].cpu()  # [K + 1, B]
+        read = labels >= 0
+        counts += torch.bincount(labels[read], minlength=classes)
         for row, best in enumerate(predicted):
             hits[row] += torch.bincount(labels[best == labels], minlength=classes)
         if confusion is not None:
-            read = labels >= 0
             pairs = labels[read] * classes + predicted[-1, read]
             cells = torch.bincount(pairs, minlength=classes**2)
             confusion += cells.view(classes, classes)
-    return sums, hits, confusion
+    return sums, hits, counts, confusion
 
 
-def _batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(split: Split, reading: Reading) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images and labels in batches, and show the progress."""
-    parts = zip(split.images.split(BATCH_SIZE), split.labels.split(BATCH_SIZE), strict=True)
+    parts = zip(_images(split, reading), split.counted().split(BATCH_SIZE), strict=True)
     with tqdm(total=len(split), desc="evaluating", unit=" images", disable=None) as progress:
-        for images, labels in parts:
-            yield images, labels
+        for (images, bad), labels in parts:
+            yield images, labels.index_fill(0, torch.tensor(bad, dtype=torch.int64), -1)
             progress.update(len(labels))
+
+
+def _images(split: Split, reading: Reading) -> Iterator[tuple[Tensor, list[int]]]:
+    """Yield the images of each batch, and which of them cannot be read."""
+    if isinstance(split.images, Tensor):
+        yield from ((images, []) for images in split.images.split(BATCH_SIZE))
+        return
+    size, pictures = split.images.geometry.size, split.images
+    # A batch consists of whole pieces.
+    places = range(len(pictures))
+    pieces = [Piece(one) for lot in in_pieces(places, BATCH_SIZE) for one in in_pieces(lot, _PIECE)]
+    ahead = -(-2 * BATCH_SIZE // _PIECE // max(1, reading.workers))
+    with Results(
+        Cutter(pictures, ()),
+        pieces,
+        workers=reading.workers,
+        ahead=max(2, ahead),
+        result_bytes=_PIECE * 3 * size**2,
+    ) as results:
+        while cuts := list(itertools.islice(results, BATCH_SIZE // _PIECE)):
+            damage = [one for cut in cuts for one in cut.damage]
+            if damage and not reading.skips:
+                raise DamagedImagesError(damage)
+            reading.damage.extend(damage)
+            bad = [_PIECE * at + place for at, cut in enumerate(cuts) for place in cut.bad]
+            yield torch.cat([cut.levels for cut in cuts]), bad
 
 
 def _accuracy_by_class(

@@ -19,7 +19,7 @@ from dml_accel.inference import onnx
 from dml_accel.inference.load import TrainedPeers
 from dml_accel.models.model_card import model_card, own_networks, public_name
 from dml_accel.models.peer_folder import CARD, WEIGHTS, PeerFolder, load_network
-from dml_accel.models.timm_config import FILE, GREY_BITS, OURS
+from dml_accel.models.timm_config import FILE, GREY_BITS, OURS, input_entries
 from dml_accel.training.choosing import best_of
 
 BEST, ENSEMBLE = "best", "ensemble"
@@ -219,12 +219,7 @@ def _onnx_config(peers: TrainedPeers, first: PeerFolder, output: str) -> dict[st
         "label_names": list(peers.classes),
         "pretrained_cfg": {
             "num_classes": classes,
-            "input_size": [3, size, size],
-            "mean": list(first.normalisation.mean),
-            "std": list(first.normalisation.std),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
+            **input_entries(first.geometry, first.normalisation),
         },
         "onnx": {
             "file": onnx.FILE,

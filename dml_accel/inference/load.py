@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import PixelSet
+from dml_accel.data.pixels import Geometry
 from dml_accel.data.splits import Split
 from dml_accel.distributed.processes import set_arithmetic
 from dml_accel.models.build import refuse_shared
@@ -36,13 +37,13 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class TrainedPeers:
-    """Trained peers with the same classes and image size, before their networks are built.
+    """Trained peers with the same classes and inputs, before their networks are built.
 
     Attributes:
         path: the folder that was named.
         folders: of the peers, by name.
         classes: class names; their numbers if the folders have no names.
-        image_size: pixels per side of the inputs.
+        geometry: how images become the inputs.
         config: the configuration in the run's config.json, flat; empty if this is not a run.
         results: the content of the run's results.json; empty if this is not a run.
         step: of the checkpoint that they were read from; None if they were not.
@@ -53,12 +54,17 @@ class TrainedPeers:
     path: Path
     folders: Mapping[str, PeerFolder]
     classes: tuple[str, ...]
-    image_size: int
+    geometry: Geometry
     config: Mapping[str, Any]
     results: Mapping[str, Any]
     step: int | None = None
     note: str = ""
     weights: str = LAST
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of the inputs."""
+        return self.geometry.size
 
     @property
     def which(self) -> str:
@@ -153,7 +159,7 @@ def read_trained_peers(path: Path, weights: str = LAST) -> TrainedPeers:
         path,
         folders,
         _class_names(first),
-        first.image_size,
+        first.geometry,
         config=saved.description["config"] if is_run else {},
         results=_results_of(saved, weights) if is_run else {},
         weights=weights,
@@ -237,6 +243,7 @@ def _refuse_different(path: Path, folders: Mapping[str, PeerFolder]) -> None:
             ("the number of classes", folder.number_of_classes, first.number_of_classes),
             ("class names", folder.classes, first.classes),
             ("image size", folder.image_size, first.image_size),
+            ("how images are resized and cut", folder.geometry, first.geometry),
             ("the depth of grey images", folder.grey_bits, first.grey_bits),
         ):
             if value != expected:

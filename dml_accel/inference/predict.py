@@ -21,7 +21,7 @@ from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.core.files import as_utf8, read_at_most
 from dml_accel.core.tables import printable, table
 from dml_accel.data.image_files import files_below, is_image, kind_of
-from dml_accel.data.pixels import bounded_pixels, opened, to_rgb, unreadable
+from dml_accel.data.pixels import Geometry, bounded_pixels, opened, to_rgb, unreadable
 from dml_accel.inference.load import BATCH_SIZE, Networks
 from dml_accel.mutual.metrics import best_five, log_posteriors
 
@@ -124,12 +124,14 @@ def _images_below(folder: str, on_error: OnError) -> list[str]:
     return sorted(images)
 
 
-def read_image(name: str, size: int, grey_bits: int | None = None) -> tuple[np.ndarray, bool]:
-    """Decode and resize one image file in the same way as training does.
+def read_image(
+    name: str, geometry: Geometry, grey_bits: int | None = None
+) -> tuple[np.ndarray, bool]:
+    """Decode one image file, and make it a square as in the evaluations of training.
 
     Args:
         name: of the file.
-        size: S.
+        geometry: how it becomes a square of S pixels per side.
         grey_bits: see ``pixels.to_rgb``.
 
     Returns:
@@ -143,7 +145,7 @@ def read_image(name: str, size: int, grey_bits: int | None = None) -> tuple[np.n
             raise ValueError("this is not a file")
         content = io.BytesIO(read_at_most(Path(name), _LARGEST_FILE))
         with bounded_pixels(), opened(content) as picture:
-            levels = to_rgb(picture, size, grey_bits)
+            levels = to_rgb(picture, geometry, grey_bits)
             try:
                 return levels, bool(getattr(picture, "is_animated", False))
             except Exception:  # a damaged second frame does not matter
@@ -159,7 +161,7 @@ def read_image(name: str, size: int, grey_bits: int | None = None) -> tuple[np.n
 
 def predict(
     networks: Networks,
-    size: int,
+    geometry: Geometry,
     names: Iterable[str],
     on_error: OnError,
     grey_bits: int | None = None,
@@ -168,7 +170,7 @@ def predict(
 
     Args:
         networks: several predict as an ensemble, by their mean posterior.
-        size: S, pixels per side of their inputs.
+        geometry: how images become their inputs.
         names: of files.
         on_error: called for a file that cannot be used.
         grey_bits: of the grey images of the training; see ``pixels.to_rgb``.
@@ -179,7 +181,7 @@ def predict(
     batch: list[tuple[str, np.ndarray]] = []
     for name in names:
         try:
-            levels, has_more_frames = read_image(name, size, grey_bits)
+            levels, has_more_frames = read_image(name, geometry, grey_bits)
         except ValueError as error:
             on_error(name, str(error))
             continue

@@ -27,10 +27,16 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from dml_accel.core.errors import UsageError, one_line
 from dml_accel.core.files import in_utf8, replacing, write_text
 from dml_accel.data.batches import Normalisation
+from dml_accel.data.pixels import Geometry
 from dml_accel.models.build import image_problem
 from dml_accel.models.model_card import peer_card
 from dml_accel.models.spec import PeerSpec, opens_files
-from dml_accel.models.timm_config import FILE, read_timm_config, write_timm_config
+from dml_accel.models.timm_config import (
+    FILE,
+    read_geometry,
+    read_timm_config,
+    write_timm_config,
+)
 
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
@@ -47,7 +53,7 @@ class PeerFolder:
         arguments: what timm builds it with.
         classes: class names; empty if the folder has none.
         number_of_classes: how many classes there are.
-        image_size: pixels per side of its inputs.
+        geometry: how images become its inputs.
         normalisation: of its inputs.
         sha256: of model.safetensors.
         grey_bits: how many of the 16 bits of a 16-bit grey image hold its levels; None if the
@@ -59,10 +65,15 @@ class PeerFolder:
     arguments: dict[str, Any]
     classes: tuple[str, ...]
     number_of_classes: int
-    image_size: int
+    geometry: Geometry
     normalisation: Normalisation
     sha256: str
     grey_bits: int | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of its inputs."""
+        return self.geometry.size
 
 
 # ---------------------------------------------------------------- reading
@@ -100,14 +111,13 @@ def read_peer(path: Path) -> PeerFolder:
         raise UsageError(f"{weights} cannot be read: {error.strerror}") from error
     try:
         cfg = config.content["pretrained_cfg"]
-        size = cfg["input_size"]
         found = PeerFolder(
             path=path,
             arch=config.arch,
             arguments=config.arguments,
             classes=tuple(str(name) for name in config.content.get("label_names") or ()),
             number_of_classes=int(config.content["num_classes"]),
-            image_size=int(size[1]),
+            geometry=read_geometry(file, cfg),
             normalisation=Normalisation(_three(cfg["mean"]), _three(cfg["std"])),
             sha256=sha256,
             grey_bits=config.grey_bits,
@@ -116,8 +126,6 @@ def read_peer(path: Path) -> PeerFolder:
         raise UsageError(f"{file} does not describe a network as timm does: {error!r}") from error
     if not all(0 < value < math.inf for value in found.normalisation.std):
         raise UsageError(f"{file}: std {list(found.normalisation.std)} must be above 0")
-    if list(size) != [3, found.image_size, found.image_size]:
-        raise UsageError(f"{file}: input_size {size} must be three channels of a square image")
     for name in found.arguments:
         if opens_files(name):
             raise UsageError(f"{file}: the argument {name!r} would make timm open other files")
@@ -214,7 +222,7 @@ def write_peer(
     *,
     classes: tuple[str, ...],
     normalisation: Normalisation,
-    image_size: int,
+    geometry: Geometry,
     dataset: str,
     steps: int,
     teachers: list[str],
@@ -232,7 +240,7 @@ def write_peer(
         metrics: on the test split, for the model card.
         classes: class names, in label order.
         normalisation: of its inputs.
-        image_size: pixels per side of its inputs.
+        geometry: how images become its inputs.
         dataset: it was trained on.
         steps: optimizer steps taken.
         teachers: whom it learned from; empty if it learned alone.
@@ -248,7 +256,7 @@ def write_peer(
         spec,
         classes=classes,
         normalisation=normalisation,
-        image_size=image_size,
+        geometry=geometry,
         grey_bits=grey_bits,
         weights=weights,
     )
@@ -263,7 +271,7 @@ def write_network(
     *,
     classes: tuple[str, ...],
     normalisation: Normalisation,
-    image_size: int,
+    geometry: Geometry,
     grey_bits: int | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -280,6 +288,6 @@ def write_network(
         spec,
         classes=classes,
         normalisation=normalisation,
-        image_size=image_size,
+        geometry=geometry,
         grey_bits=grey_bits,
     )

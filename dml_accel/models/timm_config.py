@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm.data import resolve_data_config
 from torch import nn
 
 from dml_accel.core.errors import UsageError
 from dml_accel.core.files import read_json, write_json
 from dml_accel.data.batches import Normalisation
+from dml_accel.data.pixels import INTERPOLATIONS, Geometry
 from dml_accel.models.spec import PeerSpec
 
 FILE = "config.json"
 # Entries that timm does not know and leaves alone.
 OURS, GREY_BITS = "dml_accel", "grey_bits"
 DEPTHS = range(8, 17)  # bits of a grey level
+_MODES = ("center", "squash")
+_LARGEST_RESIZE = 8192  # pixels, as of --eval-resize
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,47 @@ def _grey_bits(path: Path, content: Mapping[str, Any]) -> int | None:
     return found
 
 
+def read_geometry(path: Path, cfg: Mapping[str, Any]) -> Geometry:
+    """Return how images become inputs, as timm resolves it.
+
+    Args:
+        path: of the file, for messages.
+        cfg: its ``pretrained_cfg``; what it leaves out has timm's own defaults.
+
+    Raises:
+        UsageError: inputs are not squares, or are prepared in a way that is not known here.
+        KeyError, TypeError, ValueError, IndexError: an entry is of another kind.
+    """
+    size = int(cfg["input_size"][1])
+    if list(cfg["input_size"]) != [3, size, size] or size < 1:
+        raise UsageError(
+            f"{path}: input_size {cfg['input_size']} must be three channels of a square image"
+        )
+    found = resolve_data_config({}, pretrained_cfg=cfg)
+    share = float(found["crop_pct"])
+    if not (0 < share <= 1 and size / share <= _LARGEST_RESIZE):
+        raise UsageError(
+            f"{path}: crop_pct {share} must be above 0 and at most 1, and input_size / crop_pct at "
+            f"most {_LARGEST_RESIZE:,} pixels"
+        )
+    for name, known in (("crop_mode", _MODES), ("interpolation", INTERPOLATIONS)):
+        if found[name] not in known:
+            raise UsageError(f"{path}: {name} {found[name]!r} must be one of {', '.join(known)}")
+    return Geometry.from_crop(size, share, found["crop_mode"], found["interpolation"])
+
+
+def input_entries(geometry: Geometry, normalisation: Normalisation) -> dict[str, Any]:
+    """Return the entries of ``pretrained_cfg`` from which timm prepares the same inputs."""
+    return {
+        "input_size": [3, geometry.size, geometry.size],
+        "mean": list(normalisation.mean),
+        "std": list(normalisation.std),
+        "interpolation": geometry.interpolation,
+        "crop_pct": geometry.crop_pct,
+        "crop_mode": geometry.mode,
+    }
+
+
 def write_timm_config(
     path: Path,
     module: nn.Module,
@@ -78,7 +123,7 @@ def write_timm_config(
     *,
     classes: tuple[str, ...],
     normalisation: Normalisation,
-    image_size: int,
+    geometry: Geometry,
     grey_bits: int | None = None,
 ) -> None:
     """Write how to build a network and how to prepare its input.
@@ -89,7 +134,7 @@ def write_timm_config(
         spec: its name in timm, and its arguments.
         classes: class names, in label order.
         normalisation: of its inputs.
-        image_size: pixels per side of its inputs.
+        geometry: how images become its inputs.
         grey_bits: how many of the 16 bits of a 16-bit grey image hold its levels; None if the
             network saw no such images.
     """
@@ -103,14 +148,9 @@ def write_timm_config(
         "label_names": list(classes),
         "pretrained_cfg": {
             "num_classes": len(classes),
-            "input_size": [3, image_size, image_size],
+            **input_entries(geometry, normalisation),
             "fixed_input_size": bool(known.get("fixed_input_size")),
             "pool_size": None,
-            "mean": list(normalisation.mean),
-            "std": list(normalisation.std),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
             **heads,
         },
     }

@@ -9,6 +9,7 @@ import torch
 
 from dml_accel.core.errors import UsageError
 from dml_accel.data import catalogue, class_folders, sources
+from dml_accel.data.pixels import Geometry
 from tests.data.folders import SIZE, png, read
 from tests.helpers import tiny_config
 
@@ -352,8 +353,8 @@ def test_the_only_split_can_be_cut(tmp_path: Path) -> None:
     found = read(str(below), test_fraction=0.2)
     assert found.classes == ("cat", "dog", "train")
     assert sum(counts(found)["train"]) + sum(counts(found)["test"]) == len(NAMES)
-    config = tiny_config(dataset=str(below / "train"), test_split=".", image_size=SIZE)
-    every, _, _ = sources.read_test(config.data)
+    config = tiny_config(dataset=str(below / "train"), test_split=".")
+    every, _, _ = sources.read_test(config.data, Geometry(SIZE, SIZE))
     assert len(every) == len(NAMES)
 
 
@@ -361,12 +362,12 @@ def test_networks_can_be_evaluated_on_any_split(tmp_path: Path) -> None:
     root = make(tmp_path / "set", *splits("a", "b", images=3), "val/a/1.png")
     for split, count in (("train", 6), ("test", 6), ("val", 1)):
         config = tiny_config(dataset=str(root), test_split=split)
-        images, classes, _ = sources.read_test(config.data)
+        images, classes, _ = sources.read_test(config.data, Geometry(SIZE, SIZE))
         assert (len(images), classes) == (count, ("a", "b"))
     unsplit = make(tmp_path / "unsplit", "a/1.png", "b/1.png")
     message = r"has no split 'test' \(it has: a, b\): choose another with --test-split \(. is all"
     with pytest.raises(UsageError, match=message):
-        sources.read_test(tiny_config(dataset=str(unsplit)).data)
+        sources.read_test(tiny_config(dataset=str(unsplit)).data, Geometry(SIZE, SIZE))
 
 
 def test_a_limit_reads_only_the_images_that_it_needs(

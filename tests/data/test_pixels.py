@@ -80,7 +80,7 @@ def test_all_images_of_a_set_have_one_depth(
         assert train == {value * 255 // 4095 for value in (100, 500, 4000)}
         assert found.test.images[:, 0, 0, 0].tolist() == [1000 * 255 // 4095, 255]
     assert "1 grey images of split 'test' have levels above the 4,095" in capsys.readouterr().err
-    alone, _ = read_image(str(tmp_path / "test/a/1000.png"), SIZE, 12)
+    alone, _ = read_image(str(tmp_path / "test/a/1000.png"), pixels.Geometry(SIZE, SIZE), 12)
     assert alone[0, 0, 0] == 1000 * 255 // 4095
 
 

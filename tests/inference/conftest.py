@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 
 from dml_accel.data import sources
+from dml_accel.data.pixels import Geometry
 from dml_accel.inference.load import Networks, read_trained_peers
 from tests.helpers import real_dataset, tiny_config, train
 
 SIZE, FEW = 16, 300
+SQUARE = Geometry(SIZE, SIZE)
 PEERS = ["resnet8-0", "resnet8-1", "test_resnet-0"]
 CPU = torch.device("cpu")
 
@@ -30,12 +32,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some test images, as levels and labels, and one of each class as a file in its folder."""
     folder = tmp_path_factory.mktemp("few")
-    split, classes, _ = sources.read_test(tiny_config(dataset=real_dataset(), image_size=SIZE).data)
-    np.savez(folder / "few.npz", images=split.images[:FEW].numpy(), labels=split.labels[:FEW])
+    split, classes, _ = sources.read_test(tiny_config(dataset=real_dataset()).data, SQUARE)
+    np.savez(folder / "few.npz", images=split.held[:FEW].numpy(), labels=split.labels[:FEW])
     for label, name in enumerate(classes):
         place = int((split.labels == label).nonzero()[0])
         (folder / "set/test" / name).mkdir(parents=True)
-        Image.fromarray(split.images[place].numpy()).save(folder / "set/test" / name / "0.png")
+        Image.fromarray(split.held[place].numpy()).save(folder / "set/test" / name / "0.png")
     return folder
 
 

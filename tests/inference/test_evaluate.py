@@ -16,7 +16,7 @@ from dml_accel.data import sources
 from dml_accel.inference.evaluate import confusion_figure, match_labels
 from dml_accel.inference.load import Networks, read_trained_peers
 from tests.helpers import load, tiny_config, train
-from tests.inference.conftest import CPU, PEERS, SIZE
+from tests.inference.conftest import CPU, PEERS, SQUARE
 
 Captured = pytest.CaptureFixture[str]
 
@@ -81,10 +81,9 @@ def test_classes_in_another_order_are_matched_by_name(
     words = ["--dataset", str(few / "set"), "--to", str(tmp_path / "x"), "--cpu"]
     assert cli.main(["evaluate", str(tmp_path / "peer"), *words]) == 0
     assert "classes are matched by name: their order differs" in capsys.readouterr().err
-    data = tiny_config(dataset=str(few / "set"), image_size=SIZE).data
-    split, classes, _ = sources.read_test(data)
+    split, classes, _ = sources.read_test(tiny_config(dataset=str(few / "set")).data, SQUARE)
     networks = Networks(read_trained_peers(run / "peers/resnet8-0"), CPU)
-    right = networks.logits(split.images)[0].argmax(1) == len(classes) - 1 - split.labels
+    right = networks.logits(split.held)[0].argmax(1) == len(classes) - 1 - split.labels
     record = load(tmp_path / "x/evaluation.json")
     assert record["peers"][0]["test"]["top1"] == right.double().mean().item()
 

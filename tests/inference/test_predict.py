@@ -18,7 +18,7 @@ from dml_accel.inference.load import Networks, read_trained_peers
 from dml_accel.inference.predict import find_images, read_image
 from tests.data.test_decode import forged
 from tests.helpers import load
-from tests.inference.conftest import CPU, SIZE
+from tests.inference.conftest import CPU, SIZE, SQUARE
 
 Captured = pytest.CaptureFixture[str]
 
@@ -161,13 +161,13 @@ def test_unusual_images_are_read_as_in_training(tmp_path: Path) -> None:
     colour = Image.new("CMYK", (9, 5), (10, 200, 30, 40))
     colour.save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
     expected = np.asarray(Image.open(tmp_path / "cmyk.jpg").convert("RGB").resize((SIZE, SIZE)))
-    levels, has_more_frames = read_image(str(tmp_path / "cmyk.jpg"), SIZE)
+    levels, has_more_frames = read_image(str(tmp_path / "cmyk.jpg"), SQUARE)
     assert np.abs(levels.astype(int) - expected).max() <= 1 and not has_more_frames
     Image.fromarray(np.full((6, 6), 100 * 257, np.uint16)).save(tmp_path / "deep.png")
-    assert (read_image(str(tmp_path / "deep.png"), SIZE)[0] == 100).all()
+    assert (read_image(str(tmp_path / "deep.png"), SQUARE)[0] == 100).all()
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "dot.png")
-    assert (read_image(str(tmp_path / "dot.png"), SIZE)[0] == [1, 2, 3]).all()
+    assert (read_image(str(tmp_path / "dot.png"), SQUARE)[0] == [1, 2, 3]).all()
     frames = [Image.new("RGB", (8, 8), (value, value, value)) for value in (250, 5, 90)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    levels, has_more_frames = read_image(str(tmp_path / "moving.gif"), SIZE)
+    levels, has_more_frames = read_image(str(tmp_path / "moving.gif"), SQUARE)
     assert (levels == 250).all() and has_more_frames

@@ -11,6 +11,7 @@ from torch import nn
 import dml_accel  # noqa: F401  (registers the networks)
 from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import Normalisation
+from dml_accel.data.pixels import Geometry
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
 from dml_accel.models.build import parameter_count
@@ -172,7 +173,12 @@ def test_a_stem_for_small_images_replaces_that_of_a_resnet(tmp_path: Path) -> No
     trained = build_peer(spec, tiny_config(float64=False), 3)
     norm = Normalisation((0.5,) * 3, (0.25,) * 3)
     write_network(
-        tmp_path, trained, spec, classes=("a", "b", "c"), normalisation=norm, image_size=16
+        tmp_path,
+        trained,
+        spec,
+        classes=("a", "b", "c"),
+        normalisation=norm,
+        geometry=Geometry(16, 16),
     )
     ours = load_network(read_peer(tmp_path))
     timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)

@@ -10,6 +10,7 @@ import torch
 
 from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import Normalisation
+from dml_accel.data.pixels import Geometry
 from dml_accel.models.peer_folder import CARD, load_network, read_peer, write_peer
 from dml_accel.models.spec import PeerSpec
 from tests.helpers import load
@@ -31,7 +32,7 @@ def write(folder: Path, module: torch.nn.Module, arch: str = "resnet8_cifar", **
         {"top1": 0.5, "n": 1},
         classes=CLASSES,
         normalisation=Normalisation.identity(),
-        image_size=16,
+        geometry=Geometry(16, 16),
         dataset=str(folder.parent / ODD),
         steps=1,
         teachers=[],

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dml_accel.core.errors import UsageError
+from dml_accel.data.pixels import Geometry
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import load_network, read_peer, write_peer
 from dml_accel.mutual import reference
@@ -36,7 +37,7 @@ def write_folder(training: Training, path: Path) -> Path:
         {"top1": 0.5, "n": 1},
         classes=data.classes,
         normalisation=data.normalisation,
-        image_size=training.config.data.image_size,
+        geometry=Geometry.of(training.config.data),
         dataset="digits",
         steps=1,
         teachers=[],
