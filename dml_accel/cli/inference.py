@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dml_accel.core.config import Config, DataConfig
+from dml_accel.core.config import ComputeConfig, Config, DataConfig
 from dml_accel.core.errors import UsageError
 from dml_accel.core.files import can_be_made, read_json
 from dml_accel.core.tables import printable
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.data import sources
-from dml_accel.data.catalogue import DIGITS, find_folder
+from dml_accel.data.catalogue import DIGITS, find_folder, list_splits
+from dml_accel.data.feeds import reading_workers
 from dml_accel.data.splits import Fingerprint, Split, SplitPrint
 from dml_accel.distributed.device import choose_device
 from dml_accel.inference import evaluate as evaluation
@@ -28,6 +29,7 @@ from dml_accel.training.run_folder import SavedRun
 # What selects the images of a run beside the flags of evaluate.
 _COLUMNS = ("image_column", "label_column")
 _OF_ITS_OWN = ("train_split",)
+_NAMED = 5  # images that cannot be read
 
 
 def run(command: str, values: dict[str, Any]) -> int:
@@ -77,8 +79,9 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
     folder = Path(values["to"]).expanduser() if values["to"] else default
     _check_folder(folder)
     device = choose_device(values["cpu"])
+    compute = ComputeConfig(feed=values["feed"], workers=values["workers"])
     networks = Networks(peers, device)
-    split, images = _read_images(peers, data, bool(values["dataset"]))
+    split, images = _read_images(peers, data, compute, bool(values["dataset"]))
     _refuse_other_evaluation(folder, data, images)
     origin = {
         "of": str(peers.path),
@@ -89,10 +92,18 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
         **({"step": peers.step, "checkpoint": peers.note} if peers.note else {}),
         **({"weights": peers.weights} if peers.weights != LAST else {}),
     }
-    result = evaluation.evaluate(peers, networks, split, device, origin)
+    reading = evaluation.Reading(
+        reading_workers(compute, on_cpu=device.type == "cpu"), data.bad_images == "skip"
+    )
+    result = evaluation.evaluate(peers, networks, split, device, origin, reading)
     evaluation.write_evaluation(result, folder)
+    unread = _unread(data, split) or [one.place for one in reading.damage]
+    if unread:
+        some = ", ".join(unread[:_NAMED]) + ", ..." * (len(unread) > _NAMED)
+        print(f"cannot be read, and not counted: {len(unread):,} images: {some}", file=sys.stderr)
     by = f", by {peers.which}" if peers.which else ""
-    print(f"{len(split):,} images of {data.dataset} ({data.test_split}){by}\n")
+    read = f"{len(split) - len(unread):,} of " if unread else ""
+    print(f"{read}{len(split):,} images of {data.dataset} ({data.test_split}){by}\n")
     print(evaluation.evaluation_text(result.record))
     written = [name for name in evaluation.FILES if (folder / name).exists()]
     print(f"\nfiles: {folder}/ {', '.join(written)}")
@@ -101,7 +112,7 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
 
 def _choose_images(peers: TrainedPeers, values: dict[str, Any]) -> DataConfig:
     """Return which images to evaluate on: the run's own, unless flags name others."""
-    names = ("dataset", "dataset_config", *_COLUMNS, "test_split", "test_fraction")
+    names = ("dataset", "dataset_config", *_COLUMNS, "test_split", "test_fraction", "bad_images")
     given = {name: values[name] for name in names if values[name] is not None}
     if folder := find_folder(given.get("dataset", DIGITS)):
         given["dataset"] = str(folder)
@@ -155,7 +166,11 @@ def _refuse_other_evaluation(folder: Path, data: DataConfig, images: SplitPrint)
         return
     same = (before.get("dataset"), before.get("split")) == (data.dataset, data.test_split)
     if "images" in before:
-        same = before["split"] == data.test_split and before["images"] == vars(images)
+        try:
+            recorded = SplitPrint(**before["images"])
+            same = before["split"] == data.test_split and images.is_same(recorded)
+        except (KeyError, TypeError):  # it is not what an evaluation writes
+            same = False
     if not same:
         raise UsageError(
             f"{folder} holds the evaluation on other images, of {before.get('dataset')} "
@@ -163,15 +178,30 @@ def _refuse_other_evaluation(folder: Path, data: DataConfig, images: SplitPrint)
         )
 
 
-def _read_images(peers: TrainedPeers, data: DataConfig, named: bool) -> tuple[Split, SplitPrint]:
+def _unread(data: DataConfig, split: Split) -> list[str]:
+    """Return the images of a split in memory that could not be read."""
+    if split.unread is None:
+        return []
+    listing = list_splits(data, ("test",), quiet=True).splits["test"]
+    return [printable(listing.place(row)) for row in split.unread.nonzero()[:, 0].tolist()]
+
+
+def _read_images(
+    peers: TrainedPeers, data: DataConfig, compute: ComputeConfig, named: bool
+) -> tuple[Split, SplitPrint]:
     """Read the images, with labels as indices of the networks' classes.
 
     Args:
-        peers: whose classes.
+        peers: whose classes and inputs.
         data: which images.
+        compute: where they come from.
         named: whether the user has named the data set; else it must be that of the training.
     """
-    split, classes, images = sources.read_test(data, peers.geometry, peers.grey_bits)
+    if data.dataset == DIGITS and compute.feed == "loader":
+        raise UsageError("--feed loader has no effect with --dataset digits: drop it")
+    split, classes, images = sources.read_test(
+        data, peers.geometry, peers.grey_bits, compute=compute
+    )
     labels = evaluation.match_labels(split.labels, classes, peers.classes, str(peers.path))
     # A split need not have images of all classes, and its own names may be fewer.
     images = SplitPrint.of(labels, len(peers.classes), images.pixels, images.files)

@@ -316,6 +316,25 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         help="share of unsplit class folders to evaluate on, as for train (default: as in the run)",
     )
     parser.add_argument(
+        "--bad-images",
+        choices=("refuse", "skip"),
+        help="what to do about an image that cannot be read: refuse to evaluate, or leave it out "
+        "and name it (default: as in the run)",
+    )
+    parser.add_argument(
+        "--feed",
+        choices=("auto", "memory", "loader"),
+        default="auto",
+        help="where images come from, as for train; the numbers are the same (default: auto)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that decode images which are not in memory, as for train (default: as for "
+        "train)",
+    )
+    parser.add_argument(
         "--to",
         metavar="DIR",
         help="folder for evaluation.json, confusion.csv and confusion.png (default: "

@@ -149,9 +149,11 @@ def evaluate(
     reading = reading or Reading()
     sums, hits, counts, confusion = _accumulate(networks, split, device, classes, reading)
     metrics = finish(sums, names, classes, str(origin.get("split", "evaluated")))
+    unread = len(split) - int(counts.sum())
     record = {
         "format": 1,
         **origin,
+        **({"unread": unread} if unread else {}),
         "device": str(device),
         "mixed_precision": networks.precision,
         "peers": [
