@@ -147,7 +147,7 @@ def test_an_epoch_changes_an_image_and_evaluation_never_does(split: Split) -> No
 def test_crop_and_flip_come_first_and_normalisation_last(split: Split) -> None:
     cropped = image_set(split, "crop-flip", dtype=torch.float64)
     made = image_set(split, "crop-flip", "randaugment", dtype=torch.float64)
-    rows = made._batch_rows(5, B)  # in the second epoch
+    _, rows = made._batch_rows(5, B)  # in the second epoch
     mean, std = (
         torch.tensor(part, dtype=torch.float64).view(3, 1, 1)
         for part in vars(Normalisation.of(split.images)).values()

@@ -15,9 +15,9 @@ from dml_accel.data.batches import (
     PixelSet,
     TensorSet,
     slices,
-    training_sizes,
 )
 from dml_accel.data.images import Data, check_batch_size, prepare, split_training
+from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
 from tests.helpers import tiny_config

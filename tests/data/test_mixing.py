@@ -121,7 +121,7 @@ def test_only_training_images_are_mixed_and_augmented(digits: Source) -> None:
     assert data.train.mixed(0, B, 0, B)
     for held in (data.val, data.test):
         assert held.mixed(0, B, 0, B) is None
-        assert torch.equal(held.batch(0, B, 0, B)[0], held.at(held._batch_rows(0, B))[0])
+        assert torch.equal(held.batch(0, B, 0, B)[0], held.at(held._batch_rows(0, B)[1])[0])
 
 
 def test_floating_images_of_any_shape_are_mixed() -> None:
