@@ -175,6 +175,7 @@ def _write(
         f"{peers.which}.",
         metrics=_of_peer(evaluations, "test", spec.name),
         dataset=dataset,
+        geometry=prepared.geometry,
         steps=state[BEST][spec.name]["step"] if peers.weights == BEST else state["step"],
     )
     write_text(folder / CARD, str(card))

@@ -259,6 +259,7 @@ def _card(peers: TrainedPeers, name: str, usage: str) -> ModelCard:
         metrics=metrics if is_complete else None,
         dataset=dataset,
         steps=steps if isinstance(steps, int) else None,
+        geometry=peers.geometry,
         usage=usage,
         peers=list(peers.folders),
         archs=list(nets),

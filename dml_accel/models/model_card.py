@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from dml_accel.core.files import as_utf8
+from dml_accel.data.pixels import Geometry
 from dml_accel.models.build import parameter_count
 from dml_accel.models.spec import PeerSpec, registered_by
 
@@ -35,6 +36,7 @@ def peer_card(
     steps: int,
     teachers: list[str],
     distilled: bool,
+    geometry: Geometry,
     note: str = "",
 ) -> ModelCard:
     """Return the card of a trained peer; see ``peer_folder.write_peer``."""
@@ -52,6 +54,7 @@ def peer_card(
         metrics=metrics,
         dataset=dataset,
         steps=steps,
+        geometry=geometry,
         archs=[spec.arch],
         tags=["deep-mutual-learning"] if teachers else [],
     )
@@ -74,6 +77,7 @@ def model_card(
     metrics: Mapping[str, Any] | None,
     dataset: str | None,
     steps: int | None,
+    geometry: Geometry,
     usage: str = "timm",
     peers: Sequence[str] = (),
     archs: Sequence[str] = (),
@@ -87,6 +91,7 @@ def model_card(
         metrics: on the test split; None if unknown.
         dataset: it was trained on; None if unknown.
         steps: optimizer steps taken; None if unknown.
+        geometry: how images become its inputs.
         usage: which code uses it: ``timm``, ``ensemble`` or ``onnx``.
         peers: folders of the networks of an ensemble.
         archs: timm's names of the networks; the card says which of them timm alone does not know.
@@ -110,6 +115,7 @@ def model_card(
         text=text,
         metrics=metrics if dataset else None,
         steps=steps,
+        geometry=geometry,
         usage=usage,
         peers=list(peers),
         own=own_networks(archs),

@@ -260,7 +260,7 @@ def write_peer(
         grey_bits=grey_bits,
         weights=weights,
     )
-    card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled, note)
+    card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled, geometry, note)
     write_text(folder / CARD, str(card))
 
 
