@@ -7,7 +7,8 @@ In reading order:
     listing        a split before it is decoded: labels, and where each image lies
     image_files    files below a folder: images, what lies beside them, links
     holdout        a test split that is cut from a single one
-    class_folders  folders whose names are the classes
+    class_layout   whether folders are splits or classes
+    class_folders  the images of folders whose names are the classes
     arrow          data sets that the datasets library opens
     columns        which column of a table holds the images, and which the classes
     table_splits   the splits of those data sets as listings

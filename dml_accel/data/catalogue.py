@@ -13,7 +13,8 @@ from pathlib import Path
 from dml_accel.core.config import Config, DataConfig
 from dml_accel.core.errors import UsageError
 from dml_accel.core.host import expanded
-from dml_accel.data.class_folders import HERE, find_layout, is_archive, read_folders
+from dml_accel.data.class_folders import read_folders
+from dml_accel.data.class_layout import HERE, find_layout, is_archive
 from dml_accel.data.listing import Listing
 from dml_accel.data.table_splits import list_tables
 
@@ -71,12 +72,12 @@ def folders_read(data: DataConfig) -> list[Path]:
     """Return the local folders that images are read from; none for the hub and digits.
 
     Raises:
-        UsageError: see ``located``, and ``class_folders.find_layout``.
+        UsageError: see ``located``, and ``class_layout.find_layout``.
     """
     folder = find_folder(data.dataset)
     if folder is None:
         return []
-    layout = find_layout(folder, data, ("train", "test"))
+    layout = find_layout(folder, data, ("train", "val", "test"))
     # Beside a split that is to be cut, any folder with images may be one.
     names = {HERE} if data.test_fraction or not layout else set(layout.splits.values())
     return [folder if name == HERE else folder / name for name in sorted(names)]

@@ -1,6 +1,8 @@
 """Class folders: which folder is a split, a class or an image, and what is said of the rest."""
 
 import os
+import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from dml_accel.core.errors import UsageError
-from dml_accel.data import catalogue, class_folders, sources
+from dml_accel.data import catalogue, class_folders, class_layout, sources
+from dml_accel.data.listing import StoredFile
 from dml_accel.data.pixels import Geometry
 from tests.data.folders import SIZE, png, read
 from tests.helpers import tiny_config
@@ -240,7 +243,8 @@ REFUSED: Mapping[str, tuple[list[str], dict[str, object], str]] = {
     "no test split": (
         splits("a", "b", names=("train", "val")),
         {},
-        r"no split 'test' \(it has: train, val\); choose one with --test-split, or hold out a fi",
+        r"no split 'test' \(it has: train, val\); choose one with --test-split val, or hold out a "
+        "fifth of each class with --test-fraction 0.2 --val-split val",
     ),
     "splits a folder below": (
         splits("a", "b", names=("data/train", "data/test")),
@@ -255,7 +259,22 @@ REFUSED: Mapping[str, tuple[list[str], dict[str, object], str]] = {
     "a fraction of what may be splits": (
         splits("a", "b", names=("train", "val")),
         {"test_fraction": 0.2},
-        "is 'train' a split, or a class like 'val'",
+        "is 'train' a split, or a class like 'val'.* or add --val-split val to choose a peer by it",
+    ),
+    "no such validation split": (
+        splits("a", "b"),
+        {"val_split": "dev"},
+        r"no split 'dev' \(it has: test, train\); choose one with --val-split, or write --val",
+    ),
+    "one folder to choose by and to report on": (
+        splits("a", "b"),
+        {"val_split": "test"},
+        "the splits 'test' and 'test' share the folder .*test: validation images must not be test",
+    ),
+    "a validation split in another": (
+        splits("a", "b", names=("train", "test")) + ["train/a/x/1.png"],
+        {"val_split": "train/a"},
+        "the splits 'train' and 'train/a' share the folder .*: validation images must not be train",
     ),
     "images without classes": (["1.png", "2.png"], {}, "no folders that name their classes"),
     "nothing": ([".hidden"], {}, "set is empty"),
@@ -293,6 +312,85 @@ def test_archives_are_named_with_what_to_do(tmp_path: Path) -> None:
         read(str(tmp_path / "set/train.zip"))
 
 
+# ---------------------------------------------------------------- a validation split
+
+THREE = splits("a", "b", names=("train", "test")) + ["val/a/1.png", "valid/b/1.png"]
+VALIDATION: Mapping[str, tuple[dict[str, object], str | None]] = {
+    # flags, and the folder that is taken
+    "by its name": ({}, "val"),
+    "another": ({"val_split": "valid"}, "valid"),
+    "none": ({"val_split": "none"}, None),
+    "none beside a fraction": ({"val_fraction": 0.5}, None),
+    "not the split to report on": ({"test_split": "val"}, "valid"),
+    "not the split to train on": ({"train_split": "val"}, "valid"),
+    "a fraction for testing": (
+        {"test_fraction": 0.5, "val_split": "val", "test_split": "x", "train_split": "train"},
+        "val",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VALIDATION)
+def test_a_folder_for_validation(tmp_path: Path, case: str) -> None:
+    flags, expected = VALIDATION[case]
+    paths = THREE if "test_fraction" not in flags else [p for p in THREE if p[:3] in ("tra", "val")]
+    paths = [path for path in paths if "test_fraction" not in flags or "valid" not in path]
+    config = tiny_config(dataset=str(make(tmp_path / "set", *paths)), **flags)
+    listed = catalogue.list_splits(config.data, ("train", "val", "test"), quiet=True)
+    assert listed.classes == ("a", "b")
+    assert list(listed.splits) == ["train", "test", *(["val"] if expected else [])]
+    if expected:
+        (place,) = [listed.splits["val"].place(row) for row in range(1)]
+        assert Path(place).relative_to(tmp_path / "set").parts[0] == expected
+    tested = catalogue.list_splits(config.data, ("test",), quiet=True)
+    assert list(tested.splits)[-1] == "test" and "val" not in tested.splits
+
+
+# ---------------------------------------------------------------- a listing
+
+
+def test_a_listing_is_small_and_tells_files_apart(tmp_path: Path) -> None:
+    paths = splits("b", "a", "a-1", "a b", names=("train", "test"), images=12)
+    root = make(tmp_path / "set", *paths)
+    (root / "train/a/10.png").write_bytes(png(0) + b"x")
+    listed = catalogue.list_splits(tiny_config(dataset=str(root)).data, ("train", "test"), True)
+    train = listed.splits["train"]
+    assert isinstance(train, class_folders.FolderListing)
+    expected = sorted(path for path in paths if path.startswith("train"))
+    assert [file.path for file in train.images] == expected
+    for row, path in enumerate(expected):
+        assert train.images[row] == StoredFile.of(path, os.stat(root / path))
+        assert listed.classes[int(train.labels[row])] == Path(path).parts[1]
+    some = train.files([7, 3])
+    assert list(some) == [train.images[7], train.images[3]] == list(some[0:1]) + list(some[1:2])
+    copied = pickle.loads(pickle.dumps(train))  # as worker processes get it
+    assert list(copied.images) == list(train.images)
+    held = train.images
+    arrays = (held.ends, held.sizes, held.times, held.inodes)
+    assert sum(one.nbytes for one in arrays) == 48 * len(held)
+
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere/other"
+    shutil.copytree(root, moved)
+    config = tiny_config(dataset=str(moved))
+
+    def identity(rows: list[int] | None = None) -> str:
+        return (
+            catalogue.list_splits(config.data, ("test", "train"), True)
+            .splits["train"]
+            .identity(rows)
+        )
+
+    assert identity() == train.identity() != listed.splits["test"].identity()
+    assert identity([1, 2]) == train.identity(torch.tensor([1, 2])) != train.identity([2, 1])
+    (moved / "train/a/1.png").write_bytes(png(9) + b"longer")
+    assert identity() != train.identity()
+    (moved / "train/a/1.png").write_bytes((root / "train/a/1.png").read_bytes())
+    assert identity() == train.identity()
+    (moved / "train/a/1.png").rename(moved / "train/a/1 .png")
+    assert identity() != train.identity()
+
+
 # ---------------------------------------------------------------- a test split from a fraction
 
 NAMES = [f"{label}/{number}.png" for label in ("cat", "dog", "train") for number in range(60)]
@@ -301,7 +399,7 @@ NAMES = [f"{label}/{number}.png" for label in ("cat", "dog", "train") for number
 def held_out(root: Path, **changes: object) -> set[str]:
     """The paths of the images that are held out for testing."""
     config = tiny_config(**{"dataset": str(root), "test_fraction": 0.2, **changes})
-    layout = class_folders.find_layout(root, config.data, ("train", "test"))
+    layout = class_layout.find_layout(root, config.data, ("train", "test"))
     assert layout
     listings, _, _ = class_folders.read_folders(layout)
     sides = {role: {one.path for one in listing.images} for role, listing in listings.items()}
