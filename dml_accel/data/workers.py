@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import psutil
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dml_accel.core.errors import UsageError
@@ -86,6 +87,8 @@ class Results(Generic[Request, Result]):
             sampler=_InOrder(requests),
             num_workers=workers,
             collate_fn=_as_it_is,
+            # Without one of its own it would draw from torch's, whose state is the caller's.
+            generator=torch.Generator(),
             **options,
         )
         self._results: Iterator[Result] | None = None
