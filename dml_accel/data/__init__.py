@@ -1,4 +1,4 @@
-"""Images from files to batches: decoded once, split, and kept in memory.
+"""Images from files to batches: listed, split, and held in memory or read when they are needed.
 
 In reading order:
 
@@ -13,16 +13,21 @@ In reading order:
     columns        which column of a table holds the images, and which the classes
     table_splits   the splits of those data sets as listings
     catalogue      where a data set lies, and the images of its splits
-    splits         decoded images and labels, and what tells them from others
+    pictures       images of a split that are read when they are needed
+    splits         images and labels, and what tells them from others
     memory         memory that images may use
     progress       how far the reading of many images is
     kept           the folder of the cache: what is kept in it, its limit
     parts          parts of a set that is being decoded, so that a start goes on there
     cache          decoded images, kept on disk
     decode         the images of a split as one array
+    survey         what is measured on some images: sizes, depth of grey, levels
     selection      which images are trained on, held out, or used with their labels
+    feeds          where images come from: all in memory, or read when they are needed
     augment        the words of --augment: read, checked, applied
     sources        data sets, read: from the hub, a local folder, or scikit-learn's digits
     mixing         mixup and CutMix: how each batch is mixed with itself
-    batches        splits and batches: order, crop, flip and normalisation
+    batches        sets of images: order, crop, flip and normalisation
+    loader         a set whose images workers read and cut
+    images         the images of a run, as training and evaluation are given them
 """

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dml_accel.core.config import ComputeConfig, DataConfig
 from dml_accel.core.host import cores
@@ -28,6 +27,7 @@ from dml_accel.data.memory import (
 )
 from dml_accel.data.pictures import Damage, HeldPictures, Picture, Pictures
 from dml_accel.data.pixels import Geometry
+from dml_accel.data.progress import Progress
 from dml_accel.data.selection import decoded_rows, training_rows, training_sizes
 from dml_accel.data.splits import Split
 from dml_accel.data.survey import are_squares, has_deep_grey, measured_rows, sizes_of, survey
@@ -175,7 +175,16 @@ def into_memory(data: DataConfig, listed: Listed, compute: ComputeConfig, quiet:
                 continue
             chosen = rows if role == "train" else None
             skips = data.bad_images == "skip"
-            found = decoded(listing, chosen, Geometry.of(data), quiet, bits, skips=skips)
+            found = decoded(
+                listing,
+                chosen,
+                Geometry.of(data),
+                quiet,
+                bits,
+                dataset=data.dataset,
+                skips=skips,
+                classes=listed.classes,
+            )
         except DamagedImagesError as error:  # those of the other splits are named as well
             damage += error.damage
             continue
@@ -215,11 +224,11 @@ def _originals(
     pieces = in_pieces(range(len(chosen)), _PIECE)
     with (
         Results(_Whole(chosen), pieces, workers=workers) as results,
-        tqdm(total=len(chosen), desc="decoding originals", disable=quiet or None) as progress,
+        Progress("decoding originals", len(chosen), quiet=quiet) as progress,
     ):
         for pieces_read in results:
             found += pieces_read
-            progress.update(len(pieces_read))
+            progress.add(len(pieces_read))
     bad = [one for one in found if isinstance(one, Damage)]
     if bad:
         raise DamagedImagesError(bad)

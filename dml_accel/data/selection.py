@@ -3,12 +3,37 @@
 Every choice is made from the labels alone, before an image is decoded.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dml_accel.core.config import DataConfig
 from dml_accel.core.errors import UsageError
 from dml_accel.core.rng import stratified
+
+
+class SplitNames(NamedTuple):
+    """What the splits of a run are called, by their role; ``val`` is None without one."""
+
+    train: str
+    val: str | None
+    test: str
+
+
+def split_names(data: DataConfig, val: str | None = None) -> SplitNames:
+    """Return what the splits of a run are called.
+
+    Args:
+        data: names the splits, and the shares that are cut off.
+        val: the validation split that the data set has itself; None if it has none.
+    """
+    test = data.test_split
+    if data.test_fraction:
+        test = f"test ({data.test_fraction:g} of the images)"
+    if data.val_fraction:
+        val = f"val ({data.val_fraction:g} of {data.train_split})"
+    return SplitNames(data.train_split, val, test)
 
 
 def training_sizes(total: int, data: DataConfig) -> tuple[int, int]:

@@ -52,6 +52,7 @@ class Source:
         grey_bits: how many of 16 bits the grey images of the training split use; None if it has no
             such images.
         val: images of a validation split of its own; None if there is none.
+        val_name: what that split is called.
         level_counts: see ``feeds.Fed``.
         feed: where images come from, and why; see ``feeds.choose_feed``.
     """
@@ -62,6 +63,7 @@ class Source:
     fingerprint: Fingerprint | None = None
     grey_bits: int | None = None
     val: Split | None = None
+    val_name: str | None = None
     level_counts: Tensor | None = None
     feed: tuple[str, str] = ("memory", "")
 
@@ -152,6 +154,7 @@ def read(
         Fingerprint(classes, prints),
         fed.grey_bits,
         splits.get("val"),
+        listed.splits["val"].split if "val" in splits else None,
         fed.level_counts,
         feed,
     )
@@ -183,7 +186,16 @@ def read_test(
     skips, labels = data.bad_images == "skip", listing.labels
     if fits(len(labels), geometry.size, compute.feed):
         require_memory(len(labels), geometry.size)
-        found = decoded(listing, None, geometry, quiet, grey_bits, skips=skips)
+        found = decoded(
+            listing,
+            None,
+            geometry,
+            quiet,
+            grey_bits,
+            dataset=data.dataset,
+            skips=skips,
+            classes=classes,
+        )
         split = Split(found.images, labels, unread=marked(found.unread, len(labels)))
         pixels: str | None = found.pixels
     else:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dml_accel.core.config import SMALL_IMAGES
 from dml_accel.core.errors import UnreadableError
@@ -30,6 +29,7 @@ from dml_accel.data.decode import DamagedImagesError
 from dml_accel.data.listing import Listing
 from dml_accel.data.pictures import Damage, Picture, Pictures
 from dml_accel.data.pixels import bounded_pixels, depth_of, opened
+from dml_accel.data.progress import Progress
 from dml_accel.data.splits import sha256
 from dml_accel.data.workers import Results, in_pieces
 
@@ -188,13 +188,13 @@ def _measure(pictures: Pictures, workers: int, quiet: bool) -> tuple[Tensor, int
     workers = workers if count > 2 * _PIECE else 0
     with (
         Results(_Measurer(pictures), in_pieces(range(count), _PIECE), workers=workers) as results,
-        tqdm(total=count, desc="measuring", disable=quiet or None, unit=" images") as progress,
+        Progress("measuring", count, quiet=quiet) as progress,
     ):
         for found, level, bad, done in results:
             counts += torch.from_numpy(found)
             brightest = max((one for one in (brightest, level) if one is not None), default=None)
             damage += bad
-            progress.update(done)
+            progress.add(done)
     if damage:
         raise DamagedImagesError(damage)
     return counts, brightest
