@@ -185,9 +185,8 @@ def _train(values: dict[str, Any]) -> int:
     finished = train(config, command_line(), asked)
     if finished is not None:
         folder, results = finished
-        peer, split = results["peers"][0], config.data.test_split
-        called = "" if split == "test" else f" ({split})"
-        print(f"on the {peer['test']['n']:,} images of the test split{called}:\n")
+        images, split = results["ensemble"]["n"], results["splits"]["test"]
+        print(f"on the {images:,} images of the split {split}:\n")
         print(results_table(results))
         print(f"\nrun folder: {folder}\npeers:      {folder}/peers/<name>/model.safetensors")
     return 0

@@ -16,6 +16,7 @@ from dml_accel.core.versions import command_line, require_packages
 from dml_accel.data import sources
 from dml_accel.data.catalogue import DIGITS, find_folder, list_splits
 from dml_accel.data.feeds import reading_workers
+from dml_accel.data.selection import split_names
 from dml_accel.data.splits import Fingerprint, Split, SplitPrint
 from dml_accel.distributed.device import choose_device
 from dml_accel.inference import evaluate as evaluation
@@ -103,7 +104,7 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
         print(f"cannot be read, and not counted: {len(unread):,} images: {some}", file=sys.stderr)
     by = f", by {peers.which}" if peers.which else ""
     read = f"{len(split) - len(unread):,} of " if unread else ""
-    print(f"{read}{len(split):,} images of {data.dataset} ({data.test_split}){by}\n")
+    print(f"{read}{len(split):,} images of {data.dataset}, split {split_names(data).test}{by}\n")
     print(evaluation.evaluation_text(result.record))
     written = [name for name in evaluation.FILES if (folder / name).exists()]
     print(f"\nfiles: {folder}/ {', '.join(written)}")

@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 _USUAL_COLUMNS = 80
 _HEADERS = ("network", "parameters", "top-1 %", "top-5 %", "NLL (nats)", "ECE %")
+_UNBALANCED = 1.5  # images of the largest class over those of the smallest
 
 
 def table(rows: list[list[Any]], headers: Sequence[str], style: str, left: int) -> str:
@@ -55,14 +56,30 @@ def _width(line: str) -> int:
 
 
 def results_table(results: dict[str, Any], style: str = "simple") -> str:
-    """Return the metrics of every peer and the ensemble as a table; ``style`` is tabulate's."""
-    rows = [[p["name"], f"{p['params']:,}", *_cells(p["test"])] for p in results["peers"]]
-    rows.append(["ensemble", "", *_cells(results["ensemble"])])
+    """Return the metrics of every peer and the ensemble as a table.
+
+    Macro-F1 is shown where the classes are unbalanced; elsewhere it says what top-1 does.
+
+    Args:
+        results: the content of results.json or evaluation.json.
+        style: of tabulate.
+    """
+    named = [(p["name"], f"{p['params']:,}", p["test"]) for p in results["peers"]]
+    named.append(("ensemble", "", results["ensemble"]))
     if "ema_ensemble" in results:
-        of_peers = [(f"{p['name']}, averaged", p["ema"]["test"]) for p in results["peers"]]
-        averages = [*of_peers, ("ensemble, averaged", results["ema_ensemble"])]
-        rows += [[name, "", *_cells(metrics)] for name, metrics in averages]
-    return table(rows, _HEADERS, style, left=1)
+        named += [(f"{p['name']}, averaged", "", p["ema"]["test"]) for p in results["peers"]]
+        named.append(("ensemble, averaged", "", results["ema_ensemble"]))
+    rows, headers = [[name, size, *_cells(one)] for name, size, one in named], list(_HEADERS)
+    if is_unbalanced(results):
+        headers.append("macro-F1 %")
+        for row, (_, _, metrics) in zip(rows, named, strict=True):
+            row.append(percent(metrics.get("macro_f1")))
+    return table(rows, headers, style, left=1)
+
+
+def is_unbalanced(results: Mapping[str, Any]) -> bool:
+    """Whether the classes of a split differ much in size; unknown in older results."""
+    return (results.get("imbalance") or 1.0) > _UNBALANCED
 
 
 def _cells(metrics: dict[str, Any]) -> list[str]:

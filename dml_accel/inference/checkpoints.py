@@ -18,6 +18,7 @@ from dml_accel.core.files import parse_json, write_text
 from dml_accel.core.host import expanded
 from dml_accel.data.batches import Normalisation
 from dml_accel.data.pixels import Geometry
+from dml_accel.data.selection import split_names
 from dml_accel.inference.load import (
     BEST,
     EMA,
@@ -177,6 +178,7 @@ def _write(
         dataset=dataset,
         geometry=prepared.geometry,
         steps=state[BEST][spec.name]["step"] if peers.weights == BEST else state["step"],
+        split=split_names(config.data).test,
     )
     write_text(folder / CARD, str(card))
 

@@ -263,4 +263,12 @@ def _card(peers: TrainedPeers, name: str, usage: str) -> ModelCard:
         usage=usage,
         peers=list(peers.folders),
         archs=list(nets),
+        split=_test_split(peers),
     )
+
+
+def _test_split(peers: TrainedPeers) -> str:
+    """Return what the test split of a run is called; older runs do not say."""
+    splits = peers.results.get("splits")
+    name = splits.get("test") if isinstance(splits, dict) else peers.config.get("test_split")
+    return name if isinstance(name, str) else "test"

@@ -38,6 +38,7 @@ def peer_card(
     distilled: bool,
     geometry: Geometry,
     note: str = "",
+    split: str = "test",
 ) -> ModelCard:
     """Return the card of a trained peer; see ``peer_folder.write_peer``."""
     dataset = public_name(dataset)
@@ -57,6 +58,7 @@ def peer_card(
         geometry=geometry,
         archs=[spec.arch],
         tags=["deep-mutual-learning"] if teachers else [],
+        split=split,
     )
 
 
@@ -82,6 +84,7 @@ def model_card(
     peers: Sequence[str] = (),
     archs: Sequence[str] = (),
     tags: Sequence[str] = (),
+    split: str = "test",
 ) -> ModelCard:
     """Return a model card with the metadata that the hub reads.
 
@@ -96,6 +99,7 @@ def model_card(
         peers: folders of the networks of an ensemble.
         archs: timm's names of the networks; the card says which of them timm alone does not know.
         tags: besides the task and the library.
+        split: what the test split is called.
     """
     library, task = "onnx" if usage == "onnx" else "timm", "image-classification"
     results = None
@@ -114,6 +118,7 @@ def model_card(
         name=name,
         text=text,
         metrics=metrics if dataset else None,
+        split=split,
         steps=steps,
         geometry=geometry,
         usage=usage,

@@ -230,6 +230,7 @@ def write_peer(
     grey_bits: int | None = None,
     weights: Mapping[str, Tensor] | None = None,
     note: str = "",
+    split: str = "test",
 ) -> None:
     """Write the three files of a trained peer.
 
@@ -249,6 +250,7 @@ def write_peer(
             network saw no such images.
         weights: what is written (default: those of ``module``).
         note: which weights these are, for the model card; empty if they are the last.
+        split: what the test split is called.
     """
     write_network(
         folder,
@@ -260,7 +262,9 @@ def write_peer(
         grey_bits=grey_bits,
         weights=weights,
     )
-    card = peer_card(module, spec, metrics, dataset, steps, teachers, distilled, geometry, note)
+    card = peer_card(
+        module, spec, metrics, dataset, steps, teachers, distilled, geometry, note, split
+    )
     write_text(folder / CARD, str(card))
 
 

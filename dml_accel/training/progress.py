@@ -5,8 +5,8 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NoReturn
@@ -18,7 +18,7 @@ from tqdm.utils import ObjectWrapper
 
 from dml_accel.core.config import Config
 from dml_accel.core.tables import terminal_columns
-from dml_accel.data.selection import training_sizes
+from dml_accel.data.selection import split_names, training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.models.spec import parse_cohort
 from dml_accel.mutual.metrics import finite
@@ -45,6 +45,7 @@ class Workload:
         images_per_step: an image counts once, however many peers see it.
         taken: optimizer steps that were taken before.
         peers: names, in the order of the command line.
+        splits: what those that are evaluated are called, by role: ``val`` and ``test``.
     """
 
     steps: int
@@ -54,6 +55,7 @@ class Workload:
     images_per_step: int
     taken: int = 0
     peers: tuple[str, ...] = ()
+    splits: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -93,6 +95,7 @@ def workload(config: Config, source: Source, image_cost: float = 1.0, taken: int
         images_per_step=batch_size * schedule.batches_per_step(peers),
         taken=taken,
         peers=names,
+        splits=split_names(config.data, source.val_name)._asdict(),
     )
 
 
@@ -273,7 +276,8 @@ class Display:
             return
         split = "val" if record.val else "test"
         metrics = record.val or record.test
-        line = f"{self._at(record)} {split} top-1: {self._accuracies(metrics)}"
+        name = self._workload.splits.get(split) or split
+        line = f"{self._at(record)} {name} top-1: {self._accuracies(metrics)}"
         if record.ema:
             line += f"; averages: {self._accuracies(record.ema[split])}"
         self._print(line)

@@ -15,6 +15,7 @@ from dml_accel.core.files import write_text
 from dml_accel.core.tables import percent, render, results_table
 from dml_accel.core.versions import commit, versions
 from dml_accel.data.pixels import Geometry
+from dml_accel.data.selection import SplitNames, split_names
 from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.plan import StepLoad, predict, this_machine
 from dml_accel.models.build import memory_format
@@ -212,11 +213,17 @@ def results(
         ],
         "ensemble": last.test["ensemble"],
         "agreement": last.test["agreement"],
+        "imbalance": last.test["imbalance"],
+        "splits": _split_names(ready)._asdict(),
         "throughput": throughput,
         "peak_memory_bytes": memory,
         "versions": versions() | device_versions(placement.device),
         "sent_bytes_per_step": _sent(ready),
     }
+
+
+def _split_names(ready: Prepared) -> SplitNames:
+    return split_names(ready.config.data, ready.checked.source.val_name)
 
 
 def stopped_early(ready: Prepared, last: EvaluationRecord) -> bool:
@@ -268,6 +275,7 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
                     normalisation=images.normalisation,
                     geometry=Geometry.of(data),
                     dataset=data.dataset,
+                    split=_split_names(ready).test,
                     grey_bits=ready.checked.source.grey_bits,
                     steps=steps,
                     teachers=[archs.get(name, name) for name in teachers],
