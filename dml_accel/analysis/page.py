@@ -31,6 +31,7 @@ class Section:
         table: the comparison in the paper's layout, HTML as all tables here.
         published: a table of published results and a note; empty if there are none.
         accuracy: top-1 of every network and method.
+        macro_f1: the same of macro-F1, where classes are unbalanced; else empty.
         cost: time and speed of every method.
         figures: of these runs.
         runs: where the numbers come from.
@@ -41,6 +42,7 @@ class Section:
     table: str
     published: list[str]
     accuracy: str
+    macro_f1: str
     cost: str
     figures: list[ReportFigure]
     runs: list[Run]
@@ -95,6 +97,7 @@ def _section(runs: Sequence[Run], images: int) -> Section:
         table=tables.comparison_table(record, "html"),
         published=tables.published_table(record, "html"),
         accuracy=tables.metric_table(record, "top1", 100, "html"),
+        macro_f1=tables.macro_f1_table(record, "html"),
         cost=tables.cost_table(record, "html"),
         figures=comparison_figures(kept, record, images),
         runs=kept,

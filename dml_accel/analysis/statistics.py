@@ -15,8 +15,10 @@ import scipy  # scipy.stats is imported when it is first used, because that take
 from dml_accel.analysis.methods import BASELINE, CIFAR100_TRAINING_IMAGES, published_results
 from dml_accel.analysis.runs import Run
 from dml_accel.core.config import Config
+from dml_accel.data.selection import split_names
 
-METRICS = ("top1", "top5", "nll", "ece")
+METRICS = ("top1", "top5", "nll", "ece", "macro_f1")
+_NOT_IN_OLDER_RUNS = frozenset({"macro_f1"})
 COLUMNS = ("method", "seed", "peer", "arch", *METRICS)
 _CONFIDENCE = 0.95
 _ROUNDING = 1e-12  # relative: by this much, differences that should be equal may differ
@@ -134,7 +136,7 @@ def csv_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
             "seed": run.config.seed,
             "peer": peer["name"],
             "arch": peer["arch"],
-            **{metric: peer["test"][metric] for metric in METRICS},
+            **{metric: _value(peer["test"], metric) for metric in METRICS},
         }
         for run in runs
         for peer in run.results["peers"]
@@ -180,6 +182,7 @@ def comparison_record(
     return {
         "format": 1,
         "dataset": config.data.dataset,
+        "split": split_names(config.data).test,
         "methods": list(methods),
         "seeds": sorted(seeds),
         "scaled_down": _scaled_down(config, runs, cifar100),
@@ -223,6 +226,7 @@ def _run_record(run: Run) -> dict[str, Any]:
         "seed": run.config.seed,
         "folder": run.name,
         **{key: run.results[key] for key in keys},
+        "imbalance": run.results.get("imbalance"),
         "seconds": run.seconds,
         "images_per_second": run.results["throughput"]["images_per_second"],
         "commit": run.description["commit"],
@@ -305,12 +309,17 @@ def _summary_record(
     }
 
 
+def _value(metrics: Mapping[str, float | None], metric: str) -> float | None:
+    return metrics.get(metric) if metric in _NOT_IN_OLDER_RUNS else metrics[metric]
+
+
 def _mean_of_members(run: Run, members: Sequence[str], metric: str) -> float | None:
     """Return the mean over some peers of one run; the ensemble's value if there are none."""
     if not members:
-        value: float | None = run.results["ensemble"][metric]
-        return value
-    values = [peer["test"][metric] for peer in run.results["peers"] if peer["name"] in members]
+        return _value(run.results["ensemble"], metric)
+    values = [
+        _value(peer["test"], metric) for peer in run.results["peers"] if peer["name"] in members
+    ]
     return None if None in values else sum(values) / len(values)
 
 

@@ -9,11 +9,18 @@ from typing import Any
 
 from dml_accel.analysis.methods import BASELINE, METHODS
 from dml_accel.core.config import OptimConfig
-from dml_accel.core.tables import percent, render, table
+from dml_accel.core.tables import is_unbalanced, percent, render, table
 from dml_accel.models.model_card import public_name
 
 # Flags by which a run follows another recipe than the published ones; its length is told apart.
-_OF_RECIPE = {*OptimConfig.names(), "augment", "mixup", "cutmix", "label_smoothing"}
+_OF_RECIPE = {
+    *OptimConfig.names(),
+    "augment",
+    "mixup",
+    "cutmix",
+    "label_smoothing",
+    "class_weights",
+}
 _OF_RECIPE -= {"epochs", "max_steps"}
 
 ABOUT_DIFFERENCES = """\
@@ -52,6 +59,7 @@ def comparison_markdown(record: dict[str, Any], plot: str) -> str:
         published=published_table(record),
         plot=plot,
         top1=metric_table(record, "top1", 100),
+        macro_f1=macro_f1_table(record),
         nll=metric_table(record, "nll", 1),
         cost=cost_table(record),
         machines=sorted(machines),
@@ -70,7 +78,8 @@ def subject(record: dict[str, Any]) -> str:
     """Return one line: networks, data set, and what was scaled down."""
     cohorts = ", ".join(" + ".join(_nets(cohort)) for cohort in record["cohorts"])
     smaller = ", ".join(record["scaled_down"])
-    title = f"{cohorts or 'no finished run'} on {public_name(record['dataset'])}"
+    split = "" if record["split"] == "test" else f", split {record['split']}"
+    title = f"{cohorts or 'no finished run'} on {public_name(record['dataset'])}{split}"
     return title + (f" (scaled down: {smaller})" if smaller else "")
 
 
@@ -134,6 +143,12 @@ def metric_table(record: dict[str, Any], metric: str, scale: float, style: str =
                 ]
             )
     return table(rows, headers, style, left=3)
+
+
+def macro_f1_table(record: dict[str, Any], style: str = "github") -> str:
+    """Return the macro-F1 as ``metric_table`` does; empty where classes are balanced."""
+    shown = any(is_unbalanced(run) for run in record["runs"])
+    return metric_table(record, "macro_f1", 100, style) if shown else ""
 
 
 def cost_table(record: dict[str, Any], style: str = "github") -> str:

@@ -219,7 +219,7 @@ def test_the_ensemble_is_compared_too(finished: Path) -> None:
 
 def test_the_table_of_raw_numbers(finished: Path) -> None:
     header = (finished / "results.csv").read_text().splitlines()[0]
-    assert header == "method,seed,peer,arch,top1,top5,nll,ece"
+    assert header == "method,seed,peer,arch,top1,top5,nll,ece,macro_f1"
     table = rows(finished)
     assert len(table) == 2 * 3 * 3
     for row in table:
@@ -227,7 +227,7 @@ def test_the_table_of_raw_numbers(finished: Path) -> None:
         peers = record(folder)["peers"]
         (peer,) = (peer for peer in peers if peer["name"] == row["peer"])
         assert row["arch"] == peer["arch"]
-        for metric in ("top1", "top5", "nll", "ece"):
+        for metric in ("top1", "top5", "nll", "ece", "macro_f1"):
             assert float(row[metric]) == peer["test"][metric]
 
 
@@ -495,7 +495,8 @@ def test_a_run_that_diverges_does_not_prevent_the_others(
 
 
 def test_a_missing_run_is_named() -> None:
-    record = {"methods": ["mutual"], "cohorts": [], "dataset": "digits", "scaled_down": []}
+    record = {"methods": ["mutual"], "cohorts": [], "dataset": "digits", "split": "test"}
+    record["scaled_down"] = []
     assert comparison_title(record) == "Mutual: no finished run on digits"
 
 

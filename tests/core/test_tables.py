@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dml_accel.core.tables import table, terminal_columns
+from dml_accel.core.tables import results_table, table, terminal_columns
 
 HEADERS = ("cohort", "n", "independent", "mutual - independent")
 ROWS = [
@@ -67,3 +67,32 @@ def test_a_terminal_that_does_not_say_how_wide_it_is_is_a_usual_one(
     assert terminal_columns(sys.stdout) is None  # a file or a pipe
     terminal(0)
     assert terminal_columns(sys.stdout) == 80
+
+
+# ---------------------------------------------------------------- results
+
+METRICS = {"n": 8, "top1": 0.5, "top5": None, "nll": 1.25, "ece": 0.125}
+
+
+@pytest.mark.parametrize(
+    ("extra", "imbalance", "last_columns"),
+    [
+        ({"macro_f1": 0.375}, 4.0, ("ECE %", "macro-F1 %", "12.50", "37.50")),
+        ({"macro_f1": 0.375}, 1.5, ("NLL (nats)", "ECE %", "1.2500", "12.50")),
+        ({}, None, ("NLL (nats)", "ECE %", "1.2500", "12.50")),  # of an earlier version
+    ],
+    ids=str,
+)
+def test_macro_f1_is_shown_where_classes_are_unbalanced(
+    extra: dict[str, float], imbalance: float | None, last_columns: tuple[str, ...]
+) -> None:
+    metrics = METRICS | extra
+    peer = {"name": "a-0", "params": 1000, "test": metrics, "ema": {"test": metrics}}
+    results = {"peers": [peer], "ensemble": metrics, "ema_ensemble": metrics}
+    results |= {} if imbalance is None else {"imbalance": imbalance}
+    lines = results_table(results, "github").splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    names = ["a-0", "ensemble", "a-0, averaged", "ensemble, averaged"]
+    assert [row[0] for row in rows] == names
+    for row in rows:
+        assert (*header[-2:], *row[-2:]) == last_columns

@@ -8,6 +8,7 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TextIO
 
 import pytest
@@ -145,6 +146,18 @@ def test_peers_are_in_the_order_of_the_command_line(
     assert losses.startswith("step 5/10 epoch 1/8 64 images/s, ")
     assert scores.startswith("step 10/10 epoch 1/8 test top-1: wrn_16_2-0 25.00%")
     assert scores.endswith(" ensemble 50.00%")
+
+
+def test_an_evaluation_names_its_split(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(24.0)
+    names = {"val": "val (0.1 of train)", "test": "val"}
+    display.begin("", Workload(10, 1.0, 1, 2.0, 32, peers=PEERS, splits=names), 8)
+    tested = evaluation(PEERS)
+    for record in (tested, replace(tested, val=tested.test, ema={"val": tested.test})):
+        display.evaluation(record)
+    test, val = capsys.readouterr().err.splitlines()
+    assert " epoch 1/8 val top-1: wrn_16_2-0 25.00%" in test
+    assert " epoch 1/8 val (0.1 of train) top-1: wrn_16_2-0 25.00%" in val
 
 
 @pytest.mark.parametrize("columns", WIDTHS)

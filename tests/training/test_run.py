@@ -78,10 +78,11 @@ def test_results_are_complete(run: Path) -> None:
     assert [peer["name"] for peer in results["peers"]] == ["wrn_16_2-0", "resnet8-0"]
     for peer in results["peers"]:
         assert set(peer) == {"name", "arch", "params", "test", "val"}
-        assert set(peer["test"]) == {"n", "top1", "top5", "nll", "ece"}
+        assert set(peer["test"]) == {"n", "top1", "top5", "nll", "ece", "macro_f1"}
         assert (peer["test"]["n"], peer["val"]["n"]) == (360, 144)
         assert 0 <= peer["test"]["top1"] <= peer["test"]["top5"] <= 1
     assert results["ensemble"]["n"] == 360
+    assert results["splits"] == {"train": "train", "val": "val (0.1 of train)", "test": "test"}
     assert 0 <= results["agreement"] <= 1
     assert results["throughput"]["images_per_second"] > 0
     assert results["throughput"]["step_seconds_median"] > 0

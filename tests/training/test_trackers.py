@@ -54,7 +54,7 @@ def recorded(folder: Path) -> Numbers:
         for split in ("test", "val") if event["event"] == "eval" else ():
             scores = event[split]
             add(f"{split}/agreement", step, scores["agreement"])
-            for metric in ("top1", "top5", "nll", "ece"):
+            for metric in ("top1", "top5", "nll", "ece", "macro_f1"):
                 add(f"{split}/{metric}/ensemble", step, scores["ensemble"][metric])
                 for peer in scores["peers"]:
                     add(f"{split}/{metric}/{peer}", step, scores["peers"][peer][metric])
