@@ -79,3 +79,20 @@ def test_a_browser_shows_it_without_complaint(
         assert image.size == (width, 1600)
         brightness = ImageStat.Stat(image.convert("L")).mean[0]
     assert brightness < 70 if theme == "dark" else brightness > 200
+
+
+def test_macro_f1_has_a_table_where_classes_are_unbalanced(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "alone", tmp_path / "run", ignore=shutil.ignore_patterns("peers"))
+    path = tmp_path / "run/results.json"
+    results = json.loads(path.read_text())
+    shown = f"{100 * results['peers'][0]['test']['macro_f1']:.2f}"
+    older = json.loads(path.read_text())
+    for metrics in (older["peers"][0]["test"], older["ensemble"]):
+        del metrics["macro_f1"]
+    del older["imbalance"], older["splits"]
+    for content, has in ((results | {"imbalance": 2.0}, True), (results, False), (older, False)):
+        path.write_text(json.dumps(content))
+        page.write_page(find_runs([tmp_path]), tmp_path / "x.html", 0)
+        text = (tmp_path / "x.html").read_text()
+        assert ("Macro-F1" in text) == has
+        assert (shown in text.partition("Macro-F1")[2].partition("Cost")[0]) == has
