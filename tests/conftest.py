@@ -1,6 +1,7 @@
 """Shared fixtures: caches that leave nothing behind, real images, small runs."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -40,6 +41,14 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if find_spec("datasets"):
             patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
             patch.setattr("datasets.config.HF_DATASETS_CACHE", home / "datasets")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def digits_once() -> Iterator[None]:
+    """Decode the digits once for each configuration, because hundreds of runs read them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_digits", functools.cache(sources._digits))
         yield
 
 

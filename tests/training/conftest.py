@@ -1,5 +1,6 @@
 """A run that nothing interrupts, and one that was killed."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,16 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def killed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed in its ninth step, with checkpoints of the third and sixth."""
-    killed(tmp_path, loop, "train_step", 9)
-    assert saved_steps(tmp_path) == [3, 6]
-    return tmp_path
+    folder = tmp_path_factory.mktemp("killed")
+    killed(folder, loop, "train_step", 9)
+    assert saved_steps(folder) == [3, 6]
+    return folder
+
+
+@pytest.fixture
+def interrupted(killed_once: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return shutil.copytree(killed_once, tmp_path, dirs_exist_ok=True)

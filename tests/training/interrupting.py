@@ -13,11 +13,11 @@ from tests.helpers import assert_same_state, load, status_of
 
 # 5 steps per epoch; every third step a checkpoint, every fourth an evaluation.
 WORDS = (
-    "--cohort wrn_16_2 resnet8 --dataset digits --image-size 8 --train-limit 45 --batch-size 8 "
-    "--epochs 3 --lr 0.05 --lr-step 2 --grad-accum 2 --clip-norm 1 --val-fraction 0.02 "
-    "--save-every 3 --eval-every 4 --cpu"
+    "--cohort timm:test_efficientnet resnet8 --dataset digits --image-size 8 --train-limit 45 "
+    "--batch-size 8 --epochs 3 --lr 0.05 --lr-step 2 --grad-accum 2 --clip-norm 1 "
+    "--val-fraction 0.02 --save-every 3 --eval-every 4 --cpu"
 ).split()
-NAMES = ("resnet8-0", "wrn_16_2-0")
+NAMES = ("resnet8-0", "test_efficientnet-0")
 # The same with averages, best weights and an early stop; an evaluation after every step.
 CHOOSING = (
     "--cohort resnet8*2 --ema 0.9 --teach-with ema --keep best --early-stop 2 --eval-every 1"

@@ -73,7 +73,7 @@ def forged(folder: Path, **changes: Any) -> None:
         {"config": {"lr": "x"}},
         {"config": {"unheard": 1}},
         {"world_size": "1"},
-        {"placement": {"ranks": {"resnet8-0": [0], "wrn_16_2-0": [7]}}},
+        {"placement": {"ranks": {"resnet8-0": [0], "test_efficientnet-0": [7]}}},
         {"placement": {"ranks": {"../../x": [0]}}},
         {"files": {}},
         {"files": {"/etc/passwd": "0"}},

@@ -179,7 +179,7 @@ def test_results_without_steps_are_refused(tmp_path: Path, digits: Source, resul
         (["--epochs", "2"], "--epochs 3, but this command says --epochs 2:"),
         (
             ["--cohort", "resnet8*2"],
-            "--cohort wrn_16_2 resnet8, but this command says --cohort resnet8*2:",
+            "--cohort timm:test_efficientnet resnet8, but this command says --cohort resnet8*2:",
         ),
         (
             ["--mixed-precision", "bf16"],

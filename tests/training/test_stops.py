@@ -143,7 +143,7 @@ def test_the_count_of_lost_steps_is_resumed(
         assert train(tmp_path, "--max-nonfinite", "6") == 75
     assert load(tmp_path / "checkpoints/step-00000008/state.json")["lost"] == {
         "resnet8-0": 4,
-        "wrn_16_2-0": 0,
+        "test_efficientnet-0": 0,
     }
     assert train(tmp_path, "--max-nonfinite", "6") == 1
     assert "6 steps in a row by step 10" in load(tmp_path / "status.json")["reason"]
