@@ -5,14 +5,15 @@ tables of a local folder are kept by its path, and made again when a file in it 
 """
 
 import contextlib
+import glob
 import http.client
-import json
 import os
 import shutil
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from dml_accel.core.locks import lock
 from dml_accel.core.rng import key
 from dml_accel.core.tables import printable
 from dml_accel.core.versions import require_packages
+from dml_accel.data.class_layout import VALIDATION
 from dml_accel.data.image_files import files_below
-from dml_accel.data.listing import StoredFile
+from dml_accel.data.listing import StoredFiles
 
 _SHOWN_CONFIGURATIONS = 8
 
@@ -33,19 +35,28 @@ _SHOWN_CONFIGURATIONS = 8
 # ---------------------------------------------------------------- opening
 
 
-def open_tables(
-    data: DataConfig, folder: Path | None, quiet: bool
-) -> tuple[Any, list[StoredFile] | None]:
+@dataclass(frozen=True)
+class Opened:
+    """A data set that the datasets library has opened.
+
+    Attributes:
+        splits: its tables, by name.
+        files: of the folder that they come from; None for the hub.
+        roots: folders that must contain every file that a row names.
+    """
+
+    splits: Mapping[str, Any]
+    files: StoredFiles | None
+    roots: Sequence[Path]
+
+
+def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> Opened:
     """Open a data set with the datasets library; nothing is decoded.
 
     Args:
-        data: its name and configuration.
+        data: its name, configuration and splits.
         folder: the local folder that the name stands for; None for the hub.
         quiet: show no progress, because another process does.
-
-    Returns:
-        A mapping from names of splits to tables, and the files of the folder that they come from;
-        None for the hub.
 
     Raises:
         UsageError: it cannot be reached or read, or has several configurations.
@@ -53,6 +64,7 @@ def open_tables(
     require_packages(f"--dataset {data.dataset}", "datasets")
     require_hub_cache()
     import datasets  # imported late: it takes a second, which digits does not need
+    import huggingface_hub.constants as hub
 
     if quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -62,15 +74,23 @@ def open_tables(
     try:
         if folder is None:
             name = _id_on_the_hub(name)
-            return _load(name, data.dataset_config, None), None
-        files = _files_in(folder)
-        found = _open_folder(folder, files, data.dataset_config)
+            caches = (datasets.config.HF_CACHE_HOME, hub.HF_HUB_CACHE, hub.HF_HOME)
+            return Opened(_load(name, data.dataset_config, None), None, list(map(Path, caches)))
+        files = StoredFiles.of(
+            (os.path.join(folder, path), stat) for path, stat in files_below(folder, "") if stat
+        )
+        named = _folders_named(folder, data)
+        kept = _kept(folder, *named)
+        found = _open_folder(folder, kept, files, data.dataset_config, named)
         if not isinstance(found, Mapping):
-            raise UsageError(
-                f"--dataset {name} was saved as a single split: save a DatasetDict with the splits "
-                f"{data.train_split!r} and {data.test_split!r}"
-            )
-        return found, files
+            if not data.test_fraction:
+                raise UsageError(
+                    f"--dataset {name} was saved as a single split: --test-fraction 0.2 holds out "
+                    "a fifth of each class for testing; else save a DatasetDict with the splits "
+                    f"{data.train_split!r} and {data.test_split!r}"
+                )
+            found = {data.train_split: found}
+        return Opened(found, files, [folder, kept / "files", kept])
     except UsageError:
         raise
     except ConnectionError as error:
@@ -88,23 +108,62 @@ def open_tables(
         raise UsageError(f"--dataset {name} cannot be read: {_root_cause(error)}") from error
 
 
-def _load(name: str, configuration: str | None, cache: Path | None) -> Any:
+def _load(
+    name: str, configuration: str | None, cache: Path | None, folders: Sequence[str] = ()
+) -> Any:
     import datasets
 
+    patterns = {f"s{place}": f"{glob.escape(one)}/**" for place, one in enumerate(folders)}
     # Kept on disk, because the cache of decoded images is keyed by those files.
-    return datasets.load_dataset(
-        name, configuration, keep_in_memory=False, cache_dir=cache and str(cache)
+    found = datasets.load_dataset(
+        name,
+        configuration,
+        data_files=patterns or None,
+        keep_in_memory=False,
+        cache_dir=cache and str(cache),
     )
+    return {one: found[f"s{place}"] for place, one in enumerate(folders)} or found
 
 
-def _open_folder(folder: Path, stored: Sequence[StoredFile], configuration: str | None) -> Any:
+def _folders_named(folder: Path, data: DataConfig) -> list[str]:
+    """Return the folders that flags name as splits, if the library knows one by no such name."""
+    if (folder / "dataset_dict.json").is_file():
+        return []
+    flags = (data.train_split, data.test_split, data.val_split)
+    names = [name for name in flags if name and (folder / name).is_dir()]
+    names = [os.path.normpath(name) for name in names if os.path.normpath(name) != os.curdir]
+    if all(name in _words(name) for name in names):
+        return []
+    return sorted({*names, *(name for name in VALIDATION if (folder / name).is_dir())})
+
+
+def known_split(splits: Mapping[str, Any], name: str) -> str | None:
+    """Return what the library calls a split: a folder ``val`` becomes ``validation``."""
+    return next((one for one in (name, *_words(name)) if one in splits), None)
+
+
+def _words(name: str) -> list[str]:
+    """Return all names that the library takes for that of one split; none if it knows it not."""
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    for split, words in SPLIT_KEYWORDS.items():
+        if name in words:
+            return [str(split), *words]
+    return []
+
+
+def _open_folder(
+    folder: Path,
+    kept: Path,
+    stored: StoredFiles,
+    configuration: str | None,
+    named: Sequence[str],
+) -> Any:
     """Open a local folder; its tables are made again if any file in it is another one."""
     import datasets
 
-    kept = kept_tables(folder)
     kept.mkdir(parents=True, exist_ok=True)
-    files = [[*one.name, list(one.state)] for one in stored]
-    asked = json.loads(json.dumps({"files": files}))
+    asked = {"files": stored.digest()}
     with open(kept / "lock", "w") as file:
         lock(file, wait=True)  # without locks, two processes may both make the tables
         record, tables = kept / "files.json", kept / "tables"
@@ -114,19 +173,19 @@ def _open_folder(folder: Path, stored: Sequence[StoredFile], configuration: str 
             return datasets.load_from_disk(str(link))
         with contextlib.suppress(UnreadableError):
             if read_json(record) == asked:
-                return _load(str(link), configuration, tables)
+                return _load(str(link), configuration, tables, named)
         record.unlink(missing_ok=True)
         shutil.rmtree(tables, ignore_errors=True)
-        found = _load(str(link), configuration, tables)
+        found = _load(str(link), configuration, tables, named)
         write_json(record, asked)
     return found
 
 
-def kept_tables(folder: Path) -> Path:
+def _kept(folder: Path, *about: str) -> Path:
     """Return where the tables of a local folder are kept."""
     import datasets
 
-    where = key("tables", os.path.realpath(folder))
+    where = key("tables", os.path.realpath(folder), *about)
     return Path(datasets.config.HF_DATASETS_CACHE) / "dml_accel" / f"{where:016x}"
 
 
@@ -138,16 +197,6 @@ def _link(path: Path, folder: Path) -> Path:
     except OSError:
         return folder
     return path
-
-
-def _files_in(folder: Path) -> list[StoredFile]:
-    """Return the files in or below a folder, by path; links are followed."""
-    found = [
-        StoredFile.of(os.path.join(folder, name), stat)
-        for name, stat in files_below(folder, "")
-        if stat is not None
-    ]
-    return sorted(found, key=lambda file: file.path)
 
 
 def _id_on_the_hub(name: str) -> str:

@@ -97,11 +97,6 @@ def list_splits(data: DataConfig, roles: Sequence[str], quiet: bool) -> Listed:
     folder = find_folder(data.dataset)
     layout = find_layout(folder, data, roles) if folder is not None else None
     if layout is None:
-        if data.test_fraction:
-            raise UsageError(
-                f"--test-fraction {data.test_fraction:g} is for class folders, which --dataset "
-                f"{data.dataset} has not; choose a split of it with --test-split"
-            )
         return Listed(*list_tables(data, folder, roles, quiet))
     for name in ("image_column", "label_column", "dataset_config"):
         if getattr(data, name) is not None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dml_accel.core.errors import UsageError
 
+_LIKELY = ("label", "class", "cls")  # columns whose values are classes, unless told otherwise
+
 
 def labels_of(
     dataset: Any, split: str, column: str, names: Sequence[str], by_value: bool
@@ -93,6 +95,9 @@ def label_column(features: Any, wanted: str | None) -> str:
     for name in classes if len(classes) == 1 else ("fine_label", "label"):
         if name in classes:
             return name
+    likely = [name for name in _LIKELY if _may_be_classes(features.get(name))]
+    if not classes and len(likely) == 1:
+        return likely[0]
     raise UsageError(
         f"{len(classes)} columns hold classes ({', '.join(classes) or 'none'}; all columns: "
         f"{', '.join(features)}); name one with --label-column"

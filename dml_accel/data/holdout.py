@@ -1,7 +1,6 @@
 """A test split that is cut from a single one, by the names of its images alone."""
 
 import contextlib
-import hashlib
 import os
 import unicodedata
 from collections.abc import Callable
@@ -53,7 +52,8 @@ def first_copies(root: Path, files: StoredFiles) -> np.ndarray:
     What was found is kept beside the decoded images, because it takes reading the files.
     """
     cache = cache_dir()
-    kept = cache and cache / f"{_state_of(root, files):016x}.copies.json"
+    about = key("copies", os.path.realpath(root), files.digest())
+    kept = cache and cache / f"{about:016x}.copies.json"
     first = np.arange(len(files))
     if kept:
         with contextlib.suppress(UnreadableError, ValueError, TypeError, IndexError):
@@ -73,11 +73,3 @@ def first_copies(root: Path, files: StoredFiles) -> np.ndarray:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_json(kept, {str(row): int(first[row]) for row in copies})
     return first
-
-
-def _state_of(root: Path, files: StoredFiles) -> int:
-    """Return a number that is another one when any of the files is another one."""
-    digest = hashlib.sha256(files.paths)
-    for values in (files.ends, files.sizes, files.times, files.inodes):
-        digest.update(values.tobytes())
-    return key("copies", os.path.realpath(root), digest.hexdigest())

@@ -118,6 +118,13 @@ class StoredFiles(Sequence[StoredFile]):
             bytes(blob), ends, self.sizes[rows], self.times[:, rows], self.inodes[:, rows]
         )
 
+    def digest(self) -> str:
+        """Return a sha256 that is another one when any of the files is another one."""
+        found = hashlib.sha256(self.paths)
+        for values in (self.ends, self.sizes, self.times, self.inodes):
+            found.update(values.tobytes())
+        return found.hexdigest()
+
     def path(self, row: int) -> str:
         """Return the path of a file."""
         return os.fsdecode(self.paths[self._start(row) : self.ends[row]])
