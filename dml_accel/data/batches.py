@@ -123,7 +123,8 @@ class ImageSet:
     Attributes:
         waited: seconds for which ``batch`` has waited for images; None if they are in memory.
         damage: of images that were met and cannot be read, by row of their listing.
-        meets_damage: whether a batch to come needs such an image.
+        meets_damage: whether a batch to come needs such an image, or an evaluation that is not to
+            skip it.
     """
 
     waited: float | None = None
@@ -156,12 +157,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def begin(self, batch_size: int, requests: Iterable[Request]) -> None:
+    def begin(self, batch_size: int, requests: Iterable[Request], per_step: int = 1) -> None:
         """Begin to read the images of the batches that will be asked for.
 
         Args:
             batch_size: rows of a whole batch.
             requests: step, ``lo`` and ``hi`` of each call of ``batch`` to come, in their order.
+            per_step: how many of them an optimizer step makes.
         """
 
     def close(self) -> None:
@@ -400,7 +402,9 @@ class LevelSet(ImageSet):
     def _normalised(self, levels: Tensor) -> Tensor:
         """Return levels [B, 3, S, S] as networks are given them, on the device."""
         if self._home != self._device:  # as they lie, because the device rearranges them faster
-            levels = self._send(levels.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+            if not levels.is_contiguous():
+                levels = levels.contiguous(memory_format=torch.channels_last)
+            levels = self._send(levels)
         # Dense before the conversion: normalising a view with holes takes three times as long.
         images = levels.contiguous(memory_format=self._memory_format).to(self._dtype)
         return images.sub_(self._mean).mul_(self._scale)

@@ -59,7 +59,8 @@ class Cut:
     """What a worker makes of a piece.
 
     Attributes:
-        levels: [b, S, S, 3] uint8; 0 for images that cannot be read.
+        levels: [b, 3, S, S] uint8, in the layout that they were made in: torchvision's is plane by
+            plane, others lie pixel by pixel; 0 for images that cannot be read.
         bad: places in the piece of those.
         damage: all that cannot be read, stood in for or not.
     """
@@ -81,44 +82,46 @@ class Cutter:
         self._pictures, self._size = pictures, pictures.geometry.size
         self._transform = ImageTransform(augment, self._size)
         self._whole = "random-resized-crop" in self._transform.arguments
-        self._windows = reflected_windows(self._size, self._size // 8).numpy()
+        self._windows = reflected_windows(self._size, self._size // 8)
 
     def __call__(self, piece: Piece) -> Cut:
         """Return the images of a piece."""
         size = self._size
-        levels = torch.zeros(len(piece.places), size, size, _CHANNELS, dtype=torch.uint8)
+        moves = piece.crops is not None and bool(self._transform)
+        shape = (len(piece.places), _CHANNELS, size, size)
+        levels = torch.zeros(shape, dtype=torch.uint8)
+        if not moves:
+            levels = levels.contiguous(memory_format=torch.channels_last)
         bad: list[int] = []
         damage: list[Damage] = []
         whole = self._whole and piece.crops is not None
-        images: list[tuple[int, np.ndarray]] = []
+        images: list[tuple[int, Tensor]] = []
         for index, place in enumerate(piece.places):
             found = self._pictures.read(place, whole)
+            if isinstance(found, Picture) and found.damage and piece.crops is None:
+                found = found.damage[0]  # no other image is evaluated in its place
             if isinstance(found, Picture):
                 damage += found.damage
                 images.append((index, self._moved(found.levels, piece, index)))
             else:
                 damage.append(found)
                 bad.append(index)
-        if piece.crops is not None and self._transform:
-            moved = [torch.from_numpy(image).permute(2, 0, 1) for _, image in images]
-            keys = [piece.keys[index] for index, _ in images]
-            for (index, _), made in zip(images, self._transform.each(moved, keys), strict=True):
-                levels[index].permute(2, 0, 1).copy_(made)
-        else:
-            for index, image in images:
-                levels[index] = torch.from_numpy(image)
+        made = [image for _, image in images]
+        if moves:
+            made = self._transform.each(made, [piece.keys[index] for index, _ in images])
+        for (index, _), image in zip(images, made, strict=True):
+            levels[index] = image
         return Cut(levels, tuple(bad), tuple(damage))
 
-    def _moved(self, levels: np.ndarray, piece: Piece, index: int) -> np.ndarray:
-        """Return an image cropped and flipped, in memory of its own."""
-        if piece.crops is None:
-            return np.array(levels)
-        flipped = piece.flips[index]
-        if self._whole:
-            return np.array(levels[:, ::-1] if flipped else levels, order="C")
-        top, left = piece.crops[index]
-        rows, columns = self._windows[top], self._windows[left]
-        return levels[rows[:, None], columns[::-1] if flipped else columns]
+    def _moved(self, levels: np.ndarray, piece: Piece, index: int) -> Tensor:
+        """Return an image cropped and flipped, in memory of its own, [3, H, W]."""
+        image = torch.from_numpy(np.array(levels))
+        if piece.crops is not None:
+            if not self._whole:
+                top, left = piece.crops[index]
+                image = image[self._windows[top]].index_select(1, self._windows[left])
+            image = image.flip(1) if piece.flips[index] else image
+        return image.permute(2, 0, 1)
 
 
 @dataclass
@@ -128,7 +131,7 @@ class _Read:
     Attributes:
         rows: of the stored order, [B] int64.
         epoch: whose augmentation they have; None for none.
-        levels: [B, S, S, 3] uint8.
+        levels: [B, 3, S, S] uint8.
         bad: places in the read of images that cannot be read.
         damage: what was found out about images that cannot be read.
     """
@@ -154,7 +157,7 @@ class LoaderSet(LevelSet):
         skips: whether images that cannot be read are left out of evaluations; else they are refused
             when they are met.
         lookahead: reads that are complete before they are needed, so that images that cannot be
-            read are known some steps before.
+            read are known some batches before.
         options: of ``LevelSet``.
 
     Raises:
@@ -180,12 +183,16 @@ class LoaderSet(LevelSet):
         self._workers, self._skips, self._lookahead = workers, skips, lookahead
         self._stream: _Stream | None = None
         self._ready: deque[_Read] = deque()
+        self._ahead = 0
         self.waited = 0.0
 
-    def begin(self, batch_size: int, requests: Iterable[Request]) -> None:
+    def begin(self, batch_size: int, requests: Iterable[Request], per_step: int = 1) -> None:
         """Begin to read the images of the batches that will be asked for."""
         self.close()
         self._stream = self._open(self._to_come(batch_size, requests), batch_size)
+        # Of a part of a mixed batch, the partners are another read.
+        self._ahead = self._lookahead * per_step * (2 if self._mixing else 1)
+        self._look_ahead()
 
     def close(self) -> None:
         """End the workers."""
@@ -201,19 +208,23 @@ class LoaderSet(LevelSet):
         stream = self._open(((rows, None) for rows in asked), most)
         try:
             while read := stream.read():
+                self.damage |= {one.row: one for one in read.damage}
+                # Who evaluates refuses it, in all processes at once.
+                self.meets_damage |= bool(read.bad) and not self._skips
                 yield self._evaluated(read)
         finally:
             stream.close()
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images at ``rows`` (int64) of the stored order, not augmented, and labels."""
-        return self._evaluated(self._read_here(rows, None))
+        read = self._read_here(rows, None)
+        self._note(read)
+        return self._evaluated(read)
 
     def _evaluated(self, read: _Read) -> tuple[Tensor, Tensor]:
-        self._note(read)
         labels = self._labels[read.rows]
         labels[read.bad] = -1
-        return self._normalised(read.levels.permute(0, 3, 1, 2)), self._send(labels)
+        return self._normalised(read.levels), self._send(labels)
 
     def _to_come(
         self, batch_size: int, requests: Iterable[Request]
@@ -234,18 +245,23 @@ class LoaderSet(LevelSet):
         number = None if epoch is None else epoch.number
         assert read.epoch == number and torch.equal(read.rows, rows), "not as it was announced"
         self._note(read)
-        return read.levels.permute(0, 3, 1, 2)
+        return read.levels
 
     def _next(self) -> _Read:
         """Return the next read; some more are put together before."""
-        assert self._stream is not None
         begun = time.perf_counter()
-        while len(self._ready) <= self._lookahead and (read := self._stream.read()):
+        read = self._ready.popleft()
+        self._look_ahead()
+        self.waited = (self.waited or 0.0) + time.perf_counter() - begun
+        return read
+
+    def _look_ahead(self) -> None:
+        """Put the next reads together; a step knows before it whether it can be taken."""
+        assert self._stream is not None
+        while len(self._ready) < self._ahead and (read := self._stream.read()):
             self._ready.append(read)
             self.damage |= {one.row: one for one in read.damage}
             self.meets_damage |= bool(read.bad)
-        self.waited = (self.waited or 0.0) + time.perf_counter() - begun
-        return self._ready.popleft()
 
     def _note(self, read: _Read) -> None:
         """Remember what cannot be read, and refuse it unless it is skipped."""
@@ -316,13 +332,16 @@ class _Stream:
         if found is None:
             return None
         rows, pieces, epoch = found
-        shape = (len(rows), self._size, self._size, _CHANNELS)
+        shape = (len(rows), _CHANNELS, self._size, self._size)
         levels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
         read = _Read(rows, None if epoch is None else epoch.number, levels)
         lo = 0
         for _ in pieces:
             cut = next(self._results)
-            levels[lo : lo + len(cut.levels)] = cut.levels
+            if not lo and not cut.levels.is_contiguous():  # the first piece has the layout of all
+                lines = read.levels.view(len(rows), self._size, self._size, _CHANNELS)
+                read.levels = lines.permute(0, 3, 1, 2)
+            read.levels[lo : lo + len(cut.levels)] = cut.levels
             read.bad += [lo + place for place in cut.bad]
             read.damage += cut.damage
             lo += len(cut.levels)

@@ -176,7 +176,8 @@ def to_rgb(
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    if image.mode != "RGB":  # converting would copy it
+        image = image.convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
     return np.asarray(image if geometry is None else geometry.square(image))
