@@ -14,8 +14,6 @@ from dml_accel.models.optim import make_optimizer
 from dml_accel.mutual import reference
 from tests.helpers import Training, assert_same_state, tiny_config
 from tests.mutual.references import (
-    PAIR,
-    TRIO,
     assert_as_reference,
     batch_of,
     loss_options,
@@ -31,13 +29,13 @@ STEPS = {
 
 @pytest.fixture
 def unbalanced(digits: Source) -> Source:
-    """Digits with other labels: of ten classes, five have images, from 10% to 40%."""
+    """Digits with other labels: of ten classes, six have images, 40% one of them."""
     few = digits.train.select(torch.arange(200))
     return dataclasses.replace(digits, train=Split(few.images, few.labels**2 // 16))
 
 
 def training(source: Source, **changes: object) -> Training:
-    settings = {"cohort": PAIR, "class_weights": "balanced"}
+    settings = {"cohort": ("resnet8*2",), "class_weights": "balanced"}
     return Training(tiny_config(**(settings | changes)), source)
 
 
@@ -53,14 +51,11 @@ def weights_of(source: Source, fast: Training) -> list[float]:
 @pytest.mark.parametrize(
     ("update", "changes"),
     [
-        ("simultaneous", {"cohort": TRIO}),
         ("simultaneous", {"low_memory": True, "train_limit": 80}),
         ("simultaneous", {"grad_accum": 2, "mixup": 1.0, "label_smoothing": 0.1}),
         ("simultaneous", {"labelled_fraction": 0.5, "val_fraction": 0.2}),
-        ("sequential", {"label_smoothing": 0.1}),
         ("sequential", {"labelled_fraction": 0.5}),
-        ("official", {"cutmix": 1.0}),
-        ("official", {"labelled_fraction": 0.5}),
+        ("official", {"cutmix": 1.0, "label_smoothing": 0.1}),
     ],
     ids=str,
 )
@@ -69,21 +64,19 @@ def test_every_schedule_equals_the_reference(
 ) -> None:
     fast = training(unbalanced, update=update, **changes)
     weights, optim = weights_of(unbalanced, fast), fast.config.optim
-    assert sorted(weights)[4:7] != [1, 1, 1] and weights.count(0) >= 5
+    assert weights.count(0) == 4 and max(weights) > 3 * weights[0] > 0
     nets = nets_in_turn(fast)
     optimizers = [make_optimizer(net, optim) for net in nets]
-    for number in range(2):
-        (found,) = fast.take(1, number)
-        if update == "official":
-            turns = range(number * len(nets), (number + 1) * len(nets))
-            batch = [batch_of(fast, turn, 0, 8, weights) for turn in turns]
-        else:
-            parts = slices(8, optim.grad_accum)
-            batch = [batch_of(fast, number, lo, hi, weights) for lo, hi in parts]
-        options = loss_options(fast.config) | {"class_weights": weights}
-        given = batch[0] if update == "sequential" else batch
-        expected = STEPS[update](nets, optimizers, given, **options)
-        assert_as_reference(fast, nets, found, expected)
+    (found,) = fast.take(1)
+    if update == "official":
+        batch = [batch_of(fast, turn, 0, 8, weights) for turn in range(len(nets))]
+    else:
+        parts = slices(8, optim.grad_accum)
+        batch = [batch_of(fast, 0, lo, hi, weights) for lo, hi in parts]
+    options = loss_options(fast.config) | {"class_weights": weights}
+    given = batch[0] if update == "sequential" else batch
+    expected = STEPS[update](nets, optimizers, given, **options)
+    assert_as_reference(fast, nets, found, expected)
 
 
 def test_equal_classes_have_equal_weights(digits: Source) -> None:
@@ -94,6 +87,6 @@ def test_equal_classes_have_equal_weights(digits: Source) -> None:
     assert plain.cohort.class_weights is None
     assert weighted.cohort.class_weights.tolist() == [1] * 10
     for one in (weighted, plain):
-        one.take(2)
+        one.take(1)
     for name, state in plain.states().items():
         assert_same_state(weighted.states()[name], state)
