@@ -63,6 +63,8 @@ CASES = [
     (2, SPLIT | TWO_FROZEN | {"labelled_fraction": 0.5, "grad_accum": 2}),
     (2, SPLIT | {"target": "mean-logit", "exchange": "sum"}),
     (1, {"mixup": 1.0, "label_smoothing": 0.1, "augment": ("crop", "erasing")}),
+    (1, {"mixup": 1.0, "label_smoothing": 0.1, "class_weights": "balanced"}),
+    (2, SPLIT | {"class_weights": "balanced", "labelled_fraction": 0.5, "float64": True}),
     (2, SPLIT | {"cutmix": 1.0, "grad_accum": 2, "augment": ("crop", "erasing")}),
 ]
 
