@@ -1,19 +1,21 @@
 """A trained run that all tests of inference share, and some test images."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dml_accel.data import sources
 from dml_accel.data.pixels import Geometry
 from dml_accel.inference.load import Networks, read_trained_peers
-from tests.helpers import real_dataset, tiny_config, train
+from tests.helpers import load, real_dataset, tiny_config, train
 
 SIZE, FEW = 16, 300
-SQUARE = Geometry(SIZE, SIZE)
+SQUARE, CUT = Geometry(SIZE, SIZE), Geometry(SIZE, SIZE + 3)
 PEERS = ["resnet8-0", "resnet8-1", "test_resnet-0"]
 CPU = torch.device("cpu")
 
@@ -26,6 +28,33 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["--train-limit", "400", "--val-fraction", "0.1", "--batch-size", "16", "--lr", "0.05"]
     assert train(folder, *words, "--cohort", "resnet8*2", "timm:test_resnet") == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def photos(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two photographs of each class, of several sizes; every third is stored on its side."""
+    folder = tmp_path_factory.mktemp("photos")
+    sideways = Image.Exif()
+    sideways[ExifTags.Base.Orientation] = 6
+    for number, file in enumerate(sorted((few / "set/test").glob("*/0.png"))):
+        to = folder / "set/test" / file.parent.name
+        to.mkdir(parents=True)
+        for copy in (0, 1):
+            image = Image.open(file).resize((60 + number, 90 - 40 * copy))
+            more = {"exif": sideways} if number % 3 == 0 else {}
+            image.save(to / f"{copy}.jpg", **more)
+    return folder / "set"
+
+
+@pytest.fixture(scope="session")
+def cut(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The peers of the run, as if their images had been cut out of somewhat larger ones."""
+    copy = shutil.copytree(run / "peers", tmp_path_factory.mktemp("cut") / "peers")
+    for file in copy.glob("*/config.json"):
+        config = load(file)
+        config["pretrained_cfg"]["crop_pct"] = CUT.crop_pct
+        file.write_text(json.dumps(config))
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from dml_accel import cli
 from dml_accel.core.errors import UsageError
+from dml_accel.data.pixels import Geometry
 from dml_accel.inference.checkpoints import read_checkpoint_peers
 from dml_accel.inference.load import read_trained_peers
 from tests.helpers import assert_same_state, load
-from tests.inference.conftest import PEERS, logits_of
+from tests.inference.conftest import PEERS, SIZE, logits_of
 
 Captured = pytest.CaptureFixture[str]
 STEP = "step-00000008"
@@ -57,6 +58,16 @@ def test_a_checkpoint_holds_what_the_run_would_have_written(
             assert mine[split] == finished.results_by_peer[name][split]
     if asked == "latest":
         assert torch.equal(logits_of(tmp_path / "scratch", few), logits_of(run, few))
+
+
+def test_a_run_of_an_earlier_version_squashes(unfinished: Path, tmp_path: Path) -> None:
+    config = load(unfinished / "config.json")
+    for name in ("crop_mode", "eval_resize"):
+        del config["config"][name]
+    (unfinished / "config.json").write_text(json.dumps(config))
+    peers = read_checkpoint_peers(unfinished, "latest", tmp_path / "scratch")
+    for geometry in (peers.geometry, *(folder.geometry for folder in peers.folders.values())):
+        assert geometry == Geometry(SIZE, SIZE, "squash")
 
 
 def test_every_command_uses_it_and_says_so(

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from dml_accel import cli
 from dml_accel.core.errors import UsageError
 from dml_accel.data import sources
+from dml_accel.inference import evaluate as evaluation
 from dml_accel.inference.evaluate import confusion_figure, match_labels
 from dml_accel.inference.load import Networks, read_trained_peers
 from tests.helpers import load, tiny_config, train
@@ -66,6 +67,77 @@ def test_the_precision_is_that_of_the_run(precision: str, within: float, tmp_pat
     AcceleratorState._reset_state(reset_partial_state=True)
     assert cli.main(["evaluate", str(tmp_path / "run"), "--cpu"]) == 0
     assert_same_numbers(tmp_path / "run", tmp_path / "run/evaluations/digits-test", within)
+
+
+# ---------------------------------------------------------------- images that are not in memory
+
+
+def measure(*words: str) -> dict:
+    """The record of an evaluation, and its figures, without what differs between two of them."""
+    assert cli.main(["evaluate", *words, "--cpu"]) == 0
+    folder = Path(words[words.index("--to") + 1])
+    record = load(folder / "evaluation.json")
+    record["images"].pop("pixels")
+    return record | {"command": "", "confusion": (folder / "confusion.csv").read_text()}
+
+
+def test_images_that_are_read_when_needed_have_the_same_numbers(
+    cut: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 12)
+    monkeypatch.setattr(evaluation, "_PIECE", 4)
+    words = [str(cut), "--dataset", str(photos), "--to"]
+    held = measure(*words, str(tmp_path / "memory"), "--feed", "memory")
+    for workers in ("0", "2"):
+        to = str(tmp_path / workers)
+        read = measure(*words, to, "--feed", "loader", "--workers", workers)
+        assert read == held and held["ensemble"]["n"] == sum(1 for _ in photos.glob("*/*/*"))
+    assert cli.main(["evaluate", *words, str(tmp_path / "2"), "--cpu"]) == 0  # the same images
+    capsys.readouterr()
+    assert cli.main(["evaluate", *words, str(tmp_path / "2"), "--cpu", "--workers", "999"]) == 2
+    assert "--workers is 999" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_are_refused_or_not_counted(
+    cut: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 12)
+    monkeypatch.setattr(evaluation, "_PIECE", 4)
+    copy = shutil.copytree(photos, tmp_path / "set")
+    bad = sorted(copy.glob("*/*/0.jpg"))[7]
+    bad.write_bytes(bad.read_bytes()[:400])
+    peer, count = str(cut / PEERS[0]), sum(1 for _ in photos.glob("*/*/*"))
+    found = []
+    for feed in ("memory", "loader"):
+        words = ["--dataset", str(copy), "--to", str(tmp_path / feed), "--feed", feed]
+        assert cli.main(["evaluate", peer, *words, "--cpu"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert str(bad.relative_to(copy)) in error and "repair or remove it" in error
+        assert not (tmp_path / feed).exists()
+        found.append(measure(peer, *words, "--bad-images", "skip"))
+        out, error = capsys.readouterr()
+        assert f"cannot be read, and not counted: 1 images: {copy.name}" in error or (
+            f"{bad.relative_to(copy)}" in error and "not counted: 1 images" in error
+        )
+        assert f"{count - 1} of {count} images of" in out
+    assert found[0] == found[1] and found[0]["unread"] == 1
+    assert found[0]["ensemble"]["n"] == sum(one["n"] for one in found[0]["classes"]) == count - 1
+
+
+def test_a_record_of_an_earlier_version_is_of_the_same_images(
+    cut: Path, photos: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    words = [str(cut / PEERS[0]), "--dataset", str(photos), "--to", str(tmp_path), "--cpu"]
+    assert cli.main(["evaluate", *words]) == 0
+    file = tmp_path / "evaluation.json"
+    record = load(file)
+    del record["images"]["files"]
+    file.write_text(json.dumps(record))
+    assert cli.main(["evaluate", *words]) == 0
+    for changed in ({"pixels": "0" * 64, "files": None}, {"shape": 1}):
+        file.write_text(json.dumps(record | {"images": record["images"] | changed}))
+        assert cli.main(["evaluate", *words]) == 2
+        assert "holds the evaluation on other images" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- classes

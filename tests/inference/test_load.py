@@ -10,11 +10,15 @@ import pytest
 
 from dml_accel import cli
 from dml_accel.core.errors import UsageError
+from dml_accel.data.batches import Normalisation
+from dml_accel.data.pixels import Geometry
 from dml_accel.inference import load as inference_load
 from dml_accel.inference.load import Networks, read_trained_peers
+from dml_accel.models.timm_config import input_entries
 from tests.helpers import load
-from tests.inference.conftest import CPU, PEERS
+from tests.inference.conftest import CPU, PEERS, SIZE
 
+CUT = input_entries(Geometry(SIZE, SIZE + 4), Normalisation.identity())
 Captured = pytest.CaptureFixture[str]
 
 
@@ -76,6 +80,7 @@ def test_a_peer_that_cannot_be_read_is_refused(run: Path, tmp_path: Path, capsys
             "cannot form an ensemble, because they differ in the number",
         ),
         (PEERS[2:], "label_names", [], "differ in class names; name one of their folders"),
+        (PEERS[:1], "pretrained_cfg", CUT, "differ in how images are resized and cut"),
     ],
 )
 def test_peers_that_do_not_fit_together_are_refused(

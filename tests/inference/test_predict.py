@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_data_config
 
 from dml_accel import cli
 from dml_accel.core.errors import UsageError
 from dml_accel.inference.load import Networks, read_trained_peers
 from dml_accel.inference.predict import find_images, read_image
+from dml_accel.models.peer_folder import load_network
 from tests.data.test_decode import forged
 from tests.helpers import load
-from tests.inference.conftest import CPU, SIZE, SQUARE
+from tests.inference.conftest import CPU, PEERS, SIZE, SQUARE
 
 Captured = pytest.CaptureFixture[str]
 
@@ -47,6 +49,24 @@ def test_predictions_are_those_that_are_evaluated(
         top1 = [row[0] == name for row, name in zip(ranked, classes, strict=True)]
         top5 = [name in row for row, name in zip(ranked, classes, strict=True)]
         assert (np.mean(top1), np.mean(top5)) == (metrics["top1"], metrics["top5"])
+
+
+def test_photographs_are_prepared_as_timm_prepares_them(
+    cut: Path, photos: Path, capsys: Captured
+) -> None:
+    files = sorted(map(str, photos.glob("test/*/*.jpg")))[:4]  # two of them lie on their side
+    code, rows, _ = predict(capsys, str(cut / PEERS[0]), *files)
+    folder = read_trained_peers(cut).folders[PEERS[0]]
+    cfg = load(folder.path / "config.json")["pretrained_cfg"]
+    transform = create_transform(**resolve_data_config({}, pretrained_cfg=cfg))
+    upright = [ImageOps.exif_transpose(Image.open(file)) for file in files]
+    with torch.no_grad():
+        x = torch.stack([transform(image) for image in upright])
+        expected = load_network(folder)(x).softmax(-1)
+    assert code == 0
+    for row, posterior in zip(rows, expected, strict=True):
+        for one in row["predictions"]:
+            assert one["probability"] == pytest.approx(posterior[one["index"]].item(), abs=1e-5)
 
 
 def test_the_ensemble_is_the_mean_posterior(run: Path, few: Path, capsys: Captured) -> None:

@@ -14,7 +14,7 @@ from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import load_network, read_peer, write_peer
 from dml_accel.mutual import reference
 from dml_accel.mutual.teachers import read_teachers
-from tests.helpers import Training, assert_same_state
+from tests.helpers import Training, assert_same_state, load
 from tests.mutual.references import (
     PAIR,
     Build,
@@ -120,6 +120,17 @@ def test_a_run_folder_stands_for_all_of_its_peers(teachers: list[Path], tmp_path
     found = read_teachers([str(run)], CLASSES, 16)
     assert [folder.path.name for folder in found.values()] == ["a", "b"]
     assert list(found) == ["frozen-0", "frozen-1"]
+
+
+def test_a_frozen_peer_may_have_seen_images_that_were_cut_in_another_way(
+    training: Build, tmp_path: Path
+) -> None:
+    folder = write_folder(training(cohort=("resnet8",)), tmp_path / "a")
+    config = load(folder / "config.json")
+    config["pretrained_cfg"] |= {"crop_pct": 0.8, "interpolation": "bicubic"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (found,) = read_teachers([str(folder)], CLASSES, 16).values()
+    assert found.geometry == Geometry(16, 20, "center", "bicubic")
 
 
 @pytest.mark.parametrize(
