@@ -2,9 +2,12 @@
 
 In reading order:
 
-    parser     the flags and the help of every command
-    inference  evaluate, predict and export
-    commands   every command, from its flags to its exit code
+    inference_flags  the flags of evaluate, predict and export
+    parser           the flags and the help of every command
+    inference        evaluate, predict and export
+    check_data       every image of a data set is read
+    cache            what is kept of decoded images
+    commands         every command, from its flags to its exit code
 """
 
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ from dml_accel.distributed.launch import launched_processes, launched_rank
 _SECONDS_FOR_RANK_0 = 20.0
 _INTERRUPTED = 130  # as shells report SIGINT
 # Their results are what they print; those of the other commands are in files.
-_PRINT_RESULTS = ("evaluate", "plan", "predict")
+_PRINT_RESULTS = ("cache", "check-data", "evaluate", "plan", "predict")
 _TRAIN = ("train", "compare")
 # Flags that name files or folders, beside --dataset, which may name one of the hub.
 _PATHS = {"config", "folders", "frozen_peers", "links", "output_dir", "resume", "source", "to"}
@@ -272,6 +272,20 @@ def _report(values: dict[str, Any]) -> int:
     return 0
 
 
+def _check_data(values: dict[str, Any]) -> int:
+    if launched_processes() > 1:
+        raise UsageError("check-data runs in a single process; start it without a launcher")
+    from dml_accel.cli import check_data
+
+    return check_data.run(values)
+
+
+def _cache(values: dict[str, Any]) -> int:
+    from dml_accel.cli import cache
+
+    return cache.run(values)
+
+
 def _use(command: str) -> Callable[[dict[str, Any]], int]:
     """Return the command that uses trained networks."""
 
@@ -293,6 +307,8 @@ _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "compare": _compare,
     "plan": _plan,
     "report": _report,
+    "check-data": _check_data,
+    "cache": _cache,
     "evaluate": _use("evaluate"),
     "predict": _use("predict"),
     "export": _use("export"),

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from dml_accel.analysis.methods import DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
+from dml_accel.cli.inference_flags import add_evaluation, add_export, add_prediction
 from dml_accel.core.config import flag_groups, flag_types
 from dml_accel.core.errors import UsageError
 from dml_accel.core.recipes import LIST, RECIPES
@@ -28,6 +29,11 @@ _ELSEWHERE = {
 # Of two names, from 0 to 1 as ``difflib`` counts it: above this one is a slip of the other.
 _ALIKE = 0.82
 _MOST_HINTS = 3
+
+
+# What says where images are, of the flags of ``train``.
+_CHECKED = {"dataset", "dataset_config", "image_column", "label_column"}
+_CHECKED |= {"train_split", "val_split", "test_split", "test_fraction"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -219,6 +225,62 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    """Read and decode every image of a data set before anything is trained on it. Print its splits,
+    classes (smallest first), image sizes and formats, and how many images are exact copies of
+    others, such as test images of training images. Images that cannot be read are listed in a
+    file, one a line, and the exit code is then 2. No image is kept: memory does not grow with
+    their size.
+
+    examples:
+      %(prog)s --dataset ./photos
+      %(prog)s --dataset ./photos --test-fraction 0.2 --workers 4
+      %(prog)s --dataset owner/name --label-column kind --to bad.txt
+    """
+    for group in flag_groups():
+        for field in group.fields:
+            if field.name in _CHECKED:
+                _add_flag(parser, field)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read images; 0 reads them in this one (default: one for each core)",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="FILE",
+        help="list of the images that cannot be read, each with a tab and the reason, written only "
+        "if there are any (default: bad-images.txt)",
+    )
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    """Show the decoded images that are kept for the next start: of which data set and split, how
+    many, of which size, and when they were last used. When a new set is kept, those that were
+    not used for longest are removed until the limit holds. DML_CACHE is the folder (default:
+    ~/.cache/dml_accel), DML_CACHE_LIMIT its limit (default: 50GB; 0 keeps nothing).
+
+    examples:
+      %(prog)s
+      %(prog)s --prune                 # until the limit holds
+      %(prog)s --prune --limit 5GB
+      %(prog)s --prune --all           # everything; what is needed is decoded again
+    """
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove what was not used for longest until the limit holds; what another process "
+        "uses stays",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="with --prune: remove everything, records as well"
+    )
+    parser.add_argument(
+        "--limit", metavar="SIZE", help="as 5GB, for this call (default: DML_CACHE_LIMIT)"
+    )
+
+
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Add what sets several flags at once; every flag that is given overrides it."""
     off = "--no-FLAG turns off any flag that is off by default, as --no-ema does"
@@ -247,7 +309,7 @@ def _add_flags(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> 
                 _add_flag(added, field)
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
+def _add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -> None:
     """Add the flag of one field: its type, default and help come from the field."""
     options = dict(field.metadata["argparse"])
     kind = _plain_type(flag_types()[field.name])
@@ -284,158 +346,14 @@ def _plain_type(hint: Any) -> type:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
 
 
-# ---------------------------------------------------------------- trained networks
-
-
-def _add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """Evaluate trained networks on a data set: top-1, top-5, NLL and calibration of every peer and
-    of their ensemble, as in training; accuracy by class and the confusion matrix, as tables and
-    a picture. Each network's inputs are prepared as in its training. The classes of the data set
-    are matched by name with those of the training: their order is free, and some may be missing.
-
-    examples:
-      %(prog)s runs/pair                             # on the test split of its own data set
-      %(prog)s runs/pair --dataset path/to/folder --test-split validation
-      %(prog)s runs/pair/peers/resnet8-0 --dataset digits --to digits-of-resnet8
-    """
-    _add_source(parser, "RUN|PEER")
-    _add_checkpoint(parser)
-    _add_weights(parser)
-    parser.add_argument("--dataset", metavar="TEXT", help="as for train (default: that of the run)")
-    for name, text in (
-        ("dataset-config", "configuration of a data set that has several"),
-        ("image-column", "column of images (default: the only image column)"),
-        ("label-column", "column of classes (default: inferred as in training)"),
-        ("test-split", "split to evaluate on; . is all of a folder (default: as in the run)"),
-    ):
-        parser.add_argument(f"--{name}", metavar="TEXT", help=text)
-    parser.add_argument(
-        "--test-fraction",
-        type=float,
-        metavar="X",
-        help="share of unsplit class folders to evaluate on, as for train (default: as in the run)",
-    )
-    parser.add_argument(
-        "--bad-images",
-        choices=("refuse", "skip"),
-        help="what to do about an image that cannot be read: refuse to evaluate, or leave it out "
-        "and name it (default: as in the run)",
-    )
-    parser.add_argument(
-        "--feed",
-        choices=("auto", "memory", "loader"),
-        default="auto",
-        help="where images come from, as for train; the numbers are the same (default: auto)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that decode images which are not in memory, as for train (default: as for "
-        "train)",
-    )
-    parser.add_argument(
-        "--to",
-        metavar="DIR",
-        help="folder for evaluation.json, confusion.csv and confusion.png (default: "
-        "evaluations/<dataset>-<split> in RUN or PEER)",
-    )
-    _add_cpu(parser)
-
-
-def _add_prediction(parser: argparse.ArgumentParser) -> None:
-    """Predict the classes of images: the five most likely classes of each. A run predicts as an
-    ensemble, by the mean posterior of its peers. Images are resized to squares as in training;
-    only the first frame of an animation is used. A file that cannot be read is named on stderr and
-    skipped; the exit code is then 1, or 2 if there was no image at all.
-
-    examples:
-      %(prog)s runs/pair cat.png holiday/       # files, and folders with all that is in them
-      %(prog)s runs/pair --peer resnet8-0 'photos/**/*.jpg'
-      find photos -name '*.png' | %(prog)s runs/pair - --format jsonl
-    """
-    _add_source(parser, "RUN|PEER")
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="files, folders or quoted globs; - reads names from stdin, one per line",
-    )
-    parser.add_argument("--peer", metavar="NAME", help="use only this peer of the run")
-    _add_checkpoint(parser)
-    _add_weights(parser)
-    parser.add_argument(
-        "--format",
-        choices=("table", "jsonl", "csv"),
-        help="table; jsonl: one object per image; csv: one line per image and class (default: "
-        "table on a terminal, else jsonl)",
-    )
-    _add_cpu(parser)
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    """Write a trained network, or all of a run, to a folder of its own. safetensors: a folder that
-    timm loads (local-dir:DIR); for an ensemble, one folder per peer. onnx: a model.onnx, from
-    normalised float32 images [batch, 3, size, size] to logits, or to the log of the ensemble's
-    mean posterior; its outputs are compared with torch's before it is kept. config.json holds
-    the class names, the input size, mean and standard deviation; README.md is a model card.
-
-    examples:
-      %(prog)s runs/pair --peer resnet8-0 --to resnet8
-      %(prog)s runs/pair --peer best --to best          # needs a run with --val-fraction
-      %(prog)s runs/pair --peer ensemble --format onnx --to ensemble
-    """
-    _add_source(parser, "RUN")
-    parser.add_argument(
-        "--peer",
-        metavar="NAME",
-        help="a peer's name, best (by validation accuracy) or ensemble (default: the only peer)",
-    )
-    _add_checkpoint(parser)
-    kept = "the best ones if RUN has them"
-    _add_weights(parser, f"last; with --peer best and no --checkpoint, {kept}")
-    parser.add_argument("--to", metavar="DIR", required=True, help="a new or empty folder")
-    parser.add_argument(
-        "--format",
-        choices=("safetensors", "onnx"),
-        default="safetensors",
-        help="(default: safetensors)",
-    )
-
-
-def _add_source(parser: argparse.ArgumentParser, name: str) -> None:
-    text = "a run folder, or peers/<name> of one"
-    parser.add_argument("source", metavar=name, help=text)
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        metavar="latest|STEP|PATH",
-        help="use the networks of a checkpoint of RUN, which need not be finished: the newest good "
-        "one, that of a step, or its path (default: the trained peers of a finished run)",
-    )
-
-
-def _add_weights(parser: argparse.ArgumentParser, default: str = "last") -> None:
-    parser.add_argument(
-        "--weights",
-        choices=("last", "ema", "best"),
-        help="which weights of RUN: the last, their averages (a run with --ema), or those of each "
-        f"network's best evaluation by validation (a run with --keep best) (default: {default})",
-    )
-
-
-def _add_cpu(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
-
-
 _COMMANDS = {
     "train": ("train a cohort, one folder per run", _add_training),
     "compare": ("compare methods over seeds, with intervals", _add_comparison),
     "plan": ("predict what a placement costs, without training", _add_plan),
     "report": ("write a page about finished runs", _add_report),
-    "evaluate": ("evaluate trained networks", _add_evaluation),
-    "predict": ("predict the classes of images", _add_prediction),
-    "export": ("write a network to a folder of its own", _add_export),
+    "check-data": ("read every image of a data set, and list those that cannot be", _add_check),
+    "cache": ("show or remove the decoded images that are kept", _add_cache),
+    "evaluate": ("evaluate trained networks", add_evaluation),
+    "predict": ("predict the classes of images", add_prediction),
+    "export": ("write a network to a folder of its own", add_export),
 }

@@ -9,6 +9,7 @@ In reading order:
     holdout        a test split that is cut from a single one
     class_layout   whether folders are splits or classes
     class_folders  the images of folders whose names are the classes
+    tar_shards     tar files of images and labels, written into tables once
     arrow          data sets that the datasets library opens
     columns        which column of a table holds the images, and which the classes
     table_splits   the splits of those data sets as listings
@@ -21,6 +22,7 @@ In reading order:
     parts          parts of a set that is being decoded, so that a start goes on there
     cache          decoded images, kept on disk
     decode         the images of a split as one array
+    checking       a data set looked at as a whole: every image is read
     survey         what is measured on some images: sizes, depth of grey, levels
     selection      which images are trained on, held out, or used with their labels
     feeds          where images come from: all in memory, or read when they are needed

@@ -149,6 +149,19 @@ def remove(folder: Path, name: str) -> bool:
     return True
 
 
+def remove_records(folder: Path) -> None:
+    """Remove records of statistics and of measured times; those that are needed are made again."""
+    for path in _entries(folder):
+        if path.suffix == ".json" and not _is_of_a_set(folder, path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is_of_a_set(folder: Path, path: Path) -> bool:
+    named = _NAME.fullmatch(path.name.removesuffix("json"))
+    return named is not None and (folder / f"{named[1]}.safetensors").exists()
+
+
 @contextlib.contextmanager
 def open_lock(path: Path, *, wait: bool) -> Iterator[Lock]:
     """Lock the file of a set; yield what became of it.

@@ -15,7 +15,8 @@ from dml_accel.core.config import Config, flag_groups, flag_types
 from dml_accel.core.errors import UsageError
 from tests.helpers import run_program
 
-COMMANDS = ["train", "compare", "plan", "report", "evaluate", "predict", "export"]
+COMMANDS = ["train", "compare", "plan", "report", "check-data", "cache"]
+COMMANDS += ["evaluate", "predict", "export"]
 # Libraries that take seconds to import, or that only a command at work needs.
 HEAVY = {"torch", "timm", "datasets", "numpy", "accelerate", "PIL", "safetensors", "matplotlib"}
 # What scripts rely on: every flag with its default.
@@ -110,6 +111,19 @@ OWN = {
     "compare": {"--recipe", "--config", "--methods", "--seeds", "--preset"},
     "plan": {"--recipe", "--config", "--world", "--classes", "--bandwidth", "--latency"},
     "report": {"--to", "--analyse"},
+    "check-data": {
+        "--dataset",
+        "--dataset-config",
+        "--image-column",
+        "--label-column",
+        "--train-split",
+        "--val-split",
+        "--test-split",
+        "--test-fraction",
+        "--workers",
+        "--to",
+    },
+    "cache": {"--prune", "--all", "--limit"},
     "evaluate": {
         "--checkpoint",
         "--weights",
@@ -120,6 +134,9 @@ OWN = {
         "--test-split",
         "--test-fraction",
         "--to",
+        "--feed",
+        "--bad-images",
+        "--workers",
         "--cpu",
     },
     "predict": {"--checkpoint", "--weights", "--peer", "--format", "--cpu"},
@@ -181,6 +198,8 @@ USAGE = {
     "no processes": (["plan", "--world", "0"], "--world is 0; it must be at least 1"),
     "no bandwidth": (["plan", "--bandwidth", "0"], "--bandwidth is 0.0; it must be above 0"),
     "too many processes": (["plan", "--world", "65"], "--world 65 is more than the 64 images of a"),
+    "all of nothing": (["cache", "--all"], "--all says what --prune removes: write cache --prune"),
+    "no size": (["cache", "--limit", "5 apples"], "--limit is '5 apples'; write a size, as 20GB"),
     "no runs": (["report"], "the following arguments are required: DIR"),
     "no folder": (["report", "no/such"], "no/such is not a folder; name a folder of runs"),
     "no run": (["evaluate", "no/such"], "no/such is not a folder; name a run, or peers/<name>"),
