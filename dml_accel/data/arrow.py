@@ -28,6 +28,7 @@ from dml_accel.core.versions import require_packages
 from dml_accel.data.class_layout import VALIDATION
 from dml_accel.data.image_files import files_below
 from dml_accel.data.listing import StoredFiles
+from dml_accel.data.tar_shards import read_shards, shards_of
 
 _SHOWN_CONFIGURATIONS = 8
 
@@ -43,11 +44,13 @@ class Opened:
         splits: its tables, by name.
         files: of the folder that they come from; None for the hub.
         roots: folders that must contain every file that a row names.
+        by_number: whether classes that are whole numbers, as texts, are in their order.
     """
 
     splits: Mapping[str, Any]
     files: StoredFiles | None
     roots: Sequence[Path]
+    by_number: bool = False
 
 
 def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> Opened:
@@ -79,6 +82,14 @@ def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> Opened:
         files = StoredFiles.of(
             (os.path.join(folder, path), stat) for path, stat in files_below(folder, "") if stat
         )
+        if shards := shards_of(folder, files):
+            columns = data.image_column, data.label_column
+            kept = _kept(folder, "tar", *(one or "" for one in columns))
+            kept.mkdir(parents=True, exist_ok=True)
+            with open(kept / "lock", "w") as file:
+                lock(file, wait=True)
+                tables = read_shards(folder, shards, kept, files.digest(), columns, quiet)
+            return Opened(tables, files, [folder], by_number=True)
         named = _folders_named(folder, data)
         kept = _kept(folder, *named)
         found = _open_folder(folder, kept, files, data.dataset_config, named)

@@ -1,5 +1,6 @@
 """Columns of a table: which holds the images, which the classes, and the label of each row."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -112,13 +113,21 @@ def _may_be_classes(kind: Any) -> bool:
     return isinstance(kind, datasets.Value) and str(kind.dtype).startswith(whole)
 
 
-def classes_of(split: Any, label: str) -> tuple[str, ...]:
-    """Return the class names: the column's own, else the distinct values of the split."""
+def classes_of(split: Any, label: str, by_number: bool = False) -> tuple[str, ...]:
+    """Return the class names: the column's own, else the distinct values of the split.
+
+    Args:
+        split: a table.
+        label: the column.
+        by_number: whether texts that are all whole numbers are in the order of these.
+    """
     names = getattr(split.features[label], "names", None)
     if names is not None:
         return tuple(names)
     found = split.unique(label)
     values = sorted(one for one in found if one is not None and str(one).strip())
+    if by_number and all(re.fullmatch(r"-?[0-9]+", one) for one in values):
+        values.sort(key=int)
     return tuple(map(str, values))
 
 

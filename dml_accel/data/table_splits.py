@@ -152,7 +152,7 @@ def list_tables(
                 f"columns {image!r} and {label!r} of split {names[role]!r} differ from those of "
                 f"{data.train_split!r}: all splits need the same image column and classes"
             )
-    classes = classes_of(reference, label)
+    classes = classes_of(reference, label, opened.by_number)
     if len(classes) < 2:
         raise UsageError(
             f"column {label!r} has {len(classes)} distinct class; at least 2 are needed"
