@@ -304,6 +304,7 @@ def _refuse_other_flags(saved: SavedRun, config: Config) -> None:
         return
     wrong = config.differences(saved.config)
     wrong.pop("dataset", None)  # what counts is what it holds: see ``_check_cohorts``
+    wrong.pop("bad_images", None)  # none was met up to now
     wrong.pop("mixed_precision", None)  # if it is not given, the launcher decides
     if saved.is_done:
         results, precision = saved.results, launched_precision(config.numerics)

@@ -4,6 +4,7 @@ Ranks play no role here: the first process decodes while it holds a file lock, a
 the cache. Only image files, Arrow and safetensors are read, so no input can execute code.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -45,9 +46,13 @@ class DamagedImagesError(UsageError):
 
     def __init__(self, damage: Sequence[Damage]) -> None:
         self.damage = damage
-        super().__init__(self._text())
+        super().__init__()
 
-    def _text(self) -> str:
+    def __str__(self) -> str:
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:  # when it is shown, because it may list them in a file
         some = "; ".join(
             f"{one.place} cannot be read: {one.reason}" for one in self.damage[:_NAMED]
         )

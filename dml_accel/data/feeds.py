@@ -52,6 +52,7 @@ class Fed:
             not read.
         grey_bits: how many of 16 bits the grey images of the training split use.
         level_counts: of the images that were measured, [3, 256]; None if those are in memory.
+        damage: of images in memory, in whose place others stand.
     """
 
     splits: Mapping[str, Split]
@@ -59,6 +60,7 @@ class Fed:
     contents: Mapping[str, Tensor]
     grey_bits: int | None
     level_counts: Tensor | None = None
+    damage: Sequence[Damage] = ()
 
 
 def choose_feed(data: DataConfig, feed: str, listed: Listed) -> tuple[str, str]:
@@ -167,6 +169,7 @@ def into_memory(data: DataConfig, listed: Listed, compute: ComputeConfig, quiet:
     pixels: dict[str, str | None] = {}
     contents: dict[str, Tensor] = {}
     damage: list[Damage] = []
+    skipped: list[Damage] = []
     for role, listing in listings.items():
         try:
             if role == "train" and early and cuts:
@@ -190,11 +193,19 @@ def into_memory(data: DataConfig, listed: Listed, compute: ComputeConfig, quiet:
             continue
         unread = marked(found.unread, len(listing.labels))
         splits[role] = Split(found.images, listing.labels, chosen, unread)
+        skipped += _damage(Pictures(listing, found.unread, Geometry.of(data)))
         pixels[role], contents[role] = found.pixels, found.contents
         bits = found.grey_bits if role == "train" else bits
     if damage:
         raise DamagedImagesError(damage)
-    return Fed(splits, pixels, contents, bits, early.level_counts if early and cuts else None)
+    counts = early.level_counts if early and cuts else None
+    return Fed(splits, pixels, contents, bits, counts, skipped)
+
+
+def _damage(unread: Pictures) -> list[Damage]:
+    """Return what is wrong with images that could not be read, which the cache does not hold."""
+    found = (unread.read(place) for place in range(len(unread)))
+    return [one for one in found if isinstance(one, Damage)]
 
 
 def _trained(data: DataConfig, listings: Mapping[str, Listing]) -> int:

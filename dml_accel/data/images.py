@@ -22,7 +22,7 @@ from dml_accel.data.batches import (
 )
 from dml_accel.data.loader import LoaderSet
 from dml_accel.data.mixing import Mixing
-from dml_accel.data.pictures import Pictures
+from dml_accel.data.pictures import Damage, Pictures
 from dml_accel.data.selection import labelled_rows, training_rows, training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
@@ -40,6 +40,17 @@ class Data:
     test: ImageSet
     classes: tuple[str, ...]
     normalisation: Normalisation
+
+    @property
+    def evaluated(self) -> list[ImageSet]:
+        """The splits that are evaluated."""
+        return [self.test] if self.val is None else [self.test, self.val]
+
+    @property
+    def damage(self) -> list[Damage]:
+        """Images that were met up to now and cannot be read."""
+        found = (one for images in (self.train, *self.evaluated) for one in images.damage.values())
+        return list({one.place: one for one in found}.values())
 
 
 @dataclass(frozen=True)

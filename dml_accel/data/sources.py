@@ -31,7 +31,7 @@ from dml_accel.data.catalogue import DIGITS, Listed, list_splits
 from dml_accel.data.decode import decoded
 from dml_accel.data.feeds import choose_feed, fits, into_memory, marked, when_needed
 from dml_accel.data.memory import require_memory
-from dml_accel.data.pictures import Pictures
+from dml_accel.data.pictures import Damage, Pictures
 from dml_accel.data.pixels import Geometry, to_rgb
 from dml_accel.data.splits import Fingerprint, Split, SplitPrint, sha256
 from dml_accel.data.survey import typical_size
@@ -55,6 +55,7 @@ class Source:
         val_name: what that split is called.
         level_counts: see ``feeds.Fed``.
         feed: where images come from, and why; see ``feeds.choose_feed``.
+        damage: see ``feeds.Fed``.
     """
 
     train: Split
@@ -66,6 +67,7 @@ class Source:
     val_name: str | None = None
     level_counts: Tensor | None = None
     feed: tuple[str, str] = ("memory", "")
+    damage: Sequence[Damage] = ()
 
 
 def list_images(data: DataConfig, quiet: bool = False) -> Listed | None:
@@ -157,6 +159,7 @@ def read(
         listed.splits["val"].split if "val" in splits else None,
         fed.level_counts,
         feed,
+        fed.damage,
     )
 
 

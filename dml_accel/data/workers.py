@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dml_accel.core.errors import UsageError
+from dml_accel.core.errors import RunError, UsageError
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -43,8 +43,15 @@ def worker_count(asked: int | None, on_cpu: bool, cores: int, processes: int) ->
     return max(1, min(_MOST, share // 2 if on_cpu else share - 1))
 
 
-class WorkerLostError(UsageError):
+class WorkerLostError(RunError):
     """A process that decodes images is gone, which the system does when memory is short."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "a process that decodes images was killed, as the system does when memory is short: "
+            f"use fewer --workers ({reason})",
+            prints=True,
+        )
 
 
 class Results(Generic[Request, Result]):
@@ -98,7 +105,7 @@ class Results(Generic[Request, Result]):
 
     def __next__(self) -> Result:
         if self._results is None:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _keeping_child_handler():
                 # Python warns of forks of a process with threads, as torch's own are. Workers use
                 # a single one, and none of what other threads may have held.
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -109,24 +116,41 @@ class Results(Generic[Request, Result]):
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise WorkerLostError(
-                "a process that decodes images was killed, as the system does when memory is "
-                f"short: use fewer --workers ({' '.join(str(error).split())})"
-            ) from error
+            self._kill()  # the others may wait for what it held
+            raise WorkerLostError(" ".join(str(error).split())) from error
 
     def close(self) -> None:
         """End the workers."""
-        results, self._results = self._results, None
-        shut_down = getattr(results, "_shutdown_workers", None)
+        shut_down = getattr(self._results, "_shutdown_workers", None)
         if shut_down is not None:
             with contextlib.suppress(AttributeError):  # it is being taken down with the program
                 shut_down()
+        self._kill()
+        self._results = None
+
+    def _kill(self) -> None:
+        """Kill workers that do not end: they ignore signals, and Python would wait for them."""
+        for worker in getattr(self._results, "_workers", ()):
+            if worker.is_alive():
+                worker.kill()
 
     def __enter__(self) -> "Results[Request, Result]":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _keeping_child_handler() -> Iterator[None]:
+    """Keep torch's handler of SIGCHLD out: it raises where a worker's end happens to be noticed.
+
+    That may be in the middle of an optimizer step. Without it, who reads results notices.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if signal.getsignal(signal.SIGCHLD) is not before and before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def in_pieces(rows: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:

@@ -126,20 +126,20 @@ class Processes:
         dist.broadcast(word, src=0)
         return bool(word.item())
 
-    def broadcast_text(self, text: str) -> str:
-        """Return rank 0's text in every process."""
+    def broadcast_text(self, text: str, source: int = 0) -> str:
+        """Return the text of one process, rank 0's by default, in every process."""
         if self.world_size == 1:
             return text
         # As bytes in a tensor: torch's object collectives would unpickle what they receive.
         # Names of files need not be valid UTF-8.
         content = text.encode(errors="surrogateescape")
-        size = self.all_reduce_max(len(content) if self.rank == 0 else 0)
+        size = self.all_reduce_max(len(content) if self.rank == source else 0)
         if size == 0:
             return ""
         word = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        if self.rank == 0:
+        if self.rank == source:
             word.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        dist.broadcast(word, src=0)
+        dist.broadcast(word, src=source)
         return bytes(word.tolist()).decode(errors="surrogateescape")
 
     def all_reduce_max(self, value: int) -> int:

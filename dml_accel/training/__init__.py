@@ -12,6 +12,7 @@ In reading order:
     progress         expected cost, throughput, the progress bar
     setup            validate a run, choose a placement, put its cohort together
     resume           what a run resumes from, and what is refused
+    bad_images       images that a run cannot read: agreed on, and listed
     repeat           a run that is repeated: what this machine changes of it
     record           what a run writes: description, records, results and peers
     train            one run from top to bottom

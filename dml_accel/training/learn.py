@@ -103,6 +103,9 @@ def learn(
             raise UsageError(f"Config({name}={value!r}): learn writes no files")
     if config.run.keep != "last":
         raise UsageError(f"Config(keep={config.run.keep!r}): learn leaves the last weights")
+    for name, usual in (("feed", "auto"), ("workers", None)):
+        if (value := getattr(config.compute, name)) != usual:
+            raise UsageError(f"Config({name}={value!r}): learn is given images in memory")
     if config.compute.placement == "split":
         raise UsageError("Config(placement='split'): learn trains every network in every process")
     check_launch(config.numerics, config.compute, config.optim)

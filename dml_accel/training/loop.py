@@ -169,13 +169,14 @@ def fit(
         DivergedError: a peer lost ``--max-nonfinite`` steps in a row, or its predictions are not
             finite at the end.
         StoppedError: the run was stopped; a checkpoint of the last step was due before.
-        DamagedImagesError: images cannot be read, in this process or in another; where it was
-            foreseen, a checkpoint of the last step was due before.
+        DamagedImagesError: images cannot be read, in this process or in another; raised in all of
+            them, and a checkpoint of the last step was due before.
     """
     start, images = start or Start(), cohort.images
     try:
         steps = range(start.step, steps_to_take(cohort.optim, len(data.train)))
-        images.begin(cohort.optim.batch_size, reads(cohort, steps))
+        per_step = sum(1 for _ in reads(cohort, range(1)))
+        images.begin(cohort.optim.batch_size, reads(cohort, steps), per_step)
         yield from _fit(cohort, data, run, start, stop or Stop())
     finally:
         images.close()
@@ -199,6 +200,7 @@ def _fit(cohort: Cohort, data: Data, run: RunConfig, start: Start, stop: Stop) -
             evaluation = _evaluate_splits(cohort.peers, data, placement, stop, step, epoch)
             if evaluation is None:  # stopped meanwhile: the checkpoint comes first
                 agenda.stops = True
+                agenda.meets_damage = any(one.meets_damage for one in data.evaluated)
                 continue
             has_news = choosing.take(step, evaluation.test, evaluation.val)
             evaluation = replace(evaluation, best=choosing.best and dict(choosing.best))
@@ -211,7 +213,7 @@ def _fit(cohort: Cohort, data: Data, run: RunConfig, start: Start, stop: Stop) -
             if choosing.is_on:
                 continue  # with the checkpoint that waits for it
         if agenda.meets_damage:
-            raise DamagedImagesError(list(data.train.damage.values()))
+            raise DamagedImagesError(data.damage)
         if agenda.stops:
             raise StoppedError(f"stopped by {stop.signal or 'a signal to another process'}")
         if agenda.is_done(step):
@@ -237,7 +239,7 @@ class Agenda:
     Attributes:
         evaluates: whether an evaluation is due.
         stops: whether any process was asked to stop.
-        meets_damage: whether it stops because a process cannot read images of a step to come.
+        meets_damage: whether it stops because a process cannot read images.
     """
 
     def __init__(
@@ -260,8 +262,8 @@ class Agenda:
         self.evaluates = begins_with_evaluation(optim, run, self._images, start)
         # A run that continues another one's checkpoint first writes its own.
         self._save_due = self._saves_now = start.step > 0 and not start.saved
-        self.stops = bool(self._processes.all_reduce_max(stop.requested))
-        self.meets_damage = False
+        self.meets_damage = bool(self._processes.all_reduce_max(images.meets_damage))
+        self.stops = self._hears_of_a_stop()
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due now."""
@@ -271,7 +273,10 @@ class Agenda:
         """Record that the checkpoint was saved, and check again for requests to stop."""
         self._saved_step, self._save_due = step, False
         self._save_timer.restart()
-        self.stops = bool(self._processes.all_reduce_max(self._stop.requested))
+        self.stops = self._hears_of_a_stop()
+
+    def _hears_of_a_stop(self) -> bool:
+        return self.meets_damage or bool(self._processes.all_reduce_max(self._stop.requested))
 
     def has_evaluated(self) -> None:
         """Record that the evaluation was made."""
@@ -439,7 +444,8 @@ def evaluate(
         split: its name, for messages.
 
     Returns:
-        See ``metrics.finish``; the same in all processes. None if a process was asked to stop.
+        See ``metrics.finish``; the same in all processes. None if a process was asked to stop, or
+        cannot read images that are not to be skipped: ``images.meets_damage`` says so in all.
 
     Raises:
         UsageError: none of the images could be read.
@@ -457,7 +463,8 @@ def evaluate(
     ours = [placement.rows(count) for count in counts]
     bounds = [(chunk * i + lo, chunk * i + hi) for i, (lo, hi) in enumerate(ours)]
     for count, (x, y) in zip(counts, images.in_order(bounds), strict=True):
-        stops = bool(looks and stop and processes.all_reduce_max(stop.requested))
+        if looks and stop:
+            stops = bool(processes.all_reduce_max(stop.requested or images.meets_damage))
         if stops:
             break
         # Our slice of the last chunk may be empty, which not every network accepts.
@@ -467,6 +474,7 @@ def evaluate(
             sums += batch_sums(everyone, y)
     for module in trained:
         module.train()
-    if stops:
+    images.meets_damage = bool(processes.all_reduce_max(images.meets_damage))
+    if stops or images.meets_damage:
         return None
     return finish(placement.sum_over_rows(sums), placement.names, classes, split)

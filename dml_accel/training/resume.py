@@ -28,7 +28,7 @@ from dml_accel.distributed.processes import Processes
 from dml_accel.mutual.peer import Peer
 from dml_accel.training import checkpoint, choosing
 from dml_accel.training.loop import Start
-from dml_accel.training.run_folder import CHECKPOINTS, SavedRun
+from dml_accel.training.run_folder import BAD_IMAGES, CHECKPOINTS, SavedRun
 from dml_accel.training.setup import Checked
 
 # What a run adds to a checkpoint's state.json, with the type of each value.
@@ -371,12 +371,22 @@ def _refuse_images(
         return
     else:
         difference = "and it does not record its images, which could then be compared"
+    if difference and path is not None and _was_damaged(path):
+        difference += (
+            f" (of images in {BAD_IMAGES}, a run resumes on the damaged files, with --bad-images "
+            "skip, not on others in their place)"
+        )
     if difference:
         named = f"--dataset {ours}" if ours == theirs else f"--dataset {ours}, not {theirs}"
         raise UsageError(
             f"{path} was started on other images than {named}: {difference}; restore them, or use "
             "a new --output-dir"
         )
+
+
+def _was_damaged(path: Path) -> bool:
+    """Whether the run of a folder, or of a checkpoint in it, has met images that are damaged."""
+    return any((folder / BAD_IMAGES).exists() for folder in (path, path.parent.parent))
 
 
 def _without_precision(differences: Differences) -> Differences:

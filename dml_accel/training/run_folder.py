@@ -4,6 +4,7 @@
     status.json      running, stopped, done or failed, and the last sign of life; see status.py
     metrics.jsonl    one record per line
     results.json     the last evaluation, written last
+    bad-images.txt   images that could not be read, if any; see bad_images.py
     checkpoints/     see checkpoint.py
     peers/<name>/    see models/peer_folder.py
     peers-averaged/  with --ema, the same of the averages of the weights
@@ -45,6 +46,7 @@ from dml_accel.training.status import (
 from dml_accel.training.trackers import FOLDER, LOGS
 
 CHECKPOINTS = "checkpoints"
+BAD_IMAGES = "bad-images.txt"
 # The folders of a run's networks, by what ``--weights`` calls them. A run removes what it has
 # written there, so these are no names that somebody would export to.
 WEIGHTS = {"last": "peers", "ema": "peers-averaged", "best": "peers-best"}
@@ -53,6 +55,7 @@ _FILES_OF_A_RUN = (
     *("config.json", STATUS, CHECKPOINTS, "metrics.jsonl", "results.json"),
     *WEIGHTS.values(),
     FOLDER,
+    BAD_IMAGES,
 )
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # What schedulers and shells put into a folder before a run starts there.

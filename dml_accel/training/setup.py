@@ -251,7 +251,10 @@ def refuse_other_files(checked: Checked, processes: Processes) -> None:
         UsageError: raised in all processes; the text names a rank.
     """
     starts = {name: start.get("sha256") for name, start in checked.starts.items()}
-    images = _rank_that_differs(checked.fingerprint, processes)
+    first = json.loads(processes.broadcast_text(json.dumps(checked.fingerprint)))
+    ours = checked.source.fingerprint
+    # Compared in words, because processes may have other feeds, by how much memory there is.
+    images = processes.failed_rank(bool(ours and ours.difference(first)))
     if images is not None:
         raise UsageError(
             f"rank {images} reads other images, labels or class names than rank 0 for --dataset: "

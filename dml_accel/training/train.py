@@ -24,6 +24,7 @@ from dml_accel.core.settings import Settings
 from dml_accel.core.tables import printable
 from dml_accel.data import sources
 from dml_accel.data.catalogue import folders_read, located
+from dml_accel.data.decode import DamagedImagesError
 from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import Ranks
@@ -32,7 +33,16 @@ from dml_accel.models.build import parameter_count
 from dml_accel.models.optim import has_fused
 from dml_accel.models.schedules import what_never_falls
 from dml_accel.models.spec import cohort_label, parse_cohort
-from dml_accel.training import checkpoint, choosing, loop, progress, resume, setup, trackers
+from dml_accel.training import (
+    bad_images,
+    checkpoint,
+    choosing,
+    loop,
+    progress,
+    resume,
+    setup,
+    trackers,
+)
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord
 from dml_accel.training.progress import Display
 from dml_accel.training.record import Recorder, stopped_early, write_peers
@@ -191,6 +201,8 @@ def run_one(
         StoppedError: the run was stopped, and can be resumed from a checkpoint.
         DivergedError: a peer has diverged.
         CheckpointNotWrittenError: a checkpoint could not be written.
+        UsageError: also if images cannot be read when they are needed; there is a checkpoint.
+        WorkerLostError: a process that reads them is gone.
     """
     processes = session.processes
     if processes.device.type == "cpu" and not config.compute.return_memory:
@@ -212,9 +224,14 @@ def run_one(
         if not ready.resumes:
             setup.print_starts(checked)
         recorder = Recorder(folder, ready, session.command, session.recipe, session.display)
-    last = _take_all_steps(ready, recorder, session.stop)
+    resumes = "--resume auto" if not label else f"--output-dir {path.parent}"
+    last = _take_all_steps(ready, recorder, session.stop, resumes)
+    if config.data.bad_images == "skip":
+        bad_images.list_met(ready, leads=recorder is not None)
     if recorder:
         recorder.end(last)
+        if skipped := bad_images.what_was_skipped(ready):
+            print(skipped, file=sys.stderr, flush=True)
         if stopped_early(ready, last):
             which = f"{label}: " if label else ""
             print(f"{which}{_why_early(config, last)}", file=sys.stderr, flush=True)
@@ -273,9 +290,18 @@ def _why_early(config: Config, last: EvaluationRecord) -> str:
     )
 
 
-def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> EvaluationRecord:
-    """Train to the end and write checkpoints; return the last evaluation."""
-    config, cohort = ready.config, ready.cohort
+def _take_all_steps(
+    ready: Prepared, recorder: Recorder | None, stop: Stop, resumes: str
+) -> EvaluationRecord:
+    """Train to the end and write checkpoints; return the last evaluation.
+
+    Args:
+        ready: the run.
+        recorder: in the first process.
+        stop: requests to stop.
+        resumes: flags that resume the run, for messages.
+    """
+    config, cohort, saved = ready.config, ready.cohort, ready.start.step
     state = resume.checkpoint_state(config, ready.checked, ready.placement, ready.compiled)
     last: EvaluationRecord | None = None
     try:
@@ -283,10 +309,16 @@ def _take_all_steps(ready: Prepared, recorder: Recorder | None, stop: Stop) -> E
             for record in loop.fit(cohort, ready.images, config.run, ready.start, stop):
                 if isinstance(record, CheckpointRecord):
                     _save(ready, record, state)
+                    saved = record.step
                 if recorder:
                     recorder.take(record)
                 last = record if isinstance(record, EvaluationRecord) else last
+    except DamagedImagesError as error:  # raised in all processes
+        met = bad_images.list_met(ready, leads=recorder is not None)
+        raise bad_images.refusal(ready, met, saved, resumes) from error
     except StoppedError as stopped:
+        if config.data.bad_images == "skip":
+            bad_images.list_met(ready, leads=recorder is not None)
         if recorder:
             recorder.stop(str(stopped))
         ready.placement.processes.barrier()  # a launcher may end all once the first has ended
