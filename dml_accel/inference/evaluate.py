@@ -214,7 +214,7 @@ def _batches(split: Split, reading: Reading) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _images(split: Split, reading: Reading) -> Iterator[tuple[Tensor, list[int]]]:
-    """Yield the images of each batch, and which of them cannot be read."""
+    """Yield the images [B, S, S, 3] of each batch, and which of them cannot be read."""
     if isinstance(split.images, Tensor):
         yield from ((images, []) for images in split.images.split(BATCH_SIZE))
         return
@@ -236,7 +236,7 @@ def _images(split: Split, reading: Reading) -> Iterator[tuple[Tensor, list[int]]
                 raise DamagedImagesError(damage)
             reading.damage.extend(damage)
             bad = [_PIECE * at + place for at, cut in enumerate(cuts) for place in cut.bad]
-            yield torch.cat([cut.levels for cut in cuts]), bad
+            yield torch.cat([cut.levels for cut in cuts]).permute(0, 2, 3, 1), bad
 
 
 def _accuracy_by_class(
