@@ -51,6 +51,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "mixup": 0.4,
         "cutmix": 1.0,
         "label_smoothing": 0.1,
+        "class_weights": "balanced",
         "ema": 0.9,
         "max_steps": 5,
     }
@@ -88,7 +89,9 @@ def cases() -> dict[str, dict[str, Any]]:
         "split, ring": split(**three, links="ring", max_steps=2),
         "split, mean logits": split(exchange="sum", target="mean-logit", max_steps=2),
         "split, modern": split(**modern, teach_with="ema", grad_accum=2),
-        "split, few labels": split(labelled_fraction=0.3, grad_accum=5, max_steps=3),
+        "split, few labels": split(
+            labelled_fraction=0.3, class_weights="balanced", grad_accum=5, max_steps=3
+        ),
         "split, spoiled": split("spoiled", **three, max_steps=4),
         "split, sums, spoiled": split("spoiled", exchange="sum", max_steps=4),
         "split, fp32, smooth": split(**smooth),
@@ -278,7 +281,7 @@ def test_evaluation_counts_every_image_once(found: Callable[[int], Found], proce
     assert one["ensemble"]["n"] == many["ensemble"]["n"] == 101
     assert one["agreement"] == many["agreement"]
     for name, metrics in one["peers"].items():
-        for key in ("n", "top1", "top5"):
+        for key in ("n", "top1", "top5", "macro_f1"):
             assert many["peers"][name][key] == metrics[key]
         assert many["peers"][name]["nll"] == pytest.approx(metrics["nll"], rel=1e-9)
 
@@ -452,7 +455,7 @@ def test_split_evaluation_counts_every_image_once(
         many = report["metrics"]
         assert many["ensemble"]["n"] == 101 and many["agreement"] == one["agreement"]
         for name, metrics in one["peers"].items():
-            for key in ("n", "top1", "top5"):
+            for key in ("n", "top1", "top5", "macro_f1"):
                 assert many["peers"][name][key] == metrics[key]
             assert many["peers"][name]["nll"] == pytest.approx(metrics["nll"], rel=1e-8)
         for teacher, row in one["kl"].items():
