@@ -101,7 +101,8 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
     unread = _unread(data, split) or [one.place for one in reading.damage]
     if unread:
         some = ", ".join(unread[:_NAMED]) + ", ..." * (len(unread) > _NAMED)
-        print(f"cannot be read, and not counted: {len(unread):,} images: {some}", file=sys.stderr)
+        count = f"{len(unread):,} image{'s' * (len(unread) > 1)}"
+        print(f"cannot be read, and not counted: {count}: {some}", file=sys.stderr)
     by = f", by {peers.which}" if peers.which else ""
     read = f"{len(split) - len(unread):,} of " if unread else ""
     print(f"{read}{len(split):,} images of {data.dataset}, split {split_names(data).test}{by}\n")

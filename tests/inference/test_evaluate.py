@@ -116,9 +116,7 @@ def test_images_that_cannot_be_read_are_refused_or_not_counted(
         assert not (tmp_path / feed).exists()
         found.append(measure(peer, *words, "--bad-images", "skip"))
         out, error = capsys.readouterr()
-        assert f"cannot be read, and not counted: 1 images: {copy.name}" in error or (
-            f"{bad.relative_to(copy)}" in error and "not counted: 1 images" in error
-        )
+        assert f"cannot be read, and not counted: 1 image: {bad}" in error
         assert f"{count - 1} of {count} images of" in out
     assert found[0] == found[1] and found[0]["unread"] == 1
     assert found[0]["ensemble"]["n"] == sum(one["n"] for one in found[0]["classes"]) == count - 1
