@@ -9,6 +9,7 @@ Shape letters: B rows of a batch, S pixels a side.
 """
 
 import itertools
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dml_accel.core.config import DataConfig
+from dml_accel.core.rng import generator
 from dml_accel.data.augment import ImageTransform
 from dml_accel.data.batches import (
     Draws,
@@ -28,13 +31,16 @@ from dml_accel.data.batches import (
     Request,
     reflected_windows,
 )
+from dml_accel.data.catalogue import Listed
 from dml_accel.data.decode import DamagedImagesError
 from dml_accel.data.pictures import Damage, Picture, Pictures
+from dml_accel.data.pixels import Geometry
 from dml_accel.data.splits import Split
 from dml_accel.data.workers import Results, in_pieces
 
 _MOST_IN_A_PIECE = 32  # images that a worker is given at a time
 _CHANNELS = 3
+_TIMED = 64  # images
 
 
 @dataclass(frozen=True)
@@ -355,3 +361,23 @@ class _Stream:
 def _piece_size(rows: int, workers: int) -> int:
     """Return how many images a worker is given at a time, for reads of ``rows``."""
     return min(_MOST_IN_A_PIECE, max(1, -(-rows // max(1, workers))))
+
+
+def seconds_to_decode(data: DataConfig, listed: Listed) -> float:
+    """Return how long one core takes to read and cut a training image; the median of some.
+
+    Args:
+        data: how images are cut.
+        listed: the images.
+    """
+    listing = listed.splits["train"]
+    some = torch.randperm(len(listing.labels), generator=generator("timed images"))[:_TIMED]
+    cutter = Cutter(Pictures(listing, some, Geometry.of(data)), data.augmentation)
+    seconds, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    for place in range(len(some)):
+        begun = time.perf_counter()
+        cutter(Piece((place,), [(0, 0)], [bool(place % 2)], [place]))
+        seconds.append(time.perf_counter() - begun)
+    torch.set_num_threads(threads)
+    return statistics.median(seconds)

@@ -15,6 +15,7 @@ from dml_accel.core.config import Config
 from dml_accel.core.tables import table
 from dml_accel.core.updates import UpdateSchedule
 from dml_accel.data.batches import slices
+from dml_accel.data.mixing import Mixing
 from dml_accel.distributed.costs import Cost
 
 _MACS_PER_SECOND_OF_A_THREAD = 40e9
@@ -24,6 +25,8 @@ _MACS_PER_SECOND_OF_A_GPU = 5e12
 _SECONDS_TO_START_ON_A_GPU = 20e-6
 _BACKWARD = 2  # a backward pass costs as much as two forward passes
 _COPIES = 2  # parameters, gradients
+# Of one core, for a photograph of 400 x 300 pixels that is cut to 224: benchmarks/photographs.md.
+SECONDS_TO_DECODE = 3e-3
 _BUCKET_BYTES = 25e6  # DDP averages gradients in messages of this size
 
 Ranks = dict[str, list[int]]
@@ -71,6 +74,9 @@ class StepLoad:
         averages_teach: whether the averages predict what peers learn from.
         best: whether each network's best weights are kept.
         sums: whether the sum of posteriors is exchanged, not every peer's logits.
+        decoding: seconds of a core to read and cut one image; 0: images are in memory.
+        workers: processes that do so for each training process; 0: it does so itself.
+        mixes: whether batches are mixed, so that a part of one needs its partners as well.
     """
 
     micro_batches: tuple[int, ...]
@@ -84,9 +90,14 @@ class StepLoad:
     averages: bool = False
     averages_teach: bool = False
     best: bool = False
+    decoding: float = 0.0
+    workers: int = 0
+    mixes: bool = False
 
     @classmethod
-    def of(cls, config: Config, classes: int) -> "StepLoad":
+    def of(
+        cls, config: Config, classes: int, decoding: float = 0.0, workers: int = 0
+    ) -> "StepLoad":
         """Return the load of a run's steps."""
         number_bytes = 8 if config.numerics.float64 else 4
         cuts = slices(config.optim.batch_size, config.optim.grad_accum)
@@ -102,6 +113,9 @@ class StepLoad:
             averages=config.optim.ema is not None,
             averages_teach=config.method.teach_with == "ema",
             best=config.run.keep == "best",
+            decoding=decoding,
+            workers=workers,
+            mixes=Mixing.of(config.data) is not None,
         )
 
 
@@ -116,6 +130,8 @@ class Prediction:
         sent: payload bytes that each process sends per step.
         memory: bytes of each process's parameters, their copies (gradients, optimizer, averages,
             best weights) and activations.
+        decoded: images that each process decodes per step, if they are not in memory.
+        late: seconds of the step for which decoding holds up the slowest process.
     """
 
     ranks: Ranks
@@ -123,6 +139,8 @@ class Prediction:
     busy: list[float]
     sent: list[float]
     memory: list[float]
+    decoded: list[int] = dataclasses.field(default_factory=list)
+    late: float = 0.0
 
     @property
     def idle(self) -> list[float]:
@@ -193,6 +211,7 @@ def predict(
     world_size = 1 + max(rank for held in ranks.values() for rank in held)
     busy, sent, memory = ([0.0] * world_size for _ in range(3))
     activations: list[list[float]] = [[] for _ in range(world_size)]
+    batch, decoded = sum(load.micro_batches), [0] * world_size
     for name, held in ranks.items():
         cost, width = costs[name], len(held)
         seconds = cost.seconds or (1 + _BACKWARD) * cost.macs / machine.macs_per_second
@@ -203,6 +222,8 @@ def predict(
             seconds, least = seconds * again, least * again
         for index, rank in enumerate(held):
             rows = [_length(slices(count, width)[index]) for count in load.micro_batches]
+            # All peers of a process see the same rows.
+            decoded[rank] = sum(row * (1 + (load.mixes and row < batch)) for row in rows)
             grouped, messages = _group_bytes(cost, width, load)
             busy[rank] += max(sum(rows) * seconds, least) + grouped / machine.bandwidth
             busy[rank] += messages * machine.latency
@@ -216,12 +237,19 @@ def predict(
     memory = [a + together(b) for a, b in zip(memory, activations, strict=True)]
     exchanged, messages = _exchange_bytes(ranks, load, world_size)
     exchange = max(exchanged) / machine.bandwidth + messages * machine.latency
+    computing, late = max(busy) + exchange, 0.0
+    if load.decoding:
+        reading = max(decoded) * load.decoding
+        # Workers decode while the networks compute.
+        late = max(0.0, reading / load.workers - computing) if load.workers else reading
     return Prediction(
         {name: list(held) for name, held in ranks.items()},
-        max(busy) + exchange,
+        computing + late,
         busy,
         [a + b for a, b in zip(sent, exchanged, strict=True)],
         memory,
+        decoded if load.decoding else [],
+        late,
     )
 
 
@@ -326,6 +354,7 @@ def plan_text(
     asked: str,
     measured: bool,
     machine: Machine,
+    times_images: bool = False,
 ) -> str:
     """Return tables of both placements, process by process, and which one is chosen.
 
@@ -337,6 +366,7 @@ def plan_text(
         asked: ``--placement``.
         measured: whether the networks were timed.
         machine: the assumed rates.
+        times_images: whether decoding was timed.
     """
     parts = []
     headers = ("process", "peers", "busy ms", "idle %", "sends kB per step", "memory MB")
@@ -355,6 +385,7 @@ def plan_text(
         parts.append(
             f"{kind}: {1e3 * found.step_seconds:.1f} ms per step\n\n"
             + table(rows, headers, "simple", left=2)
+            + _decoding_in_words(found, load)
         )
     assumed = "networks timed on this machine"
     if not measured:
@@ -362,6 +393,9 @@ def plan_text(
         assumed = f"{rate:.0f} billion multiply-accumulates per second and process"
     if machine.start:
         assumed += f", {1e6 * machine.start:.0f} us to start an operation"
+    if load.decoding:
+        how = "timed on this machine" if times_images else "assumed"
+        assumed += f", {1e3 * load.decoding:.1f} ms of a core to decode an image ({how})"
     parts.append(
         f"{sum(load.micro_batches)} images of {image_size} pixels per step, {load.classes} "
         f"classes; assumed: {assumed}, {machine.bandwidth / 1e9:g} GB/s, "
@@ -370,6 +404,20 @@ def plan_text(
     )
     parts.append(f"--placement {asked}: {why}")
     return "\n\n".join(parts)
+
+
+def _decoding_in_words(found: Prediction, load: StepLoad) -> str:
+    """Return what decoding costs a machine that has all processes; empty if it costs nothing."""
+    if not load.decoding:
+        return ""
+    times = sum(found.decoded) / sum(load.micro_batches)
+    work = sum(found.decoded) * load.decoding
+    enough = math.ceil(max(found.decoded) * load.decoding / (found.step_seconds - found.late))
+    return (
+        f"\n\non one machine each image is decoded {times:g} times an epoch: "
+        f"{1e3 * work:.0f} core-ms per step; {enough} workers per process keep up, and there are "
+        f"{load.workers}" + (f", which adds {1e3 * found.late:.1f} ms" if found.late else "")
+    )
 
 
 def _copies_in_words(load: StepLoad) -> str:

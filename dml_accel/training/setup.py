@@ -22,13 +22,17 @@ from torch import nn
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
+from dml_accel.core.host import cores
 from dml_accel.data import sources
 from dml_accel.data.augment import parse_augment
 from dml_accel.data.batches import ImageFormat
-from dml_accel.data.catalogue import Listed
+from dml_accel.data.catalogue import Listed, find_folder
 from dml_accel.data.feeds import reading_workers
 from dml_accel.data.images import Data, Reading, check_batch_size, prepare
+from dml_accel.data.loader import seconds_to_decode
+from dml_accel.data.memory import processes_here
 from dml_accel.data.sources import Source
+from dml_accel.data.workers import worker_count
 from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.compile import Trial
 from dml_accel.distributed.costs import Cost, count, timed
@@ -36,6 +40,7 @@ from dml_accel.distributed.device import choose_device
 from dml_accel.distributed.launch import launched_precision, launched_processes
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import (
+    SECONDS_TO_DECODE,
     Machine,
     Ranks,
     StepLoad,
@@ -195,7 +200,8 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     world_size, costs = launched_processes(), {}
     if world_size > 1:
         costs = _count_all(config, modules)
-        ranks, _ = _choose(config, costs, world_size, len(classes), this_machine())
+        load = _load(config, len(classes), source.feed[0], processes_here())
+        ranks, _ = _choose(config, costs, world_size, load, this_machine())
         _check_batch_norm(config, modules, ranks, len(classes))
     recorded = {name: one.record() for name, one in weights.items()}
     return Checked(specs, source, costs, frozen, links, recorded), modules
@@ -302,10 +308,25 @@ def _check_batch_norm(config: Config, modules: Modules, ranks: Ranks, classes: i
 
 
 def _choose(
-    config: Config, costs: dict[str, Cost], world_size: int, classes: int, machine: Machine
+    config: Config, costs: dict[str, Cost], world_size: int, load: StepLoad, machine: Machine
 ) -> tuple[Ranks, str]:
-    load, asked = StepLoad.of(config, classes), config.compute.placement
-    return choose(costs, world_size, load, asked, config.method.schedule, machine)
+    asked, schedule = config.compute.placement, config.method.schedule
+    return choose(costs, world_size, load, asked, schedule, machine)
+
+
+def _load(
+    config: Config,
+    classes: int,
+    feed: str,
+    processes: int,
+    decoding: float = SECONDS_TO_DECODE,
+) -> StepLoad:
+    """Return what a step computes and decodes, on a machine with so many processes."""
+    if feed != "loader":
+        return StepLoad.of(config, classes)
+    on_cpu = choose_device(config.compute.cpu).type == "cpu"
+    workers = worker_count(config.compute.workers, on_cpu, cores(), processes)
+    return StepLoad.of(config, classes, decoding, workers)
 
 
 def choose_ranks(
@@ -352,8 +373,9 @@ def choose_ranks(
         if config.compute.measure:
             size = processes.world_size
             costs = _with_times(costs, checked.specs, modules, config, processes.device, size)
-        classes = len(checked.source.classes)
-        ranks, why = _choose(config, costs, processes.world_size, classes, this_machine())
+        source, world_size = checked.source, processes.world_size
+        load = _load(config, len(source.classes), source.feed[0], processes_here())
+        ranks, why = _choose(config, costs, world_size, load, this_machine())
         print(f"placement: {why}", file=sys.stderr, flush=True)
         text = json.dumps(ranks)
     ranks = json.loads(processes.broadcast_text(text))
@@ -377,6 +399,9 @@ def _with_times(
 def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str:
     """Return tables of what both placements cost on ``world_size`` processes, without training.
 
+    With ``--feed loader`` and a local folder, the images say how many classes there are and of
+    which size they are.
+
     Args:
         config: cohort, batch, precision and exchange.
         world_size: processes.
@@ -387,6 +412,10 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
         UsageError: a network, an optimizer or an augmentation cannot be had.
     """
     parse_augment(config.data.augmentation)
+    listed = None
+    if config.compute.feed == "loader" and find_folder(config.data.dataset) is not None:
+        config, listed = list_and_size(config, [config.cohort], quiet=True)
+        classes = len(listed.classes) if listed else classes
     specs, size = parse_cohort(config.cohort), config.data.size
     check_optimizers(config.optim, [spec.name for spec in specs])
     modules = build_networks(config, specs, classes)
@@ -394,10 +423,15 @@ def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str
     if config.compute.measure:
         device = choose_device(config.compute.cpu)
         costs = _with_times(costs, specs, modules, config, device, world_size)
-    _, why = _choose(config, costs, world_size, classes, machine)
-    load, compute = StepLoad.of(config, classes), config.compute
+    compute, decoding = config.compute, SECONDS_TO_DECODE
+    times_images = listed is not None and compute.measure and compute.feed == "loader"
+    if listed is not None and times_images:
+        decoding = seconds_to_decode(config.data, listed)
+    load = _load(config, classes, compute.feed, world_size, decoding)
+    _, why = _choose(config, costs, world_size, load, machine)
     both = predict_both(costs, world_size, load, machine)
-    return plan_text(both, why, load, size, compute.placement, compute.measure, machine)
+    measured = compute.measure
+    return plan_text(both, why, load, size, compute.placement, measured, machine, times_images)
 
 
 # ---------------------------------------------------------------- images and peers

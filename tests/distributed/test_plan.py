@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dml_accel import cli
 from dml_accel.core.config import Config
@@ -164,6 +166,62 @@ def test_peers_that_do_not_teach_send_nothing() -> None:
     ranks, costs = {"a-0": [0], "b-0": [1]}, {"a-0": SMALL, "b-0": LARGE}
     config = tiny_config(float64=False, kl_weight=0.0)
     assert predict(ranks, costs, load(config), MACHINE).sent[0] == 24
+
+
+@pytest.mark.parametrize(
+    ("flags", "workers", "decoded", "late_ms"),
+    [
+        # Computing takes 1 s here, as below; 8 images of 0.2 s are 1.6 s of one worker, 0.8 of two.
+        ({}, 1, [8, 8], 600),
+        ({}, 2, [8, 8], 0),
+        ({}, 0, [8, 8], 1600),  # the process itself decodes before it computes
+        ({"mixup": 0.2}, 2, [8, 8], 0),  # a whole batch has its partners
+        ({"mixup": 0.2, "grad_accum": 2}, 2, [16, 16], 600),
+    ],
+)
+def test_peers_of_one_process_each_decode_every_image(
+    flags: dict[str, float], workers: int, decoded: list[int], late_ms: float
+) -> None:
+    config = tiny_config(batch_size=8, float64=False, **flags)
+    step = dataclasses.replace(load(config), decoding=0.2, workers=workers)
+    ranks, costs = {"a-0": [0], "b-0": [1]}, dict.fromkeys(("a-0", "b-0"), SMALL)
+    machine = Machine(bandwidth=1e15, latency=0, macs_per_second=3e6 * 8)  # 8 images: 1 s
+    found = predict(ranks, costs, step, machine)
+    assert found.decoded == decoded
+    assert found.late == pytest.approx(late_ms / 1e3)
+    assert found.step_seconds == pytest.approx(1 + late_ms / 1e3)
+    both = predict(everywhere(["a-0", "b-0"], 2), costs, step, machine)
+    assert sum(both.decoded) == 8 * (2 if config.data.mixup else 1)  # halves of every image
+
+
+def test_decoding_decides_for_replicate() -> None:
+    equal, step = {"a-0": LARGE, "b-0": LARGE}, load(tiny_config(batch_size=8))
+    update = UPDATE_SCHEDULES["simultaneous"]
+    assert choose(equal, 2, step, "auto", update, MACHINE)[0] == {"a-0": [0], "b-0": [1]}
+    slow = dataclasses.replace(step, decoding=10.0, workers=1)
+    assert choose(equal, 2, slow, "auto", update, MACHINE)[0] == everywhere(equal, 2)
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_plan_says_what_decoding_costs(
+    measure: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for row in range(4):
+        folder = tmp_path / "train" / "abc"[row % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 40), (row, 0, 0)).save(folder / f"{row}.png")
+    (tmp_path / "train").rename(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "test")
+    (tmp_path / "one").rename(tmp_path / "train")
+    words = ["--cohort", "resnet8*2", "--dataset", str(tmp_path), "--feed", "loader", "--cpu"]
+    words += ["--workers", "3", "--batch-size", "8", *(["--measure"] if measure else [])]
+    assert cli.main(["plan", *words]) == 0
+    text = capsys.readouterr().out
+    assert "8 images of 32 pixels per step, 3 classes" in text
+    replicate, _, split = text.partition("split:")
+    assert "each image is decoded 1 times an epoch: " in replicate
+    assert "each image is decoded 2 times an epoch: " in split and "there are 3" in split
+    assert ("(timed on this machine)" if measure else "3.0 ms of a core") in text
 
 
 def test_auto_takes_what_is_predicted_to_be_faster() -> None:
