@@ -88,16 +88,17 @@ class Results(Generic[Request, Result]):
             if sys.platform == "linux":
                 # Other ways of starting one import torch anew, which takes seconds each.
                 options["multiprocessing_context"] = multiprocessing.get_context("fork")
-        self._loader: Any = DataLoader(
-            _Function(function),
-            batch_size=None,
-            sampler=_InOrder(requests),
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            # Without one of its own it would draw from torch's, whose state is the caller's.
-            generator=torch.Generator(),
-            **options,
-        )
+        with _without_warnings():
+            self._loader: Any = DataLoader(
+                _Function(function),
+                batch_size=None,
+                sampler=_InOrder(requests),
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                # Without one of its own it would draw from torch's, whose state is the caller's.
+                generator=torch.Generator(),
+                **options,
+            )
         self._results: Iterator[Result] | None = None
 
     def __iter__(self) -> "Results[Request, Result]":
@@ -105,11 +106,7 @@ class Results(Generic[Request, Result]):
 
     def __next__(self) -> Result:
         if self._results is None:
-            with warnings.catch_warnings(), _keeping_child_handler():
-                # Python warns of forks of a process with threads, as torch's own are. Workers use
-                # a single one, and none of what other threads may have held.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                warnings.filterwarnings("ignore", message=".*suggested max number of worker.*")
+            with _without_warnings(), _keeping_child_handler():
                 self._results = iter(self._loader)
         try:
             return next(self._results)
@@ -139,6 +136,17 @@ class Results(Generic[Request, Result]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Python warns of forks of a process with threads, as torch's own are. Workers use a single
+        # one, and none of what other threads may have held.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # More workers than cores are the user's choice.
+        warnings.filterwarnings("ignore", message=".*suggested max number of worker.*")
+        yield
 
 
 @contextlib.contextmanager
