@@ -186,13 +186,13 @@ def test_a_job_near_its_time_limit_is_queued_again(
     folder, asked = tmp_path / "run", tmp_path / "asked"
     words = ["bash", "launch/slurm.sh", folder, *TINY, "--save-every", "5", "--max-steps", "90"]
 
-    def job(sent: signal.Signals | None) -> str:
+    def job(sent: signal.Signals | None, processes: int) -> str:
         """Run the job, signal its launcher after the next checkpoint; return its last line."""
         known = set(folder.glob("checkpoints/step-*"))
         script = subprocess.Popen(
             [str(word) for word in words],
             cwd=ROOT,
-            env=scheduler,
+            env=scheduler | {"DML_PROCESSES": str(processes)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -206,11 +206,11 @@ def test_a_job_near_its_time_limit_is_queued_again(
         said, _ = script.communicate(timeout=90)
         return said.strip().splitlines()[-1]
 
-    assert f"the run in {folder} is stopped (stopped by SIGTERM)" in job(signal.SIGTERM)
+    assert f"the run in {folder} is stopped (stopped by SIGTERM)" in job(signal.SIGTERM, 1)
     assert not asked.exists()  # SIGTERM means the end
-    assert f"the run in {folder} is stopped (stopped by SIGUSR1)" in job(signal.SIGUSR1)
+    assert f"the run in {folder} is stopped (stopped by SIGUSR1)" in job(signal.SIGUSR1, 2)
     assert asked.read_text() == f"requeue {scheduler['SLURM_JOB_ID']}\n"
-    assert job(None) == f"the run in {folder} is done; exit code 0"
+    assert job(None, 1) == f"the run in {folder} is done; exit code 0"
     assert asked.read_text() == f"requeue {scheduler['SLURM_JOB_ID']}\n"
     begun = [one["event"] for one in events(folder) if one["event"] in ("start", "resume")]
     assert begun == ["start", "resume", "resume"]
