@@ -40,8 +40,9 @@ from benchmarks.measuring import (
     timed,
 )
 from dml_accel.core.config import Config
-from dml_accel.data.arrow import list_tables
+from dml_accel.data.catalogue import list_splits
 from dml_accel.data.decode import decode
+from dml_accel.data.pixels import Geometry
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import everywhere
 from dml_accel.distributed.processes import Processes
@@ -139,9 +140,9 @@ def start_cost(images: Path | None) -> dict[str, Any]:
         os.environ.update(DML_CACHE=str(folder / "cache"), HF_DATASETS_CACHE=str(folder / "hf"))
         dataset = datasets.load_dataset(str(folder / "set"), split="train")
         label = "fine_label" if "fine_label" in dataset.features else "label"
-        data = Config(dataset=str(folder / "set"), label_column=label).data
-        listings, _ = list_tables(data, folder / "set", ("train",), quiet=True)
-        decoding_s = timed(lambda: decode(listings["train"], range(len(dataset)), 32))
+        data = Config(dataset=str(folder / "set"), label_column=label, image_size=32).data
+        listing, rows = list_splits(data, ("train",), quiet=True).splits["train"], range(IMAGES)
+        decoding_s = timed(lambda: decode(listing, rows, Geometry.of(data), quiet=True))
         command = [sys.executable, "train.py", "--dataset", str(folder / "set")]
         command += ["--cpu"] if device().type == "cpu" else []
         command += ["--label-column", label, "--cohort", "resnet32*2", "--max-steps", "4"]
