@@ -71,7 +71,8 @@ def results_table(results: dict[str, Any], style: str = "simple") -> str:
         named.append(("ensemble, averaged", "", results["ema_ensemble"]))
     rows, headers = [[name, size, *_cells(one)] for name, size, one in named], list(_HEADERS)
     if is_unbalanced(results):
-        headers.append("macro-F1 %")
+        # Without the unit of the NLL the table fits 80 columns.
+        headers = ["NLL" if one.startswith("NLL") else one for one in headers] + ["macro-F1 %"]
         for row, (_, _, metrics) in zip(rows, named, strict=True):
             row.append(percent(metrics.get("macro_f1")))
     return table(rows, headers, style, left=1)

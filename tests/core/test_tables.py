@@ -96,3 +96,6 @@ def test_macro_f1_is_shown_where_classes_are_unbalanced(
     assert [row[0] for row in rows] == names
     for row in rows:
         assert (*header[-2:], *row[-2:]) == last_columns
+    peer |= {"name": "mobilenet-0", "params": 12_345_678}
+    del results["ema_ensemble"]
+    assert max(map(len, results_table(results).splitlines())) <= 80
