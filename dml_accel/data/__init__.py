@@ -10,6 +10,7 @@ In reading order:
     class_layout   whether folders are splits or classes
     class_folders  the images of folders whose names are the classes
     tar_shards     tar files of images and labels, written into tables once
+    named_files    images that a metadata file beside them names
     arrow          data sets that the datasets library opens
     columns        which column of a table holds the images, and which the classes
     table_splits   the splits of those data sets as listings

@@ -28,6 +28,7 @@ from dml_accel.core.versions import require_packages
 from dml_accel.data.class_layout import VALIDATION
 from dml_accel.data.image_files import files_below
 from dml_accel.data.listing import StoredFiles
+from dml_accel.data.named_files import metadata_in, read_named
 from dml_accel.data.tar_shards import read_shards, shards_of
 
 _SHOWN_CONFIGURATIONS = 8
@@ -83,6 +84,7 @@ def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> Opened:
             (os.path.join(folder, path), stat) for path, stat in files_below(folder, "") if stat
         )
         if shards := shards_of(folder, files):
+            _refuse_configuration(data)
             columns = data.image_column, data.label_column
             kept = _kept(folder, "tar", *(one or "" for one in columns))
             kept.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,13 @@ def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> Opened:
                 lock(file, wait=True)
                 tables = read_shards(folder, shards, kept, files.digest(), columns, quiet)
             return Opened(tables, files, [folder], by_number=True)
+        is_saved = any((folder / one).is_file() for one in ("dataset_dict.json", "state.json"))
+        metadata = [] if is_saved else metadata_in(folder, files)
+        if metadata:
+            _refuse_configuration(data)
+            asked = [data.train_split, data.test_split, data.val_split, *VALIDATION]
+            asked = [os.path.normpath(one) for one in asked if one not in ("", os.curdir)]
+            return Opened(read_named(folder, metadata, files, asked, quiet), files, [folder])
         named = _folders_named(folder, data)
         kept = _kept(folder, *named)
         found = _open_folder(folder, kept, files, data.dataset_config, named)
@@ -117,6 +126,14 @@ def open_tables(data: DataConfig, folder: Path | None, quiet: bool) -> Opened:
     except Exception as error:  # the library raises many kinds for files it cannot parse
         _refuse_configurations(str(folder or name), data, error)
         raise UsageError(f"--dataset {name} cannot be read: {_root_cause(error)}") from error
+
+
+def _refuse_configuration(data: DataConfig) -> None:
+    if data.dataset_config is not None:
+        raise UsageError(
+            f"--dataset-config has no effect with --dataset {data.dataset}, which has no "
+            "configurations: drop it"
+        )
 
 
 def _load(

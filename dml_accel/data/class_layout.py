@@ -224,15 +224,17 @@ def _is_table(root: Path, folders: Sequence[str]) -> bool:
         return True
     if (root / "dataset_info.json").is_file() and (root / "state.json").is_file():
         return True
-    return any(_lists_images(root / name) for name in ("", *folders))
+    files = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+    return any(lists_images(root / name / file) for name in ("", *folders) for file in files)
 
 
-def _lists_images(folder: Path) -> bool:
-    for name in ("metadata.csv", "metadata.jsonl"):
-        with contextlib.suppress(OSError), open(folder / name, "rb") as file:
-            if b"file_name" in file.readline(2**16):
-                return True
-    return (folder / "metadata.parquet").is_file()
+def lists_images(path: Path) -> bool:
+    """Whether a metadata file names images; other programs have files of such names as well."""
+    if path.suffix == ".parquet":
+        return path.is_file()
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return b"file_name" in file.readline(2**16)
+    return False
 
 
 def _holds_tables(root: Path, folders: Sequence[str]) -> bool:

@@ -263,9 +263,10 @@ def _listing(
     labels = labels_of(table, name, label, classes, by_value)
     records = table.select_columns(image).cast_column(image, datasets.Image(decode=False))
     paths = [file["filename"] for file in table.cache_files]
-    files = StoredFiles.of((path, os.stat(path)) for path in paths)
-    # A table that the library keeps in memory has no files, and is not cached by ours.
-    files = opened.files if files and opened.files is not None else files
+    # A table of the hub that the library keeps in memory has no files, and is not cached by ours.
+    files = opened.files
+    if files is None:
+        files = StoredFiles.of((path, os.stat(path)) for path in paths)
     # What a table of another configuration holds is another thing, in the same files.
     about = (data.dataset_config, name, image)
     return TableListing(name, labels, about, records, image, opened.roots, files)

@@ -10,6 +10,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,13 @@ def read_shards(
                 flush=True,
             )
 
-        def rows(paths: Sequence[str] = paths) -> Iterator[dict[str, Any]]:
-            for path in paths:
-                for members in _samples(folder, path, passed):
-                    row = _row(path, members, columns, passed)
-                    if row:
-                        yield {image: row[0], label: row[1]}
-
         where = str(kept / f"{state[:16]}-{place}")
         try:
             found[split] = datasets.Dataset.from_generator(
-                rows, datasets.Features(features), cache_dir=where, keep_in_memory=False
+                _Rows(folder, paths, columns, passed),
+                datasets.Features(features),
+                cache_dir=where,
+                keep_in_memory=False,
             )
         except datasets.exceptions.DatasetGenerationError as error:
             if isinstance(error.__cause__, UsageError):
@@ -119,6 +116,24 @@ def read_shards(
         kinds = ", ".join(f"{count:,} {what}" for what, count in sorted(passed.items()))
         print(f"passed over in the tar files: {kinds}", file=sys.stderr)
     return found
+
+
+@dataclass
+class _Rows:
+    """Yields the rows of a table: the samples of some shards; counts what is passed over."""
+
+    folder: Path
+    paths: Sequence[str]
+    columns: tuple[str | None, str | None]
+    passed: Counter[str]
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        image, label = self.columns
+        for path in self.paths:
+            for members in _samples(self.folder, path, self.passed):
+                row = _row(path, members, self.columns, self.passed)
+                if row:
+                    yield {image or IMAGE: row[0], label or LABEL: row[1]}
 
 
 def _samples(

@@ -263,3 +263,41 @@ def test_broken_members_of_tar_files_are_named(tmp_path: Path, case: str) -> Non
     with pytest.raises(UsageError, match=message) as refusal:
         listed(broken(tmp_path, **arguments))
     assert "\n" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------- metadata files
+
+
+def test_one_metadata_file_may_name_the_images_of_all_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["label,file_name\n"]
+    for name in ("learn", "report"):
+        (tmp_path / name).mkdir()
+        for row, label in enumerate((3, 20, 3)):
+            (tmp_path / name / f"{row}.png").write_bytes(png(row))
+            lines.append(f"{label},{name}/{row}.png\n")
+    (tmp_path / "learn/extra.png").write_bytes(png(9))
+    (tmp_path / "metadata.csv").write_text("".join(lines))
+    found = listed(tmp_path, train_split="learn", test_split="report")
+    assert found.classes == ("3", "20") and sizes(found) == {"train": 3, "test": 3}
+    assert found.splits["test"].labels.tolist() == [0, 1, 0]
+    said = capsys.readouterr().err
+    assert f"1 image file of {tmp_path} left out: no metadata file names them" in said
+    whole = listed(tmp_path, test_fraction=0.5)  # no folder is a split
+    assert sum(sizes(whole).values()) == 6
+
+
+def test_a_metadata_file_names_no_file_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png(1))
+    for name in ("train", "test"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        rows = [{"file_name": "../../secret.png", "label": one} for one in "ab"]
+        rows[1]["file_name"] = "gone.png"
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "set" / name / "metadata.jsonl").write_text(text)
+    listing = listed(tmp_path / "set").splits["train"]
+    with pytest.raises(ValueError, match="the row names a file outside the data set"):
+        listing.content(0)
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        listing.content(1)
