@@ -276,6 +276,14 @@ def test_the_next_readable_image_of_its_class_stands_in_for_a_bad_one(
         decode.decoded(listed(root), chosen, SQUARE)
 
 
+def test_what_stands_in_has_the_depth_of_the_split(root: Path) -> None:
+    (root / "2.png").write_bytes(b"no image")
+    (root / "4.png").write_bytes(image(900, grey=True))  # of 10 bits, which stands in
+    (root / "5.png").write_bytes(image(4000, grey=True))  # of 12
+    found = decode.decode(listed(root), range(IMAGES), SQUARE, skips=True)
+    assert found.grey_bits == 12 and torch.equal(found.images[2], found.images[4])
+
+
 def test_a_class_without_any_readable_image_is_refused(root: Path) -> None:
     for row in range(1, IMAGES, 2):
         (root / f"{row}.png").write_bytes(b"no image")
