@@ -320,7 +320,8 @@ def _mean_of_members(run: Run, members: Sequence[str], metric: str) -> float | N
     values = [
         _value(peer["test"], metric) for peer in run.results["peers"] if peer["name"] in members
     ]
-    return None if None in values else sum(values) / len(values)
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if len(found) == len(values) else None
 
 
 def _cost_record(runs: Sequence[Run]) -> dict[str, Any]:
