@@ -474,7 +474,8 @@ def evaluate(
             sums += batch_sums(everyone, y)
     for module in trained:
         module.train()
-    images.meets_damage = bool(processes.all_reduce_max(images.meets_damage))
+    if images.waited is not None:  # others may have met images that cannot be read
+        images.meets_damage = bool(processes.all_reduce_max(images.meets_damage))
     if stops or images.meets_damage:
         return None
     return finish(placement.sum_over_rows(sums), placement.names, classes, split)
