@@ -110,11 +110,15 @@ class Results(Generic[Request, Result]):
                 self._results = iter(self._loader)
         try:
             return next(self._results)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # A result whose worker is gone cannot be fetched any more: its connection is closed.
+            if "DataLoader worker" not in str(error) and not self._has_lost_one():
                 raise
             self._kill()  # the others may wait for what it held
             raise WorkerLostError(" ".join(str(error).split())) from error
+
+    def _has_lost_one(self) -> bool:
+        return not all(one.is_alive() for one in getattr(self._results, "_workers", ()))
 
     def close(self) -> None:
         """End the workers."""
