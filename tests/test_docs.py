@@ -144,7 +144,8 @@ def test_photographs_are_used_as_shown(
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (30, 20), (3 * number, 100, 0)).save(name)
     shown = lines_of_code(section("README.md", "## Your own photographs"))
-    train, *others = [arguments(line) or [] for line in shown][:5]
+    check, train, *others = [arguments(line) or [] for line in shown][:6]
+    assert check[0] == "check-data" and cli.main(check) == 0
     train_briefly(train)
     assert [words[0] for words in others] == ["evaluate", "predict", "export", "export"]
     for words in others:
