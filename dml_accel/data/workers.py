@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -118,7 +119,9 @@ class Results(Generic[Request, Result]):
             raise WorkerLostError(" ".join(str(error).split())) from error
 
     def _has_lost_one(self) -> bool:
-        return not all(one.is_alive() for one in getattr(self._results, "_workers", ()))
+        sentinels = [one.sentinel for one in getattr(self._results, "_workers", ())]
+        # Its connections are closed a moment before its end can be seen.
+        return bool(multiprocessing.connection.wait(sentinels, timeout=1.0))
 
     def close(self) -> None:
         """End the workers."""
