@@ -85,6 +85,19 @@ def weights(peer: Peer) -> torch.Tensor:
     )
 
 
+def keep_images(images: ImageSet) -> list[torch.Tensor]:
+    """Keep all images that a run trains on, as they are given to the networks."""
+    found, whole = [], images.batch
+
+    def batch(*words: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = whole(*words)
+        found.append(x.clone())
+        return x, y
+
+    images.batch = batch
+    return found
+
+
 def keep_first(tensors: dict, name: str, _: object, __: object, logits: torch.Tensor) -> None:
     """Keep the logits of our rows in the first forward of training."""
     tensors.setdefault(f"logits/{name}", logits.detach().clone())
@@ -96,6 +109,8 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     peers, placement = training.peers, training.placement
     before = training.states()
     tensors, rates, reductions = {}, [], [0]
+    reads = training.config.compute.feed == "loader"
+    shown = keep_images(training.data.train) if reads else []
 
     def count(
         group: torch.distributed.ProcessGroup, bucket: torch.distributed.GradBucket
@@ -127,6 +142,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
             for peer in peers:
                 for name, weight in peer.module.named_parameters():
                     tensors[f"gradient/{peer.name}/{name}"] = weight.grad.clone()
+    tensors |= {f"images/{step}": x for step, x in enumerate(shown)}
     for name, state in training.states().items():
         for key, value in state.items():
             tensors[f"state/{name}/{key}"] = value
@@ -176,7 +192,10 @@ def main(cases: str, folder: str) -> None:
         patch: dict = {}
         AcceleratorState._reset_state()  # its precision is fixed for good otherwise
         break_it(case["break"], patch)
-        run_case(case, source, Path(folder) / name)
+        config, images = Config(**case["config"]), source
+        if config.data.dataset != configs[0].data.dataset:
+            images = sources.read(config.data, True, None, config.compute)
+        run_case(case, images, Path(folder) / name)
         for (owner, attribute), value in patch.items():
             setattr(owner, attribute, value)
     if torch.distributed.is_initialized():

@@ -49,6 +49,12 @@ def photographs(root: Path, val: bool = False) -> Path:
     return root
 
 
+def damage(root: Path, *names: str) -> None:
+    """Cut files off, so that they cannot be read."""
+    for name in names:
+        (root / name).write_bytes((root / name).read_bytes()[:150])
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return photographs(tmp_path_factory.mktemp("photos"))
@@ -62,8 +68,7 @@ def with_val(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = photographs(tmp_path_factory.mktemp("damaged"))
-    for name in DAMAGED:
-        (root / name).write_bytes((root / name).read_bytes()[:150])
+    damage(root, *DAMAGED)
     return root
 
 

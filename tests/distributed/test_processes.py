@@ -10,12 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from tests import worker
+from tests.data.test_loader import DAMAGED, damage, photographs
 from tests.helpers import BIN, accelerate_launch, load, real_dataset, run_program
 
 LAUNCH = {
     2: accelerate_launch(2),
     3: [BIN / "torchrun", "--nproc_per_node", "3"],
 }
+
+
+PHOTOS = "PHOTOS"  # stands for a folder of photographs, some of which cannot be read
 
 
 def cases() -> dict[str, dict[str, Any]]:
@@ -56,6 +60,20 @@ def cases() -> dict[str, dict[str, Any]]:
         "max_steps": 5,
     }
 
+    # 11 images: 5 and 6 for 2 processes, 3, 4 and 4 for 3. All steps are of more than an epoch.
+    loader = {
+        "dataset": PHOTOS,
+        "feed": "loader",
+        "workers": 1,
+        "bad_images": "skip",
+        "batch_size": 11,
+        "epochs": 3,
+        "augment": ["random-resized-crop", "flip", "randaugment"],
+        "mixup": 0.4,
+        "cutmix": 1.0,
+        "max_steps": 3,
+    }
+
     def case(broken: str | None = None, **changes: object) -> dict[str, Any]:
         return {"config": shared | changes, "break": broken}
 
@@ -67,6 +85,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "accumulated and clipped": case(**uneven, grad_accum=5, clip_norm=0.5, max_steps=4),
         "fused activations": case(cohort=["wrn_16_2", "resnet8"], max_steps=2),
         "modern": case(**modern),
+        "loader": case(**loader),
         "rates": case(cohort=["resnet8"], epochs=3, lr_step=1, max_steps=None),
         "fp32": case(**single),
         "fp32, smooth": case(**smooth),
@@ -89,6 +108,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "split, ring": split(**three, links="ring", max_steps=2),
         "split, mean logits": split(exchange="sum", target="mean-logit", max_steps=2),
         "split, modern": split(**modern, teach_with="ema", grad_accum=2),
+        "split, loader": split(**loader),
         "split, few labels": split(
             labelled_fraction=0.3, class_weights="balanced", grad_accum=5, max_steps=3
         ),
@@ -109,6 +129,7 @@ WHOLE = {
     "sequential": 3,
     "official": 2,
     "modern": 5,
+    "loader": 3,
 }
 SPLIT = [
     "split",
@@ -121,6 +142,7 @@ SPLIT = [
     "split, ring",
     "split, mean logits",
     "split, modern",
+    "split, loader",
     "split, few labels",
     "split, spoiled",
     "split, sums, spoiled",
@@ -169,6 +191,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
     folder = tmp_path_factory.mktemp("parity")
     done: dict[int, Found] = {}
     tried: set[int] = set()
+    photos = photographs(folder / "photos")
+    damage(photos, *DAMAGED)
 
     def run(processes: int) -> Found:
         if processes not in done:
@@ -176,9 +200,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
             tried.add(processes)
             output, work = folder / str(processes), folder / f"{processes}.json"
             names = to_run(processes)
-            work.write_text(
-                json.dumps({name: case for name, case in cases().items() if name in names.values()})
-            )
+            chosen = {name: case for name, case in cases().items() if name in names.values()}
+            work.write_text(json.dumps(chosen).replace(PHOTOS, str(photos)))
             if processes == 1:
                 threads = torch.get_num_threads()
                 worker.main(str(work), str(output))
@@ -214,6 +237,7 @@ several = pytest.mark.parametrize("processes", [2, 3])
 
 @several
 def test_several_processes_share_the_batch(found: Callable[[int], Found], processes: int) -> None:
+    few = {2: [[0, 5], [5, 11]], 3: [[0, 3], [3, 7], [7, 11]]}[processes]
     even = {2: [[0, 24], [24, 48]], 3: [[0, 16], [16, 32], [32, 48]]}[processes]
     uneven = {2: [[0, 23], [23, 47]], 3: [[0, 15], [15, 31], [31, 47]]}[processes]
     for name, ranks in found(processes).items():
@@ -224,7 +248,7 @@ def test_several_processes_share_the_batch(found: Callable[[int], Found], proces
         if name.startswith("split"):
             continue
         assert {report["kind"] for report in reports} == {"replicate"}
-        rows = {47: uneven, 48: even}[cases()[name]["config"]["batch_size"]]
+        rows = {11: few, 47: uneven, 48: even}[cases()[name]["config"]["batch_size"]]
         assert [report["rows"] for report in reports] == rows
         for report, tensors in ranks:
             assert all(held == list(range(processes)) for held in report["ranks"].values())
@@ -232,7 +256,7 @@ def test_several_processes_share_the_batch(found: Callable[[int], Found], proces
                 if key.startswith("moved/"):
                     assert value > 0, (name, key)
             for key, value in ranks[0][1].items():
-                if name != "local batch norm" and not key.startswith("logits/"):
+                if name != "local batch norm" and not key.startswith(("logits/", "images/")):
                     assert torch.equal(tensors[key], value), (name, key)
 
 
@@ -276,9 +300,27 @@ def test_accumulated_gradients_are_exchanged_once_and_clipped(
 
 
 @several
-def test_evaluation_counts_every_image_once(found: Callable[[int], Found], processes: int) -> None:
-    one, many = found(1)["plain"][0][0]["metrics"], found(processes)["plain"][0][0]["metrics"]
-    assert one["ensemble"]["n"] == many["ensemble"]["n"] == 101
+@pytest.mark.parametrize("case", ["loader", "split, loader"])
+def test_images_that_are_read_are_the_rows_of_those_of_one_process(
+    found: Callable[[int], Found], processes: int, case: str
+) -> None:
+    one = found(1)[case][0][1]
+    for report, tensors in found(processes)[case]:
+        lo, hi = report["rows"]
+        for step in range(3):
+            whole = one[f"images/{step}"]
+            assert whole.shape == (11, 3, 8, 8) and whole.std() > 0.1
+            assert torch.equal(tensors[f"images/{step}"], whole[lo:hi])
+        assert "images/3" not in tensors
+
+
+@several
+@pytest.mark.parametrize(("case", "images"), [("plain", 101), ("loader", 5)])
+def test_evaluation_counts_every_image_once(
+    found: Callable[[int], Found], processes: int, case: str, images: int
+) -> None:
+    one, many = found(1)[case][0][0]["metrics"], found(processes)[case][0][0]["metrics"]
+    assert one["ensemble"]["n"] == many["ensemble"]["n"] == images
     assert one["agreement"] == many["agreement"]
     for name, metrics in one["peers"].items():
         for key in ("n", "top1", "top5", "macro_f1"):
@@ -385,7 +427,7 @@ def test_all_processes_of_a_peer_hold_the_same(
         everything = merged(ranks)
         for _, tensors in ranks:
             for key, value in tensors.items():
-                if not key.startswith("logits/"):
+                if not key.startswith(("logits/", "images/")):
                     assert torch.equal(value, everything[key]), (name, key)
 
 
@@ -447,13 +489,14 @@ def test_broken_groups_do_not_pass(found: Callable[[int], Found], case: str) -> 
 
 
 @several
+@pytest.mark.parametrize(("case", "images"), [("split", 101), ("split, loader", 5)])
 def test_split_evaluation_counts_every_image_once(
-    found: Callable[[int], Found], processes: int
+    found: Callable[[int], Found], processes: int, case: str, images: int
 ) -> None:
-    one = found(1)["split"][0][0]["metrics"]
-    for report, _ in found(processes)["split"]:
+    one = found(1)[case][0][0]["metrics"]
+    for report, _ in found(processes)[case]:
         many = report["metrics"]
-        assert many["ensemble"]["n"] == 101 and many["agreement"] == one["agreement"]
+        assert many["ensemble"]["n"] == images and many["agreement"] == one["agreement"]
         for name, metrics in one["peers"].items():
             for key in ("n", "top1", "top5", "macro_f1"):
                 assert many["peers"][name][key] == metrics[key]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dml_accel.data import workers
 from dml_accel.training import loop
-from tests.data.test_loader import photographs
+from tests.data.test_loader import damage, photographs
 from tests.helpers import (
     ROOT,
     assert_same_state,
@@ -102,11 +102,6 @@ def test_images_that_turn_bad_stop_the_run_which_goes_on_without_them(
         str(tmp_path / "photos" / name) for name in BAD
     }
     assert listed and all(len(line.split("\t")) == 2 for line in listed)
-
-
-def damage(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).write_bytes((root / name).read_bytes()[:150])
 
 
 def test_a_refused_evaluation_keeps_the_steps_and_skipping_goes_on_bit_for_bit(
