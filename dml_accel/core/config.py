@@ -55,6 +55,8 @@ AUGMENTATIONS = {
     "color-jitter": "brightness, contrast and saturation",
     "erasing": "a box of random size replaced by the mean colour, for a quarter of the images",
 }
+# Those that are applied image by image, on the host.
+_BY_ITSELF = ("random-resized-crop", "randaugment", "trivialaugment", "color-jitter")
 # Images of at most so many pixels a side are small: 32 pixels suit them, and all are measured.
 SMALL_IMAGES = 64
 SMALL_SIZE, PHOTOGRAPH_SIZE = 32, 224
@@ -84,7 +86,7 @@ class DataConfig(Section):
 
     dataset: str = flag(
         "uoft-cs/cifar100",
-        "local folder (class folders of images, parquet, metadata files, save_to_disk, tar shards), "
+        "local folder (class folders, parquet, metadata files, save_to_disk, tar shards), "
         "hub id owner/name, or 'digits' (offline)",
     )
     dataset_config: str | None = flag(
@@ -204,7 +206,7 @@ class DataConfig(Section):
     def refused_on_resume(self, saved: "Section") -> Differences:
         """The data set may have another name or place: its content is compared instead."""
         found = self.differences(saved)
-        # Up to here no image was met that could not be read, whatever would have been done then.
+        # A run that refuses has met no bad image yet; one that skips may refuse the next.
         for name in ("dataset", "bad_images"):
             found.pop(name, None)
         return found
@@ -638,7 +640,7 @@ class ComputeConfig(Section):
         "auto",
         "where images come from: all are decoded once and kept in memory (memory), or each is read "
         "and decoded when it is needed by processes of its own (loader); auto: memory if they fit "
-        "into a quarter of it. The pixels are the same",
+        "into a quarter of it, and are not cut from larger originals. The pixels are the same",
         choices=("auto", "memory", "loader"),
     )
     images_on: str = flag(
@@ -836,6 +838,15 @@ def _refuse_conflicts(config: Config) -> None:
     """Refuse what sections exclude in each other."""
     method, compute = config.method, config.compute
     schedule = method.schedule
+    by_itself = [word for word in config.data.augmentation if word.split("[")[0] in _BY_ITSELF]
+    refuse(
+        compute.images_on == "device" and bool(by_itself),
+        f"--images-on device cannot be had with {' '.join(by_itself)}, which works on the host",
+    )
+    refuse(
+        compute.images_on != "auto" and compute.feed == "loader",
+        f"--images-on {compute.images_on} has no effect with --feed loader: drop one",
+    )
     refuse(
         schedule.takes_turns and compute.placement == "split",
         f"--update {method.update} updates peers in turn, which leaves processes of --placement "

@@ -2,6 +2,7 @@
 
 In reading order:
 
+    memory         memory that images may use
     workers        processes that decode images, and their results in order
     pixels         one image: from a file to RGB levels
     listing        a split before it is decoded: labels, and where each image lies
@@ -17,7 +18,6 @@ In reading order:
     catalogue      where a data set lies, and the images of its splits
     pictures       images of a split that are read when they are needed
     splits         images and labels, and what tells them from others
-    memory         memory that images may use
     progress       how far the reading of many images is
     kept           the folder of the cache: what is kept in it, its limit
     parts          parts of a set that is being decoded, so that a start goes on there

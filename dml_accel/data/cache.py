@@ -59,6 +59,7 @@ def cached(
     *,
     dataset: str = "",
     skips: bool = False,
+    others: str = "",
 ) -> Decoded:
     """Return decoded images from the cache, or decode and keep them.
 
@@ -70,6 +71,7 @@ def cached(
         decode: decodes them, and keeps parts of them on the way.
         dataset: folder or name of the data set, for a list of what is kept.
         skips: whether images may have others in their place.
+        others: which those may be.
 
     Raises:
         UsageError: the limit of the cache cannot be read.
@@ -90,7 +92,7 @@ def cached(
     with _lock(path) as writable:
         with contextlib.suppress(FileNotFoundError):
             try:
-                before = _load(path, listing, rows, files, skips)
+                before = _load(path, listing, rows, files, others if skips else None)
                 if before:
                     return before
             except (ValueError, SafetensorError) as damage:
@@ -99,6 +101,7 @@ def cached(
             parts = Parts(path.with_suffix(kept.PARTS), listing, rows, described)
             decoded = decode(parts)
             # What others have kept meanwhile counts as well.
+            described["others"] = others
             if _has_room(found, path.stem, needed, most) and _store(
                 path, decoded, files, described
             ):
@@ -147,9 +150,20 @@ def _say(reason: str) -> None:
 
 
 def _load(
-    path: Path, listing: Listing, rows: Sequence[int], files: Sequence[StoredFile], skips: bool
+    path: Path,
+    listing: Listing,
+    rows: Sequence[int],
+    files: Sequence[StoredFile],
+    others: str | None,
 ) -> Decoded | None:
     """Return what is kept; None if it was made from other files, or has images that are not theirs.
+
+    Args:
+        path: of the set.
+        listing: of the split.
+        rows: of the set.
+        files: that hold them.
+        others: which images may stand in for those that cannot be read; None: none.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -173,7 +187,7 @@ def _load(
         said = tuple(about.get(name) for name in ("sha256", "contents", "unread"))
         if said != (pixels, sha256(contents), sha256(unread)):
             raise ValueError("its sha256 differs from the recorded one")
-        if len(unread) and not skips:
+        if len(unread) and about.get("others", "") != others:
             return None
         if about.get("unreachable") and any(_is_reachable(listing, row) for row in unread.tolist()):
             return None
@@ -209,6 +223,7 @@ def _store(
         "sha256": decoded.pixels,
         "contents": sha256(decoded.contents),
         "unread": sha256(decoded.unread),
+        "others": str(described["others"]),
         "unreachable": "yes" if decoded.unreachable else "",
         "files": decoded.files,
         "grey_bits": str(decoded.grey_bits or ""),

@@ -83,7 +83,9 @@ def decoded(
     *,
     dataset: str = "",
     skips: bool = False,
+    others: Tensor | None = None,
     classes: Sequence[str] = (),
+    as_one: bool = True,
 ) -> Decoded:
     """Return the images of a split, from the cache if it holds them undamaged.
 
@@ -95,7 +97,10 @@ def decoded(
         grey_bits: see ``pixels.to_rgb``; None: as few as hold the brightest level of the split.
         dataset: folder or name of the data set, for a list of what is kept.
         skips: whether another image of its class stands in for one that cannot be read.
+        others: rows that may stand in, int64; None for all.
         classes: names, for messages.
+        as_one: whether all grey images of 16 bits have one depth without ``grey_bits``, or each the
+            depth that holds its brightest level.
 
     Raises:
         DamagedImagesError: images cannot be read.
@@ -105,11 +110,30 @@ def decoded(
 
     def decode_them(parts: Parts | None) -> Decoded:
         return decode(
-            listing, chosen, geometry, quiet, grey_bits, skips=skips, classes=classes, parts=parts
+            listing,
+            chosen,
+            geometry,
+            quiet,
+            grey_bits,
+            skips=skips,
+            others=others,
+            classes=classes,
+            as_one=as_one,
+            parts=parts,
         )
 
-    about = (geometry, grey_bits, rows is None or sha256(rows))
-    return cached(listing, chosen, geometry.size, about, decode_them, dataset=dataset, skips=skips)
+    about: tuple[object, ...] = (geometry, grey_bits, rows is None or sha256(rows))
+    about += () if as_one else ("each by itself",)
+    return cached(
+        listing,
+        chosen,
+        geometry.size,
+        about,
+        decode_them,
+        dataset=dataset,
+        skips=skips,
+        others="" if others is None else sha256(others),
+    )
 
 
 def decode(
@@ -120,7 +144,9 @@ def decode(
     grey_bits: int | None = None,
     *,
     skips: bool = False,
+    others: Tensor | None = None,
     classes: Sequence[str] = (),
+    as_one: bool = True,
     parts: Parts | None = None,
 ) -> Decoded:
     """Decode images of a split; see ``decoded``.
@@ -142,9 +168,10 @@ def decode(
     unread = [rows[place] for place in damage]
     unreachable = any(not done.contents[place].any() for place in damage)
     if damage:
-        _let_others_stand_in(done, reader, shown, damage, classes)
+        _let_others_stand_in(done, reader, shown, damage, others, classes)
     grey = done.levels > NOT_GREY
-    bits = _one_depth(done, reader, shown, workers) if grey.any() else None
+    has_one_depth = grey.any() and (as_one or grey_bits is not None)
+    bits = _one_depth(done, reader, shown, workers) if has_one_depth else None
     images = torch.from_numpy(done.images)
     contents = [bytes(one) for one in done.contents]
     short = np.ascontiguousarray(done.contents[:, :8]).view(np.int64)[:, 0].copy()
@@ -265,6 +292,7 @@ def _let_others_stand_in(
     reader: _Reader,
     shown: dict[int, int],
     damage: dict[int, Damage],
+    others: Tensor | None,
     classes: Sequence[str],
 ) -> None:
     """Put the next readable image of its class in place of each that cannot be read.
@@ -274,13 +302,14 @@ def _let_others_stand_in(
         reader: reads images that are not among ours.
         shown: the row of each place; those of stand-ins are put in.
         damage: of our images, by place.
+        others: rows that may stand in; None for all.
         classes: their names.
     """
     places = {row: place for place, row in shown.items()}
     found: dict[int, _Read] = {}
     labels = reader.listing.labels
     for place, one in damage.items():
-        for row in stand_ins(labels, one.row):
+        for row in stand_ins(labels, one.row, others):
             there = places.get(row)
             if there is not None:
                 if there in damage:

@@ -28,16 +28,15 @@ from dml_accel.data.memory import (
 from dml_accel.data.pictures import Damage, HeldPictures, Picture, Pictures
 from dml_accel.data.pixels import Geometry
 from dml_accel.data.progress import Progress
-from dml_accel.data.selection import decoded_rows, training_rows, training_sizes
+from dml_accel.data.selection import decoded_rows, training_rows
 from dml_accel.data.splits import Split
-from dml_accel.data.survey import are_squares, has_deep_grey, measured_rows, sizes_of, survey
+from dml_accel.data.survey import are_squares, measured_rows, sizes_of, some_rows, survey
 from dml_accel.data.workers import Results, in_pieces, worker_count
 
-_SHARE = 4  # images in memory take at most this part of it
+_SHARE = 4  # images in memory take at most one part in so many of it
 _ROLES = ("train", "val", "test")
 _CHANNELS = 3
 _FEW = 200  # images that are decoded in this process
-_LOOKED_AT = 100  # images from which the memory of all is estimated
 _PIECE = 8
 
 
@@ -75,7 +74,7 @@ def choose_feed(data: DataConfig, feed: str, listed: Listed) -> tuple[str, str]:
     """
     if feed != "auto":
         return feed, f"as --feed {feed} says"
-    if data.cuts_originals and not _are_squares(data, listed, every=False):
+    if _cuts_originals(data, listed, every=False):
         return "loader", "because random-resized-crop cuts from the originals"
     images = _images(data, listed)
     takes = (
@@ -101,12 +100,22 @@ def _in_words(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def _are_squares(data: DataConfig, listed: Listed, every: bool) -> bool:
-    """Whether training images, all or some of them, have the size that networks are given."""
+def _cuts_originals(data: DataConfig, listed: Listed, every: bool) -> bool:
+    """Whether training images are cut from originals that are not the squares of evaluation.
+
+    Args:
+        data: how images are cut.
+        listed: the images.
+        every: whether to look at the size of each, or of some.
+    """
+    if not data.cuts_originals:
+        return False
+    if data.resize != data.size:  # even a square is cut for evaluation
+        return True
     listing = listed.splits["train"]
     rows = decoded_rows(listing.labels, data)
     chosen = range(len(listing.labels)) if rows is None else rows.tolist()
-    return are_squares(listing, chosen, data.size, every)
+    return not are_squares(listing, chosen, data.size, every)
 
 
 def reading_workers(compute: ComputeConfig, on_cpu: bool = False) -> int:
@@ -124,11 +133,12 @@ def when_needed(data: DataConfig, listed: Listed, compute: ComputeConfig, quiet:
         UsageError: one of those cannot be read.
     """
     listings, workers = listed.splits, reading_workers(compute)
+    rows, val = training_rows(listings["train"].labels, data)
     everything = {
-        role: _pictures(data, one, skips=role == "train") for role, one in listings.items()
+        role: _pictures(data, one, rows if role == "train" else None)
+        for role, one in listings.items()
     }
     train = everything["train"]
-    rows, val = training_rows(listings["train"].labels, data)
     measured = measured_rows(len(rows), data.size)
     # Of few or small images all are looked at, those that are held out as well.
     also = train.rows[:0] if val is None or measured is not None else val
@@ -141,10 +151,11 @@ def when_needed(data: DataConfig, listed: Listed, compute: ComputeConfig, quiet:
     return Fed(splits, dict.fromkeys(splits), {}, found.grey_bits, found.counts)
 
 
-def _pictures(data: DataConfig, listing: Listing, skips: bool) -> Pictures:
+def _pictures(data: DataConfig, listing: Listing, others: Tensor | None) -> Pictures:
+    """Return all images of a listing; ``others`` are those that may stand in for bad ones."""
     rows = torch.arange(len(listing.labels))
-    skips = skips and data.bad_images == "skip"
-    return Pictures(listing, rows, Geometry.of(data), skips=skips)
+    skips = others is not None and data.bad_images == "skip"
+    return Pictures(listing, rows, Geometry.of(data), skips=skips, others=others)
 
 
 # ---------------------------------------------------------------- memory
@@ -157,12 +168,14 @@ def into_memory(data: DataConfig, listed: Listed, compute: ComputeConfig, quiet:
         UsageError: they do not fit into memory, or cannot be read.
     """
     listings = listed.splits
-    rows = decoded_rows(listings["train"].labels, data)
-    require_memory(_images(data, listed), data.size)
-    cuts = data.cuts_originals and not _are_squares(data, listed, every=True)
-    is_large = measured_rows(_trained(data, listings), data.size) is not None
-    early = None  # what has to be known before the first image is decoded
-    if cuts or (is_large and has_deep_grey(listings["train"])):
+    labels = listings["train"].labels
+    rows, (trained, _) = decoded_rows(labels, data), training_rows(labels, data)
+    cuts = _cuts_originals(data, listed, every=True)
+    squares = _images(data, listed) - (len(labels if rows is None else rows) if cuts else 0)
+    require_memory(squares, data.size)
+    early = None
+    # The depth of grey of many images is that of those that are measured, as of the other feed.
+    if cuts or measured_rows(len(trained), data.size) is not None:
         early = when_needed(data, listed, compute, quiet)
     bits = early.grey_bits if early else None
     splits: dict[str, Split] = {}
@@ -186,7 +199,9 @@ def into_memory(data: DataConfig, listed: Listed, compute: ComputeConfig, quiet:
                 bits,
                 dataset=data.dataset,
                 skips=skips,
+                others=trained if role == "train" else None,
                 classes=listed.classes,
+                as_one=role == "train" and early is None,
             )
         except DamagedImagesError as error:  # those of the other splits are named as well
             damage += error.damage
@@ -195,10 +210,10 @@ def into_memory(data: DataConfig, listed: Listed, compute: ComputeConfig, quiet:
         splits[role] = Split(found.images, listing.labels, chosen, unread)
         skipped += _damage(Pictures(listing, found.unread, Geometry.of(data)))
         pixels[role], contents[role] = found.pixels, found.contents
-        bits = found.grey_bits if role == "train" else bits
+        bits = found.grey_bits if role == "train" and early is None else bits
     if damage:
         raise DamagedImagesError(damage)
-    counts = early.level_counts if early and cuts else None
+    counts = early.level_counts if early else None
     return Fed(splits, pixels, contents, bits, counts, skipped)
 
 
@@ -206,10 +221,6 @@ def _damage(unread: Pictures) -> list[Damage]:
     """Return what is wrong with images that could not be read, which the cache does not hold."""
     found = (unread.read(place) for place in range(len(unread)))
     return [one for one in found if isinstance(one, Damage)]
-
-
-def _trained(data: DataConfig, listings: Mapping[str, Listing]) -> int:
-    return training_sizes(len(listings["train"].labels), data)[0]
 
 
 def marked(unread: Tensor, count: int) -> Tensor | None:
@@ -227,7 +238,7 @@ def _originals(
     """Decode the whole originals of some rows of a split."""
     assert isinstance(split.images, Pictures)
     chosen = split.images if rows is None else split.images.select(rows)
-    some = sizes_of(chosen.listing, chosen.rows[:_LOOKED_AT].tolist())
+    some = sizes_of(chosen.listing, chosen.rows[some_rows(len(chosen))].tolist())
     mean = sum(width * height * _CHANNELS for width, height in some) / max(1, len(some))
     require_bytes(mean * len(chosen), f"the originals of {len(chosen):,} images")
     found: list[Picture | Damage] = []

@@ -36,9 +36,8 @@ from dml_accel.data.decode import DamagedImagesError
 from dml_accel.data.pictures import Damage, Picture, Pictures
 from dml_accel.data.pixels import Geometry
 from dml_accel.data.splits import Split
-from dml_accel.data.workers import Results, in_pieces
+from dml_accel.data.workers import Flight, Results, in_pieces, plan_flight
 
-_MOST_IN_A_PIECE = 32  # images that a worker is given at a time
 _CHANNELS = 3
 _TIMED = 64  # images
 
@@ -195,7 +194,7 @@ class LoaderSet(LevelSet):
     def begin(self, batch_size: int, requests: Iterable[Request], per_step: int = 1) -> None:
         """Begin to read the images of the batches that will be asked for."""
         self.close()
-        self._stream = self._open(self._to_come(batch_size, requests), batch_size)
+        self._stream = self._open(self._to_come(batch_size, requests), batch_size, self._workers)
         # Of a part of a mixed batch, the partners are another read.
         self._ahead = self._lookahead * per_step * (2 if self._mixing else 1)
         self._look_ahead()
@@ -211,7 +210,7 @@ class LoaderSet(LevelSet):
         """Yield the images from ``lo`` to ``hi`` of each of the bounds, read ahead."""
         asked = [torch.arange(lo, min(hi, len(self))) for lo, hi in bounds]
         most = max((len(rows) for rows in asked), default=1)
-        stream = self._open(((rows, None) for rows in asked), most)
+        stream = self._open(((rows, None) for rows in asked), most, self._workers)
         try:
             while read := stream.read():
                 self.damage |= {one.row: one for one in read.damage}
@@ -238,9 +237,13 @@ class LoaderSet(LevelSet):
         for step, lo, hi in requests:
             yield from self._reads(step, batch_size, lo, hi)
 
-    def _open(self, reads: Iterable[tuple[Tensor, Epoch | None]], rows: int) -> "_Stream":
-        asked = ((rows, self._pieces(rows, epoch), epoch) for rows, epoch in reads)
-        return _Stream(self._cutter, asked, rows, self._size, self._workers, self._is_pinned)
+    def _open(
+        self, reads: Iterable[tuple[Tensor, Epoch | None]], most: int, workers: int
+    ) -> "_Stream":
+        """Begin with reads of at most so many images."""
+        flight = plan_flight(most, self._size**2 * _CHANNELS, workers)
+        asked = ((rows, self._pieces(rows, epoch, flight.piece), epoch) for rows, epoch in reads)
+        return _Stream(self._cutter, asked, flight, self._size, workers, self._is_pinned)
 
     @property
     def _is_pinned(self) -> bool:
@@ -276,14 +279,12 @@ class LoaderSet(LevelSet):
             raise DamagedImagesError(read.damage)
 
     def _read_here(self, rows: Tensor, epoch: Epoch | None) -> _Read:
-        asked = [(rows, self._pieces(rows, epoch), epoch)]
-        read = _Stream(self._cutter, asked, len(rows), self._size, 0, self._is_pinned).read()
+        read = self._open([(rows, epoch)], len(rows), 0).read()
         assert read is not None
         return read
 
-    def _pieces(self, rows: Tensor, epoch: Epoch | None) -> list[Piece]:
-        """Return what workers are told, in plain numbers."""
-        size = _piece_size(len(rows), self._workers)
+    def _pieces(self, rows: Tensor, epoch: Epoch | None, size: int) -> list[Piece]:
+        """Return what workers are told, in plain numbers, ``size`` images at a time."""
         if epoch is None:
             return [Piece(places) for places in in_pieces(rows.tolist(), size)]
         draws: Draws = epoch.draws
@@ -292,7 +293,7 @@ class LoaderSet(LevelSet):
                 tuple(part.tolist()),
                 list(zip(draws.top[part].tolist(), draws.left[part].tolist(), strict=True)),
                 draws.flip[part].tolist(),
-                self._keys(part.tolist(), epoch.number),
+                self._keys(part.tolist(), epoch.number) if self._transform else (),
             )
             for part in rows.split(size)
         ]
@@ -304,7 +305,7 @@ class _Stream:
     Args:
         cutter: what workers do.
         asked: rows, pieces and epoch of each read, read ahead.
-        rows: of the largest read.
+        flight: how pieces are handed to workers.
         size: S.
         workers: processes.
         pinned: whether reads are put together in pinned memory.
@@ -314,22 +315,18 @@ class _Stream:
         self,
         cutter: Cutter,
         asked: Iterable[tuple[Tensor, list[Piece], Epoch | None]],
-        rows: int,
+        flight: Flight,
         size: int,
         workers: int,
         pinned: bool,
     ) -> None:
         self._size, self._pinned = size, pinned
         self._asked, announced = itertools.tee(asked)
-        piece = _piece_size(rows, workers)
-        # Two reads are under way, however many pieces they have.
-        ahead = max(2, -(-2 * -(-rows // piece) // max(1, workers)))
         self._results = Results(
             cutter,
             (piece for _, pieces, _ in announced for piece in pieces),
             workers=workers,
-            ahead=ahead,
-            result_bytes=piece * size * size * _CHANNELS,
+            ahead=flight.ahead,
         )
 
     def read(self) -> _Read | None:
@@ -358,11 +355,6 @@ class _Stream:
         self._results.close()
 
 
-def _piece_size(rows: int, workers: int) -> int:
-    """Return how many images a worker is given at a time, for reads of ``rows``."""
-    return min(_MOST_IN_A_PIECE, max(1, -(-rows // max(1, workers))))
-
-
 def seconds_to_decode(data: DataConfig, listed: Listed) -> float:
     """Return how long one core takes to read and cut a training image; the median of some.
 
@@ -375,9 +367,11 @@ def seconds_to_decode(data: DataConfig, listed: Listed) -> float:
     cutter = Cutter(Pictures(listing, some, Geometry.of(data)), data.augmentation)
     seconds, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
-    for place in range(len(some)):
-        begun = time.perf_counter()
-        cutter(Piece((place,), [(0, 0)], [bool(place % 2)], [place]))
-        seconds.append(time.perf_counter() - begun)
-    torch.set_num_threads(threads)
+    try:
+        for place in range(len(some)):
+            begun = time.perf_counter()
+            cutter(Piece((place,), [(0, 0)], [bool(place % 2)], [place]))
+            seconds.append(time.perf_counter() - begun)
+    finally:
+        torch.set_num_threads(threads)
     return statistics.median(seconds)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -57,6 +58,7 @@ class Pictures:
         geometry: how an image becomes a square.
         grey_bits: see ``pixels.to_rgb``.
         skips: whether another image of its class stands in for one that cannot be read.
+        others: the rows of the listing that may, [n] int64; None for all.
     """
 
     listing: Listing
@@ -64,6 +66,7 @@ class Pictures:
     geometry: Geometry
     grey_bits: int | None = None
     skips: bool = False
+    others: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,7 +94,7 @@ class Pictures:
         if isinstance(found, Picture) or not self.skips:
             return found
         damage = [found]
-        for other in stand_ins(self.listing.labels, row):
+        for other in stand_ins(self.listing.labels, row, self.others):
             found = self._read(other, whole)
             if isinstance(found, Picture):
                 return dataclasses.replace(found, damage=tuple(damage))
@@ -137,13 +140,17 @@ def damaged(listing: Listing, row: int, error: Exception) -> Damage:
     return Damage(row, printable(listing.place(row)), printable(unreadable(error)))
 
 
-def stand_ins(labels: Tensor, row: int) -> Iterator[int]:
+def stand_ins(labels: Tensor, row: int, others: Tensor | None = None) -> Iterator[int]:
     """Yield the other rows of an image's class, from the one after it round to the one before.
 
     Args:
-        labels: of a whole listing, [N] int64, so that both feeds and all splits of it agree.
+        labels: of a whole listing, [N] int64, so that both feeds agree.
         row: of the listing.
+        others: rows that may stand in, [n] int64: not those that are held out. None for all.
     """
-    same: Sequence[int] = (labels == labels[row]).nonzero()[:, 0].tolist()
-    place = same.index(row)
-    yield from (*same[place + 1 :], *same[:place])
+    chosen = labels == labels[row]
+    if others is not None:
+        chosen &= torch.zeros_like(chosen).index_fill_(0, others, True)
+    same: Sequence[int] = chosen.nonzero()[:, 0].tolist()
+    yield from (other for other in same if other > row)
+    yield from (other for other in same if other < row)

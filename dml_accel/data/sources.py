@@ -111,6 +111,11 @@ def sized(
             f"images are about {long} x {short} pixels: --image-size {size}, {why}",
             file=sys.stderr,
         )
+    if (resize := config.data.eval_resize) is not None and resize < size:
+        raise UsageError(
+            f"--eval-resize {resize} is below the {size} pixels that suit these images: give "
+            f"--image-size, at most {resize}"
+        )
     return config.changed(image_size=size)
 
 
@@ -198,6 +203,7 @@ def read_test(
             dataset=data.dataset,
             skips=skips,
             classes=classes,
+            as_one=False,
         )
         split = Split(found.images, labels, unread=marked(found.unread, len(labels)))
         pixels: str | None = found.pixels

@@ -106,7 +106,7 @@ class Fingerprint:
 
     Attributes:
         classes: names, in label order.
-        splits: by their role: ``train`` and ``test``.
+        splits: by their role: ``train``, ``test`` and ``val``.
     """
 
     classes: tuple[str, ...]

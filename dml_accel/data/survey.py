@@ -55,7 +55,7 @@ def typical_size(listing: Listing) -> tuple[int, int] | None:
 
     None if none of them can be read.
     """
-    found = sizes_of(listing, _some_rows(len(listing.labels)))
+    found = sizes_of(listing, some_rows(len(listing.labels)))
     if not found:
         return None
     short, long = zip(*map(sorted, found), strict=True)
@@ -72,19 +72,14 @@ def are_squares(listing: Listing, rows: Sequence[int], size: int, every: bool) -
         every: whether to look at all of them, or at some.
     """
     square = {(size, size)}
-    some = [rows[place] for place in _some_rows(len(rows))]
+    some = [rows[place] for place in some_rows(len(rows))]
     return set(sizes_of(listing, some)) <= square and (
         not every or set(sizes_of(listing, rows)) <= square
     )
 
 
-def has_deep_grey(listing: Listing) -> bool:
-    """Whether some of the images are grey of 16 bits."""
-    rows = _some_rows(len(listing.labels))
-    return any(image.mode.startswith("I;16") for image in _headers(listing, rows))
-
-
-def _some_rows(count: int) -> list[int]:
+def some_rows(count: int) -> list[int]:
+    """Return the places of some of ``count`` images, chosen by a key."""
     return torch.randperm(count, generator=generator("sizes"))[:_LOOKED_AT].tolist()
 
 
@@ -148,7 +143,8 @@ def survey(pictures: Pictures, also: Pictures, workers: int, quiet: bool = False
     cache = cache_dir()
     if cache is None or not files:
         return _survey(pictures, also, workers, quiet)
-    about = (pictures.geometry, pictures.skips, sha256(pictures.rows), sha256(also.rows))
+    others = None if pictures.others is None else sha256(pictures.others)
+    about = (pictures.geometry, pictures.skips, sha256(pictures.rows), sha256(also.rows), others)
     state = hashlib.sha256(repr([(file.name, file.state) for file in files]).encode()).hexdigest()
     path = cache / f"{key('survey', listing.key, about, state):016x}.survey.json"
     with contextlib.ExitStack() as stack:
@@ -159,7 +155,8 @@ def survey(pictures: Pictures, also: Pictures, workers: int, quiet: bool = False
         with contextlib.suppress(UnreadableError, KeyError, TypeError, ValueError):
             kept = read_json(path)
             counts = torch.tensor(kept["counts"], dtype=torch.int64).view(3, _LEVELS)
-            return Survey(counts, kept["grey_bits"])
+            bits = kept["grey_bits"]
+            return Survey(counts, None if bits is None else int(bits))
         found = _survey(pictures, also, workers, quiet)
         with contextlib.suppress(OSError):  # then they are measured again next time
             write_json(path, {"counts": found.counts.tolist(), "grey_bits": found.grey_bits})

@@ -14,17 +14,20 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dml_accel.core.errors import RunError, UsageError
+from dml_accel.data.memory import processes_here
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 _SHARED_MEMORY = "/dev/shm"
+_PART = 4  # one part in so many of shared memory is used by one reader
+_LARGEST_PIECE, _FINEST = 32, 64  # items of a request; of a read that is shared out evenly
 _MOST = 8  # workers that are used without being asked for
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -163,9 +166,44 @@ def _keeping_child_handler() -> Iterator[None]:
     That may be in the middle of an optimizer step. Without it, who reads results notices.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if signal.getsignal(signal.SIGCHLD) is not before and before is not None:
-        signal.signal(signal.SIGCHLD, before)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is not before and before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
+class Flight(NamedTuple):
+    """How the items of a read are handed to workers.
+
+    Attributes:
+        piece: items of one request.
+        ahead: requests that are under way for each worker.
+    """
+
+    piece: int
+    ahead: int
+
+
+def plan_flight(items: int, item_bytes: int, workers: int) -> Flight:
+    """Return how to read ``items`` at a time: two reads are under way, if memory has room for them.
+
+    Args:
+        items: of the largest read.
+        item_bytes: of one in shared memory.
+        workers: processes.
+
+    Raises:
+        UsageError: shared memory has no room for one item of each worker.
+    """
+    workers = max(1, workers)
+    piece = min(_LARGEST_PIECE, max(1, -(-min(items, _FINEST) // workers)))
+    ahead = max(2, -(-2 * -(-items // piece) // workers))
+    room = _shared_memory() // (_PART * processes_here())
+    while workers * (ahead + 1) * piece * item_bytes > room and (ahead > 1 or piece > 1):
+        piece, ahead = (piece, ahead - 1) if ahead > 2 or piece == 1 else (piece // 2, ahead)
+    _require_shared_memory(workers * (ahead + 1) * piece * item_bytes, workers)
+    return Flight(piece, ahead)
 
 
 def in_pieces(rows: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:
@@ -210,12 +248,17 @@ def _begin_worker(_: int) -> None:
 
 def _require_shared_memory(needed: int, workers: int) -> None:
     """Refuse what would end a worker with a bus error, as in containers with little of it."""
-    if not workers or not os.path.isdir(_SHARED_MEMORY):
-        return
-    free = psutil.disk_usage(_SHARED_MEMORY).free
-    if needed > free:
+    free = _shared_memory()
+    if workers and needed > free:
         raise UsageError(
-            f"--workers {workers} need {needed / 2**20:,.0f} MiB of shared memory, and "
-            f"{_SHARED_MEMORY} has {free / 2**20:,.0f} MiB left: use fewer --workers, a smaller "
-            "--batch-size, or give the container more (docker run --shm-size)"
+            f"--workers {workers} need {needed / 2**20:,.1f} MiB of shared memory, and "
+            f"{_SHARED_MEMORY} has {free / 2**20:,.1f} MiB left: use fewer --workers, or give the "
+            "container more (docker run --shm-size)"
         )
+
+
+def _shared_memory() -> int:
+    """Return the bytes of shared memory that are left; all there could be where it has no limit."""
+    if not os.path.isdir(_SHARED_MEMORY):
+        return sys.maxsize
+    return int(psutil.disk_usage(_SHARED_MEMORY).free)

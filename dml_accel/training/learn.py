@@ -37,13 +37,22 @@ from dml_accel.mutual.averages import refuse_uncopied
 from dml_accel.mutual.links import LinkWeights, read_links
 from dml_accel.mutual.teachers import read_teachers
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, StepRecord, fit
-from dml_accel.training.setup import make_cohort, prepare_images
+from dml_accel.training.setup import make_cohort, prepare_images, require_validation
 
 __all__ = ["Config", "EvaluationRecord", "StepRecord", "UsageError", "learn"]
 
 Labelled = tuple[Tensor, Tensor]
 # Flags that name a folder or files, which ``learn`` does not have.
 _FILE_FLAGS = ("output_dir", "resume", "log_with")
+# Flags of images that are read from files.
+_READING_FLAGS = (
+    "feed",
+    "workers",
+    "bad_images",
+    "val_split",
+    "eval_resize",
+    "crop_mode",
+)
 _AT_ONCE = 1024  # images looked at for values that are not finite
 # What Accelerate puts on a network to compute in half precision.
 _OF_ACCELERATE = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -103,9 +112,11 @@ def learn(
             raise UsageError(f"Config({name}={value!r}): learn writes no files")
     if config.run.keep != "last":
         raise UsageError(f"Config(keep={config.run.keep!r}): learn leaves the last weights")
-    for name, usual in (("feed", "auto"), ("workers", None)):
-        if (value := getattr(config.compute, name)) != usual:
-            raise UsageError(f"Config({name}={value!r}): learn is given images in memory")
+    usual = Config().as_dict()
+    for name in _READING_FLAGS:
+        if (value := config.as_dict()[name]) != usual[name]:
+            raise UsageError(f"Config({name}={value!r}): learn is given images, and reads none")
+    require_validation(config, has_split=False)
     if config.compute.placement == "split":
         raise UsageError("Config(placement='split'): learn trains every network in every process")
     check_launch(config.numerics, config.compute, config.optim)
@@ -201,6 +212,10 @@ def _check(
         raise UsageError(
             f"Config(augment={augment!r}): floating images are used as they are; give uint8 "
             "images [N, H, H, 3], or augment='none'"
+        )
+    if floating and (config.data.mean or config.data.std):
+        raise UsageError(
+            "Config(mean=..., std=...): floating images are used as they are; give uint8 images"
         )
     parse_augment(config.data.augmentation)
     if floating and config.data.cutmix and len(shape) != 3:

@@ -109,7 +109,8 @@ class Window:
         seconds: that they took.
         losses: {peer: {part: mean over the steps that the peer took; None if it took none}}.
         skipped: {peer: steps skipped because its loss was not finite}, for peers with any.
-        waiting: share of the time that was spent waiting for images; None if they are in memory.
+        waiting: share of the time for which this process's host has waited for images; None if they
+            are in memory.
     """
 
     last: StepRecord

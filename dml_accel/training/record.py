@@ -180,6 +180,7 @@ def _resolved(ready: Prepared) -> dict[str, Any]:
         "world_size": processes.world_size,
         "placement": placement.kind,
         "compile": "on" if ready.compiled else "off",
+        "feed": ready.checked.source.feed[0],
     }
 
 

@@ -179,7 +179,6 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
         UsageError: see the text.
     """
     check_batch_size(source, config.data, config.optim.batch_size)
-    _require_validation(config, source)
     specs, classes = parse_cohort(config.cohort), source.classes
     check_optimizers(config.optim, [spec.name for spec in specs])
     frozen = read_teachers(config.method.frozen_peers, classes, config.data.size)
@@ -207,15 +206,20 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     return Checked(specs, source, costs, frozen, links, recorded), modules
 
 
-def _require_validation(config: Config, source: Source) -> None:
-    """Refuse to choose an epoch where no split of the data set is for validation."""
+def require_validation(config: Config, has_split: bool) -> None:
+    """Refuse to choose an epoch without images for validation.
+
+    Args:
+        config: of the run.
+        has_split: whether the data set has a split for it.
+    """
     chooses = {"--keep best": config.run.keep == "best"}
     chooses[f"--early-stop {config.optim.early_stop}"] = config.optim.early_stop is not None
     for name, on in chooses.items():
-        if on and source.val is None and not config.data.val_fraction:
+        if on and not has_split and not config.data.val_fraction:
             raise UsageError(
-                f"{name} needs --val-fraction above 0, or a --val-split, which "
-                f"{config.data.dataset} has not: the test split is for reporting only"
+                f"{name} needs --val-fraction above 0, or a --val-split, and there is none: the "
+                "test split is for reporting only"
             )
 
 
@@ -257,10 +261,13 @@ def refuse_other_files(checked: Checked, processes: Processes) -> None:
         UsageError: raised in all processes; the text names a rank.
     """
     starts = {name: start.get("sha256") for name, start in checked.starts.items()}
-    first = json.loads(processes.broadcast_text(json.dumps(checked.fingerprint)))
-    ours = checked.source.fingerprint
-    # Compared in words, because processes may have other feeds, by how much memory there is.
-    images = processes.failed_rank(bool(ours and ours.difference(first)))
+    feed = _rank_that_differs(checked.source.feed[0], processes)
+    if feed is not None:
+        raise UsageError(
+            f"--feed auto chooses another feed on rank {feed} than on rank 0, because their "
+            "machines differ in memory: name one with --feed"
+        )
+    images = _rank_that_differs(checked.fingerprint, processes)
     if images is not None:
         raise UsageError(
             f"rank {images} reads other images, labels or class names than rank 0 for --dataset: "
@@ -454,6 +461,7 @@ def list_and_size(
         UsageError: see ``sources.list_images``.
     """
     listed = sources.list_images(config.data, quiet)
+    require_validation(config, listed is not None and "val" in listed.splits)
     specs = [spec for cohort in cohorts for spec in parse_cohort(cohort)]
     sizes = [trained_size(spec.arch) for spec in specs if spec.start is not None]
     wanted = max((size for size in sizes if size), default=None)
