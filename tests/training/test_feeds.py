@@ -13,11 +13,12 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from dml_accel.data import workers
+from dml_accel.data import survey, workers
 from dml_accel.training import loop
 from tests.data.test_loader import damage, photographs
 from tests.helpers import (
     ROOT,
+    accelerate_launch,
     assert_same_state,
     environment,
     events,
@@ -29,6 +30,7 @@ from tests.helpers import (
 
 WORDS = "--cohort resnet8*2 --image-size 16 --batch-size 4 --max-steps 6 --save-every 2 --cpu"
 WORDS += " --eval-every 6 --lr 0.05 --augment random-resized-crop flip --mixup 0.5 --threads 1"
+ENDLESS = ["--max-steps", "10000", "--epochs", "5000", "--eval-every", "5000ep"]
 LOADER = [*WORDS.split(), "--feed", "loader", "--workers", "1", "--resume", "auto"]
 BAD = "train/a/02.jpg", "train/b/07.jpg"
 
@@ -132,6 +134,33 @@ def test_a_refused_evaluation_keeps_the_steps_and_skipping_goes_on_bit_for_bit(
     assert "a run resumes on the damaged files" in capsys.readouterr().err
 
 
+def test_a_run_that_met_bad_images_goes_on_as_one_that_skipped_them_from_the_start(
+    tmp_path: Path,
+    photos: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Of a large set only some images are measured; training meets what is damaged among others.
+    monkeypatch.setattr(survey, "MEASURED", 5)
+    monkeypatch.setattr(survey, "SMALL_IMAGES", 8)
+    root, run = tmp_path / "photos", tmp_path / "run"
+    measured = survey.measured_rows(20, 16)
+    assert measured is not None
+    names = sorted(str(path.relative_to(root)) for path in root.glob("train/*/*"))
+    bad = [name for row, name in enumerate(names) if row not in measured][2:12:4]
+    damage(root, *bad)
+    assert train(run, *LOADER, *photos) == 2
+    (step,) = saved_steps(run)[-1:]
+    assert step > 0 and f"checkpoint of step {step}" in capsys.readouterr().err
+    assert train(run, *LOADER, *photos, "--bad-images", "skip") == 0
+    listed = (run / "bad-images.txt").read_text().splitlines()
+    assert {line.split("\t")[0] for line in listed} == {str(root / name) for name in bad}
+    for feed in ("loader", "memory"):
+        words = [*LOADER, *photos, "--bad-images", "skip", "--feed", feed]
+        assert train(tmp_path / feed, *words) == 0
+        assert_same_run(tmp_path / feed, run)
+
+
 def test_a_lost_worker_ends_the_run_in_one_line(
     tmp_path: Path,
     photos: list[str],
@@ -148,22 +177,26 @@ def test_a_lost_worker_ends_the_run_in_one_line(
                     child.kill()
         return whole(*words, **named)  # type: ignore[arg-type]
 
-    words = [*LOADER, *photos, "--max-steps", "30"]
+    words = [*LOADER, *photos]
     with monkeypatch.context() as patch:
+        # How often torch looks for workers that are gone, in seconds.
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
         patch.setattr(loop, "train_step", kill)
-        assert train(tmp_path / "run", *words) == 1
+        assert train(tmp_path / "run", *words, "--max-steps", "30") == 1
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("error: a process that decodes images was killed")
     assert "Traceback" not in said and status_of(tmp_path / "run")["status"] == "failed"
     assert issubclass(workers.WorkerLostError, RuntimeError)
-    assert train(tmp_path / "run", *words, "--workers", "0") == 0
-    assert train(tmp_path / "straight", *words, "--workers", "0") == 0
+    words += ["--workers", "0", "--max-steps", str(saved_steps(tmp_path / "run")[-1] + 2)]
+    for name in ("run", "straight"):
+        assert train(tmp_path / name, *words) == 0
     assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
 def test_a_killed_run_leaves_no_workers_and_no_lock(tmp_path: Path, photos: list[str]) -> None:
-    run, words = tmp_path / "run", [*LOADER, *photos, "--workers", "2", "--max-steps", "40"]
-    command = [sys.executable, "train.py", *words, "--output-dir", str(run)]
+    run, words = tmp_path / "run", [*LOADER, *photos]
+    command = [sys.executable, "train.py", *words, "--workers", "2", *ENDLESS]
+    command += ["--output-dir", str(run)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     try:
         begun = time.monotonic()
@@ -178,6 +211,39 @@ def test_a_killed_run_leaves_no_workers_and_no_lock(tmp_path: Path, photos: list
     _, alive = psutil.wait_procs(children, timeout=1)
     # Dead, even where nobody waits for orphans.
     assert all(one.status() == psutil.STATUS_ZOMBIE for one in alive)
+    words += [*ENDLESS, "--max-steps", str(saved_steps(run)[-1] + 2), "--workers", "0"]
     assert train(run, *words) == 0  # it takes the lock at once
-    assert train(tmp_path / "straight", *words, "--workers", "0") == 0
+    assert train(tmp_path / "straight", *words) == 0
     assert_same_run(run, tmp_path / "straight")
+
+
+def test_several_processes_stop_for_an_image_that_one_of_them_meets(
+    tmp_path: Path, photos: list[str]
+) -> None:
+    run = tmp_path / "run"
+    # Mixing would give an image to both processes.
+    words = [*LOADER, *photos, *ENDLESS, "--mixup", "0", "--save-every", "1000"]
+    command = [*accelerate_launch(2, "train.py", *words), "--output-dir", str(run)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        begun, metrics = time.monotonic(), run / "metrics.jsonl"
+        while not metrics.exists() or '"epoch": 1' not in metrics.read_text():
+            assert process.poll() is None and time.monotonic() - begun < 60
+            time.sleep(0.05)
+        bad = tmp_path / "photos" / BAD[0]
+        with bad.open("r+b") as file:  # of the same size
+            file.write(bytes(bad.stat().st_size))
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "exitcode  : 2" in said
+    (step,) = saved_steps(run)
+    assert step >= 5 and status_of(run)["step"] == step
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"{bad} cannot be read" in error and f"checkpoint of step {step}" in error
+    assert (run / "bad-images.txt").read_text().startswith(f"{bad}\t")
+    words += ["--max-steps", str(step + 5)]  # an epoch has five steps
+    assert train(run, *words, "--bad-images", "skip") == 0
+    assert load(run / "results.json")["steps"] == step + 5
