@@ -106,8 +106,8 @@ class DataConfig(Section):
     )
     test_fraction: float = flag(
         0.0,
-        "for a data set without a test split: share of each class held out to report on, chosen by "
-        "the images' paths or rows alone, the same for every seed",
+        "for a data set without a test split: about this share of each class is held out to report "
+        "on, chosen for each image by its path or row alone, the same for every seed",
         Range(at_least=0, below=1),
     )
     image_size: int | None = flag(

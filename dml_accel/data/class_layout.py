@@ -89,7 +89,8 @@ def find_layout(root: Path, data: DataConfig, roles: Sequence[str]) -> Layout | 
         refuse_overlap(root, splits)
     tops = {Path(name).parts[0] for name in splits.values() if name != HERE}
     unused = [name for name in folders if name not in tops and _may_have_images(root / name)]
-    unused = unused if tops else []
+    # Where only a split to report on is read, others have their use elsewhere.
+    unused = unused if tops and "train" in roles else []
     return Layout(root, splits, 0.0, tuple(unused))
 
 

@@ -57,7 +57,8 @@ class DamagedImagesError(UsageError):
             f"{one.place} cannot be read: {one.reason}" for one in self.damage[:_NAMED]
         )
         if len(self.damage) <= _NAMED:
-            return f"{some}; repair or remove {'them' if len(self.damage) > 1 else 'it'}"
+            them = "them" if len(self.damage) > 1 else "it"
+            return f"{some}; repair or remove {them}, or use --bad-images skip"
         more = f"{len(self.damage):,} images cannot be read: {some}; ..."
         try:
             with tempfile.NamedTemporaryFile(
@@ -70,8 +71,10 @@ class DamagedImagesError(UsageError):
             ) as file:
                 file.writelines(f"{one.place}: {one.reason}\n" for one in self.damage)
         except OSError:
-            return f"{more} repair or remove them"
-        return f"{more} repair or remove them; all are listed in {file.name}"
+            return f"{more} repair or remove them, or use --bad-images skip"
+        return (
+            f"{more} repair or remove them, or use --bad-images skip; all are listed in {file.name}"
+        )
 
 
 def decoded(

@@ -4,7 +4,7 @@ import hashlib
 import os
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -197,18 +197,25 @@ class Listing:
         """Yield the name of each image within its data set, empty if it has none, and its bytes."""
         raise NotImplementedError
 
-    def identity(self, rows: Sequence[int] | Tensor | None = None) -> str:
+    def identity(
+        self,
+        rows: Sequence[int] | Tensor | None = None,
+        sizes: Mapping[int, int] | None = None,
+    ) -> str:
         """Return the sha256 of the names and sizes of images, without reading them.
 
         It is the same wherever the data set lies, and whenever it was copied.
 
         Args:
             rows: those that are meant, in that order; None for all.
+            sizes: bytes that images had before they broke, by row.
         """
         if isinstance(rows, Tensor):
             rows = rows.tolist()
+        meant = range(len(self.labels)) if rows is None else rows
         digest = hashlib.sha256()
-        for name, size in self.names(range(len(self.labels)) if rows is None else rows):
+        for row, (name, size) in zip(meant, self.names(meant), strict=True):
+            size = size if sizes is None else sizes.get(row, size)
             # A name has several spellings in Unicode, and copies choose differently.
             name = unicodedata.normalize("NFC", name)
             digest.update(f"{size} {name}\0".encode("utf-8", "surrogatepass"))

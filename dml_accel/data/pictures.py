@@ -26,11 +26,13 @@ class Damage:
         row: of its listing.
         place: what to call it.
         reason: why.
+        size: bytes of the image when it was listed.
     """
 
     row: int
     place: str
     reason: str
+    size: int = -1
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ class HeldPictures(Pictures):
 
 def damaged(listing: Listing, row: int, error: Exception) -> Damage:
     """Return what is wrong with an image that raised an error when it was read."""
-    return Damage(row, printable(listing.place(row)), printable(unreadable(error)))
+    size = next(iter(listing.names([row])))[1]
+    return Damage(row, printable(listing.place(row)), printable(unreadable(error)), size)
 
 
 def stand_ins(labels: Tensor, row: int, others: Tensor | None = None) -> Iterator[int]:

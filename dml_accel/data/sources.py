@@ -30,6 +30,7 @@ from dml_accel.data.augment import parse_augment
 from dml_accel.data.catalogue import DIGITS, Listed, list_splits
 from dml_accel.data.decode import decoded
 from dml_accel.data.feeds import choose_feed, fits, into_memory, marked, when_needed
+from dml_accel.data.listing import Listing
 from dml_accel.data.memory import require_memory
 from dml_accel.data.pictures import Damage, Pictures
 from dml_accel.data.pixels import Geometry, to_rgb
@@ -124,6 +125,7 @@ def read(
     quiet: bool = False,
     listed: Listed | None = None,
     compute: ComputeConfig | None = None,
+    before: Mapping[str, int] | None = None,
 ) -> Source:
     """Read a data set into memory, or get ready to read images when they are needed.
 
@@ -132,6 +134,7 @@ def read(
         quiet: show no progress, because another process does.
         listed: its images, if they were listed before.
         compute: the feed, and how many workers read (default: as by default).
+        before: bytes that images had, by what they are called, before a run found them broken.
 
     Raises:
         UsageError: the data set cannot be reached, or a split, column, label, image or augmentation
@@ -148,7 +151,12 @@ def read(
     fed = feeds[feed[0]](data, listed, compute, quiet)
     splits, classes = fed.splits, listed.classes
     prints = {
-        role: SplitPrint.of(one.labels, len(classes), fed.pixels[role], listing.identity())
+        role: SplitPrint.of(
+            one.labels,
+            len(classes),
+            fed.pixels[role],
+            listing.identity(sizes=_sizes_before(listing, before or {})),
+        )
         for (role, one), listing in zip(splits.items(), listed.splits.values(), strict=True)
     }
     if not quiet:
@@ -166,6 +174,20 @@ def read(
         feed,
         fed.damage,
     )
+
+
+def _sizes_before(listing: Listing, before: Mapping[str, int]) -> dict[int, int]:
+    """Return the bytes that images had before they broke, by row; of those that are broken still.
+
+    One that another image has replaced has its own size: a run does not resume on it.
+    """
+    if not before:
+        return {}
+    places = {printable(listing.place(row)): row for row in range(len(listing.labels))}
+    rows = [places[place] for place in before if place in places]
+    found = Pictures(listing, torch.tensor(rows, dtype=torch.int64), Geometry(8, 8))
+    broken = [one for one in map(found.read, range(len(rows))) if isinstance(one, Damage)]
+    return {one.row: before[one.place] for one in broken}
 
 
 def read_test(
@@ -266,8 +288,9 @@ def _fed(source: Source) -> str:
     feed, why = source.feed
     if not why:
         return ""
-    how = "in memory" if feed == "memory" else "read when they are needed"
-    return f"; {how}: {why}"
+    if feed == "memory":
+        return f"; in memory: {why}"
+    return f"; read when they are needed, {why} (dml-accel check-data finds bad ones at once)"
 
 
 # ---------------------------------------------------------------- digits

@@ -58,7 +58,10 @@ class TableListing(Listing):
         if path is None:
             raise ValueError("the row is empty")
         if not any(_is_inside(path, root) for root in self.roots):
-            raise ValueError("the row names a file outside the data set")
+            raise ValueError(
+                "the row names a file outside the data set: save images and not their names, with "
+                "save_to_disk for instance"
+            )
         return Path(path).read_bytes()
 
     def place(self, row: int) -> str:

@@ -16,8 +16,11 @@ _NAMED = 3
 
 
 def agreed(processes: Processes, damage: Sequence[Damage]) -> list[str]:
-    """Return a line for each image that any process cannot read, the same in all: name, reason."""
-    ours = "\n".join(f"{one.place}\t{one.reason}" for one in damage)
+    """Return a line for each image that any process cannot read, the same in all.
+
+    It has the name, the reason, and the bytes that the image had when the run was started.
+    """
+    ours = "\n".join(f"{one.place}\t{one.reason}\t{one.size}" for one in damage)
     found: dict[str, None] = {}
     for rank in range(processes.world_size):
         found |= dict.fromkeys(filter(None, processes.broadcast_text(ours, rank).split("\n")))
@@ -30,6 +33,16 @@ def listed(folder: Path) -> list[str]:
         return (folder / BAD_IMAGES).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError:
         return []
+
+
+def sizes_before(folder: Path) -> dict[str, int]:
+    """Return the bytes that the images of a run's list had when it was started, by name."""
+    parts = [line.split("\t") for line in listed(folder)]
+    return {
+        part[0]: int(part[2])
+        for part in parts
+        if len(part) == 3 and part[2].lstrip("-").isdecimal()
+    }
 
 
 def list_met(ready: Prepared, leads: bool) -> list[str]:
@@ -45,16 +58,23 @@ def list_met(ready: Prepared, leads: bool) -> list[str]:
     met = agreed(ready.placement.processes, [*ready.checked.source.damage, *ready.images.damage])
     if met and leads:
         try:
-            lines = dict.fromkeys([*listed(ready.path), *met])
-            write_text(ready.path / BAD_IMAGES, "".join(line + "\n" for line in lines))
+            # What was said of an image first stays: how large it was before it broke.
+            lines = {line.split("\t")[0]: line for line in [*met, *listed(ready.path)]}
+            text = "".join(line + "\n" for line in sorted(lines.values()))
+            write_text(ready.path / BAD_IMAGES, text)
         except OSError as error:
             print(f"warning: {BAD_IMAGES} cannot be written: {one_line(error)}", file=sys.stderr)
     return met
 
 
-def what_was_skipped(ready: Prepared) -> str:
-    """Return in one line how many images a run has done without; empty if it read all."""
-    count = len(listed(ready.path))
+def what_was_skipped(ready: Prepared, met: Sequence[str]) -> str:
+    """Return in one line how many images a run has done without; empty if it read all.
+
+    Args:
+        ready: the run.
+        met: what ``list_met`` returned.
+    """
+    count = len(met)
     if not count:
         return ""
     return (
@@ -73,13 +93,13 @@ def refusal(ready: Prepared, met: Sequence[str], step: int, resumes: str) -> Usa
         step: of its checkpoint.
         resumes: flags that resume the run.
     """
-    some = "; ".join(" cannot be read: ".join(line.split("\t", 1)) for line in met[:_NAMED])
+    some = "; ".join(" cannot be read: ".join(line.split("\t")[:2]) for line in met[:_NAMED])
     more = f"{len(met):,} images cannot be read: " if len(met) > _NAMED else ""
     file = printable(str(ready.path / BAD_IMAGES))
-    fix = f"resume from the checkpoint of step {step:,} with {resumes} --bad-images skip, or "
-    if ready.config.data.bad_images == "skip":  # nothing can stand in for them
-        fix = "no image of their class can be read: "
-    return UsageError(
-        f"{more}{some}{'; ...' * bool(more)}; listed in {file}: {fix}repair or remove them and "
-        "start a new run"
+    fix = (
+        f"resume from the checkpoint of step {step:,} with {resumes} --bad-images skip, or put the "
+        f"files back as they were and use {resumes}"
     )
+    if ready.config.data.bad_images == "skip":  # nothing can stand in for them
+        fix = "no image of their class can be read: put the files back as they were"
+    return UsageError(f"{more}{some}{'; ...' * bool(more)}; listed in {file}: {fix}")

@@ -84,7 +84,8 @@ def train(
         where, label = config.run.output_dir, cohort_label(names)
         folder = RunFolder(where, label, in_place, folders_read(config.data))
     config, listed = setup.list_and_size(config, [config.cohort], quiet=not first)
-    source = sources.read(config.data, not first, listed, config.compute)
+    broke = bad_images.sizes_before(Path(config.run.output_dir or "")) if in_place else None
+    source = sources.read(config.data, not first, listed, config.compute, broke)
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
     recorded = None
     if asked is not None:
@@ -226,11 +227,12 @@ def run_one(
         recorder = Recorder(folder, ready, session.command, session.recipe, session.display)
     resumes = "--resume auto" if not label else f"--output-dir {path.parent}"
     last = _take_all_steps(ready, recorder, session.stop, resumes)
+    met: list[str] = []
     if config.data.bad_images == "skip":
-        bad_images.list_met(ready, leads=recorder is not None)
+        met = bad_images.list_met(ready, leads=recorder is not None)
     if recorder:
         recorder.end(last)
-        if skipped := bad_images.what_was_skipped(ready):
+        if skipped := bad_images.what_was_skipped(ready, met):
             print(skipped, file=sys.stderr, flush=True)
         if stopped_early(ready, last):
             which = f"{label}: " if label else ""
@@ -252,7 +254,9 @@ def _what_starts(ready: Prepared, steps: int) -> str:
     where = device.type if device.type == "cpu" else str(device)
     if processes.world_size > 1:
         where += f" in {processes.world_size} processes"
-    if ready.start.step:
+    if ready.start.step >= steps:
+        steps_text = f"all {steps:,} steps are taken"
+    elif ready.start.step:
         steps_text = f"steps {ready.start.step + 1:,} to {steps:,}"
     else:
         steps_text = f"{steps:,} step{'s' * (steps > 1)}"
