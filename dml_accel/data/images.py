@@ -150,7 +150,9 @@ def prepare(
 
 def _normalisation(source: Source, train: Split, data: DataConfig) -> Normalisation:
     """Return what is subtracted and divided by: as given, else as measured."""
-    if source.level_counts is not None:
+    if source.measured is not None:
+        measured = Normalisation(*source.measured)
+    elif source.level_counts is not None:
         measured = Normalisation.from_counts(source.level_counts)
     elif train.held.is_floating_point():
         return Normalisation.identity()

@@ -56,6 +56,7 @@ class Source:
         val_name: what that split is called.
         level_counts: see ``feeds.Fed``.
         feed: where images come from, and why; see ``feeds.choose_feed``.
+        measured: mean and deviation that were measured before images broke; None to measure them.
         damage: see ``feeds.Fed``.
     """
 
@@ -69,6 +70,7 @@ class Source:
     level_counts: Tensor | None = None
     feed: tuple[str, str] = ("memory", "")
     damage: Sequence[Damage] = ()
+    measured: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 def list_images(data: DataConfig, quiet: bool = False) -> Listed | None:

@@ -1,5 +1,6 @@
 """Images that a run cannot read: known to some of its processes, and listed by the first."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +9,9 @@ from dml_accel.core.errors import UsageError, one_line
 from dml_accel.core.files import write_text
 from dml_accel.core.tables import printable
 from dml_accel.data.pictures import Damage
+from dml_accel.data.sources import Source
 from dml_accel.distributed.processes import Processes
-from dml_accel.training.run_folder import BAD_IMAGES
+from dml_accel.training.run_folder import BAD_IMAGES, SavedRun
 from dml_accel.training.setup import Prepared
 
 _NAMED = 3
@@ -43,6 +45,16 @@ def sizes_before(folder: Path) -> dict[str, int]:
         for part in parts
         if len(part) == 3 and part[2].lstrip("-").isdecimal()
     }
+
+
+def measured_before(source: Source, folder: Path) -> Source:
+    """Return images that are normalised as the run in a folder has begun to do it."""
+    try:
+        found = SavedRun(folder).description["normalisation"]
+        mean, std = (tuple(map(float, found[name])) for name in ("mean", "std"))
+    except (UsageError, KeyError, TypeError, ValueError):  # it has not begun
+        return source
+    return dataclasses.replace(source, measured=(mean, std))
 
 
 def list_met(ready: Prepared, leads: bool) -> list[str]:

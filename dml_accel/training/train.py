@@ -86,6 +86,8 @@ def train(
     config, listed = setup.list_and_size(config, [config.cohort], quiet=not first)
     broke = bad_images.sizes_before(Path(config.run.output_dir or "")) if in_place else None
     source = sources.read(config.data, not first, listed, config.compute, broke)
+    if broke:
+        source = bad_images.measured_before(source, Path(config.run.output_dir or ""))
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
     recorded = None
     if asked is not None:
