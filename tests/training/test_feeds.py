@@ -103,7 +103,7 @@ def test_images_that_turn_bad_stop_the_run_which_goes_on_without_them(
     assert {line.split("\t")[0] for line in listed} <= {
         str(tmp_path / "photos" / name) for name in BAD
     }
-    assert listed and all(len(line.split("\t")) == 2 for line in listed)
+    assert listed and all(len(line.split("\t")) == 3 for line in listed)
 
 
 def test_a_refused_evaluation_keeps_the_steps_and_skipping_goes_on_bit_for_bit(
