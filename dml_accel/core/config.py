@@ -86,8 +86,8 @@ class DataConfig(Section):
 
     dataset: str = flag(
         "uoft-cs/cifar100",
-        "local folder (class folders, parquet, metadata files, save_to_disk, tar shards), "
-        "hub id owner/name, or 'digits' (offline)",
+        "local folder (class folders, parquet, metadata files, tar shards), hub id owner/name, or "
+        "'digits' (offline)",
     )
     dataset_config: str | None = flag(
         None, "configuration of a data set that has several (default: its only one)"

@@ -89,7 +89,8 @@ class SplitPrint:
 
     def is_same(self, other: "SplitPrint") -> bool:
         """Whether another print is of the same images and labels."""
-        return self.labels == other.labels and self._same_images(other) is True
+        counts = (self.images, self.by_class) == (other.images, other.by_class)
+        return counts and self.labels == other.labels and self._same_images(other) is True
 
     def _same_images(self, other: "SplitPrint") -> bool | None:
         """Whether the images are the same; None if the two have nothing to compare."""

@@ -304,6 +304,7 @@ def test_a_run_is_repeated_bit_for_bit_with_what_it_resolved(
         "world_size": 1,
         "placement": "replicate",
         "compile": "off",
+        "feed": "memory",
     }
     torch.set_num_threads(2)
     capsys.readouterr()

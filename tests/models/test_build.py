@@ -18,6 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from dml_accel.core.errors import UsageError
+from dml_accel.data.pixels import Geometry
 from dml_accel.data.sources import Source
 from dml_accel.models.build import refuse_shared
 from dml_accel.models.model_card import own_networks, peer_card
@@ -203,7 +204,8 @@ def test_a_card_says_what_registers_a_network_that_timm_does_not_know(
     line = "import tests.models.test_build  # registers pebble with timm, which does not know it"
     ours = "import dml_accel  # registers the *_cifar networks with timm\n"
     for arch, lines in (("pebble", ours + line), ("resnet8_cifar", ours + "\nnet = timm.")):
-        card = peer_card(Pebble(), PeerSpec("a-0", arch), {}, "digits", 1, [], False)
+        spec, square = PeerSpec("a-0", arch), Geometry(8, 8)
+        card = peer_card(Pebble(), spec, {}, "digits", 1, [], False, square)
         assert lines in str(card)
     assert own_networks(["test_vit", "pebble", "unknown"]) == {"pebble": __name__}
 
