@@ -210,12 +210,14 @@ def test_processes_must_read_the_same_files(digits: Source) -> None:
 
     images = digits.fingerprint.record()
     same = [{"resnet8-0": "a"}, {"frozen": {}, "links": None}]
-    refuse_other_files(checked("a"), _Other(images, same))
+    refuse_other_files(checked("a"), _Other("memory", images, same))
     with pytest.raises(UsageError, match="rank 1 reads other files than rank 0"):
-        refuse_other_files(checked("b"), _Other(images, same))
+        refuse_other_files(checked("b"), _Other("memory", images, same))
+    with pytest.raises(UsageError, match="--feed auto chooses another feed on rank 1 than on"):
+        refuse_other_files(checked("a"), _Other("loader"))
     images["classes"][0] = "zero"
     with pytest.raises(UsageError, match="rank 1 reads other images, labels or class names than"):
-        refuse_other_files(checked("a"), _Other(images))
+        refuse_other_files(checked("a"), _Other("memory", images))
 
 
 # ---------------------------------------------------------------- what is refused
