@@ -28,11 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 OLDEST_PACKAGES = ROOT / "tests" / "lower-bounds.txt"
 DEMO = "--cohort resnet8*2 --dataset digits --epochs 8 --batch-size 16 --lr 0.05 --lr-step 5"
-# What Python runs for each task. Two tests at a time, of one thread each: on networks of a test's
-# size threads only wait.
+# What Python runs for each task. Three tests at a time, of one thread each: on networks of a test's
+# size threads only wait, and tests that start processes wait for those.
 TASKS = {
     "demo": [f"train.py {DEMO}".split()],
-    "test": ["-m pytest -n 2 --dist loadfile".split()],
+    "test": ["-m pytest -n 3 --dist loadfile".split()],
     "lint": ["-m ruff check".split(), "-m ruff format --check".split(), "-m mypy".split()],
     "train": [["train.py"]],
     "setup": [],
