@@ -23,6 +23,12 @@ if device().type == "cpu":  # also where there is a GPU, and in the processes th
 LONG = ("test_interruptions.py", "test_launchers.py", "test_two_hosts.py", "test_processes.py")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Else pytest-xdist gives out files by how many tests they have, and long ones have few.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
 
