@@ -130,7 +130,7 @@ class Cutter:
 
 
 @dataclass
-class _Read:
+class Read:
     """The images of one read of ``ImageSet``, put together.
 
     Attributes:
@@ -187,7 +187,7 @@ class LoaderSet(LevelSet):
         self._cutter = Cutter(split.images, augment)
         self._workers, self._skips, self._lookahead = workers, skips, lookahead
         self._stream: _Stream | None = None
-        self._ready: deque[_Read] = deque()
+        self._ready: deque[Read] = deque()
         self._ahead = 0
         self.waited = 0.0
 
@@ -226,7 +226,7 @@ class LoaderSet(LevelSet):
         self._note(read)
         return self._evaluated(read)
 
-    def _evaluated(self, read: _Read) -> tuple[Tensor, Tensor]:
+    def _evaluated(self, read: Read) -> tuple[Tensor, Tensor]:
         labels = self._labels[read.rows]
         labels[read.bad] = -1
         return self._normalised(read.levels), self._send(labels)
@@ -256,7 +256,7 @@ class LoaderSet(LevelSet):
         self._note(read)
         return read.levels
 
-    def _next(self) -> _Read:
+    def _next(self) -> Read:
         """Return the next read; some more are put together before."""
         begun = time.perf_counter()
         read = self._ready.popleft()
@@ -272,13 +272,13 @@ class LoaderSet(LevelSet):
             self.damage |= {one.row: one for one in read.damage}
             self.meets_damage |= bool(read.bad)
 
-    def _note(self, read: _Read) -> None:
+    def _note(self, read: Read) -> None:
         """Remember what cannot be read, and refuse it unless it is skipped."""
         self.damage |= {one.row: one for one in read.damage}
         if read.bad and not self._skips:
             raise DamagedImagesError(read.damage)
 
-    def _read_here(self, rows: Tensor, epoch: Epoch | None) -> _Read:
+    def _read_here(self, rows: Tensor, epoch: Epoch | None) -> Read:
         read = self._open([(rows, epoch)], len(rows), 0).read()
         assert read is not None
         return read
@@ -329,7 +329,7 @@ class _Stream:
             ahead=flight.ahead,
         )
 
-    def read(self) -> _Read | None:
+    def read(self) -> Read | None:
         """Return the next read; None after the last."""
         found = next(self._asked, None)
         if found is None:
@@ -337,7 +337,7 @@ class _Stream:
         rows, pieces, epoch = found
         shape = (len(rows), _CHANNELS, self._size, self._size)
         levels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
-        read = _Read(rows, None if epoch is None else epoch.number, levels)
+        read = Read(rows, None if epoch is None else epoch.number, levels)
         lo = 0
         for _ in pieces:
             cut = next(self._results)
@@ -353,6 +353,22 @@ class _Stream:
     def close(self) -> None:
         """End the workers."""
         self._results.close()
+
+
+def plain_reads(pictures: Pictures, rows: int, workers: int) -> Iterator[Read]:
+    """Yield all images of a split in their order, not augmented, ``rows`` at a time, read ahead."""
+    size = pictures.geometry.size
+    flight = plan_flight(rows, size**2 * _CHANNELS, workers)
+    asked: Iterator[tuple[Tensor, list[Piece], Epoch | None]] = (
+        (lot, [Piece(one) for one in in_pieces(lot.tolist(), flight.piece)], None)
+        for lot in torch.arange(len(pictures)).split(rows)
+    )
+    stream = _Stream(Cutter(pictures, ()), asked, flight, size, workers, pinned=False)
+    try:
+        while read := stream.read():
+            yield read
+    finally:
+        stream.close()
 
 
 def seconds_to_decode(data: DataConfig, listed: Listed) -> float:

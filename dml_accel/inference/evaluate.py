@@ -4,7 +4,6 @@ Shape letters: K networks, N images, B of them, C classes. Row K of a table is t
 """
 
 import csv
-import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,10 +20,9 @@ from dml_accel.core.files import as_utf8, replacing, write_json
 from dml_accel.core.tables import percent, printable, results_table, table
 from dml_accel.core.versions import versions
 from dml_accel.data.decode import DamagedImagesError
-from dml_accel.data.loader import Cutter, Piece
+from dml_accel.data.loader import plain_reads
 from dml_accel.data.pictures import Damage
 from dml_accel.data.splits import Split
-from dml_accel.data.workers import Results, in_pieces
 from dml_accel.distributed.device import device_versions
 from dml_accel.inference.load import BATCH_SIZE, Networks, TrainedPeers
 from dml_accel.models.build import parameter_count
@@ -35,7 +33,6 @@ if TYPE_CHECKING:  # imported when something is drawn, because that takes a seco
 
 ENSEMBLE = "ensemble"
 RECORD, MATRIX, FIGURE = FILES = ("evaluation.json", "confusion.csv", "confusion.png")
-_PIECE = 32  # images that a worker is given at a time
 _SHOWN = 10  # classes, and pairs of confused classes, on the screen
 _MOST_CLASSES = 2000  # of a confusion matrix, which grows with their square
 _MOST_NAMED, _MOST_COUNTED = 100, 20  # classes of a figure with names, and with counts in its cells
@@ -218,25 +215,11 @@ def _images(split: Split, reading: Reading) -> Iterator[tuple[Tensor, list[int]]
     if isinstance(split.images, Tensor):
         yield from ((images, []) for images in split.images.split(BATCH_SIZE))
         return
-    size, pictures = split.images.geometry.size, split.images
-    # A batch consists of whole pieces.
-    places = range(len(pictures))
-    pieces = [Piece(one) for lot in in_pieces(places, BATCH_SIZE) for one in in_pieces(lot, _PIECE)]
-    ahead = -(-2 * BATCH_SIZE // _PIECE // max(1, reading.workers))
-    with Results(
-        Cutter(pictures, ()),
-        pieces,
-        workers=reading.workers,
-        ahead=max(2, ahead),
-        result_bytes=_PIECE * 3 * size**2,
-    ) as results:
-        while cuts := list(itertools.islice(results, BATCH_SIZE // _PIECE)):
-            damage = [one for cut in cuts for one in cut.damage]
-            if damage and not reading.skips:
-                raise DamagedImagesError(damage)
-            reading.damage.extend(damage)
-            bad = [_PIECE * at + place for at, cut in enumerate(cuts) for place in cut.bad]
-            yield torch.cat([cut.levels for cut in cuts]).permute(0, 2, 3, 1), bad
+    for read in plain_reads(split.images, BATCH_SIZE, reading.workers):
+        if read.damage and not reading.skips:
+            raise DamagedImagesError(read.damage)
+        reading.damage.extend(read.damage)
+        yield read.levels.permute(0, 2, 3, 1), read.bad
 
 
 def _accuracy_by_class(

@@ -85,7 +85,7 @@ def test_images_that_are_read_when_needed_have_the_same_numbers(
     cut: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 12)
-    monkeypatch.setattr(evaluation, "_PIECE", 4)
+    monkeypatch.setattr("dml_accel.data.workers._LARGEST_PIECE", 4)
     words = [str(cut), "--dataset", str(photos), "--to"]
     held = measure(*words, str(tmp_path / "memory"), "--feed", "memory")
     for workers in ("0", "2"):
@@ -102,7 +102,7 @@ def test_images_that_cannot_be_read_are_refused_or_not_counted(
     cut: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 12)
-    monkeypatch.setattr(evaluation, "_PIECE", 4)
+    monkeypatch.setattr("dml_accel.data.workers._LARGEST_PIECE", 4)
     copy = shutil.copytree(photos, tmp_path / "set")
     bad = sorted(copy.glob("*/*/0.jpg"))[9]  # in the second piece of a batch
     bad.write_bytes(bad.read_bytes()[:400])
