@@ -6,10 +6,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.measuring import device
@@ -29,6 +31,8 @@ from dml_accel.training import checkpoint
 from dml_accel.training.setup import build_networks, make_cohort, prepare_images
 
 ROOT = Path(__file__).parent.parent
+# Seconds for a program to do what a test waits for: far more than it takes, for slow machines.
+PATIENCE = 300.0
 BIN = Path(sys.executable).parent
 # Flags of a run of seconds, on real images that need no network.
 DIGITS = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05".split()
@@ -135,18 +139,53 @@ def accelerate_launch(processes: int, *flags: object) -> list[str]:
     return [str(word) for word in (*words, "--main_process_port", free_port(), *flags)]
 
 
-def run_program(
-    *words: object, timeout: float = 120, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a program in the root of the project and wait for it."""
-    return subprocess.run(
+@contextlib.contextmanager
+def launched(*words: object, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a program in the root of the project; at the end, none of its processes is left."""
+    run = subprocess.Popen(
         [str(word) for word in words],
         cwd=ROOT,
         env=environment(**variables),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
+    with run:
+        try:
+            yield run
+        finally:
+            if run.poll() is None:
+                end(run)
+
+
+def end(run: subprocess.Popen[str]) -> tuple[str, str]:
+    """Kill a program and what it has started, which would go on alone; return what it printed."""
+    if run.poll() is None:
+        for child in psutil.Process(run.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    try:
+        return run.communicate(timeout=10)  # a script may have to clean up
+    except subprocess.TimeoutExpired:
+        run.kill()
+        return run.communicate(timeout=10)
+
+
+def wait_until(found: Callable[[], object], run: subprocess.Popen[str]) -> None:
+    """Wait until a program has done something; fail if it ends before that."""
+    until = time.monotonic() + PATIENCE
+    while not found():
+        if run.poll() is not None or time.monotonic() > until:
+            said = end(run)
+            raise AssertionError(f"exit code {run.returncode}: {said}")
+        time.sleep(0.02)
+
+
+def run_program(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in the root of the project and wait for it."""
+    with launched(*words, **variables) as run:
+        said, errors = run.communicate(timeout=PATIENCE)
+    return subprocess.CompletedProcess(run.args, run.returncode, said, errors)
 
 
 def in_turn(
@@ -165,7 +204,7 @@ def in_turn(
     named = {n: ["train", *w, "--output-dir", str(folder / n)] for n, w in runs.items()}
     (folder / "runs.json").write_text(json.dumps(named))
     words = [*launch, "tests/in_turn.py", folder / "runs.json", folder]
-    done = run_program(*words, timeout=180)
+    done = run_program(*words)
     return done, [load(path) for path in sorted(folder.glob("[0-9].json"))]
 
 

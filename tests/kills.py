@@ -45,7 +45,8 @@ CASES = {
     "3 processes, split": (3, "split"),
 }
 PHASES = ("steps", "evaluation", "writing")
-_PATIENCE = 180.0  # seconds
+_PATIENCE = 300.0  # seconds
+_TRIES = 20  # until a kill meets its phase
 
 
 def command(case: str, folder: Path) -> list[str]:
@@ -63,7 +64,7 @@ def words(case: str) -> list[str]:
 
 def complete(case: str, folder: Path) -> None:
     """Run to the end."""
-    done = run_program(*command(case, folder), timeout=_PATIENCE)
+    done = run_program(*command(case, folder))
     if done.returncode:
         raise RuntimeError(f"{case} ended with {done.returncode}: {done.stderr[-3000:]}")
 
@@ -99,7 +100,8 @@ def kill(case: str, folder: Path, phase: str, chance: random.Random) -> dict[str
         start_new_session=True,
     )
     checkpoints = folder / "checkpoints"
-    at = chance.randrange(SAVE_EVERY, 55)  # steps; there is a checkpoint then
+    # Steps: there is a checkpoint then, and there are more to come.
+    at = chance.randrange(SAVE_EVERY, 40)
     until = time.monotonic() + _PATIENCE
     try:
         while not _is_there(folder, checkpoints, phase, at):
@@ -141,10 +143,14 @@ def _is_there(folder: Path, checkpoints: Path, phase: str, at: int) -> bool:
 def trial(case: str, phase: str, straight: Path, chance: random.Random) -> dict[str, Any]:
     """Kill a run, resume it to the end and compare it with the undisturbed one."""
     with tempfile.TemporaryDirectory() as root:
-        folder, done = Path(root) / "run", None
-        while done is None:
+        folder = Path(root) / "run"
+        for _ in range(_TRIES):
             shutil.rmtree(folder, ignore_errors=True)
             done = kill(case, folder, phase, chance)
+            if done:
+                break
+        else:
+            raise RuntimeError(f"{case} was {_TRIES} times too fast to be killed in phase {phase}")
         reached = events(folder)[-1]["step"]
         complete(case, folder)
         resumed = [event["step"] for event in events(folder) if event["event"] == "resume"]

@@ -44,6 +44,7 @@ if [ -n "${CUT_WHEN:-}" ]; then
   (
     until grep -qs '"step": 4' "$CUT_WHEN"; do sleep 0.1; done
     ip -n "${hosts[1]}" link set "${links[1]}" down
+    echo "link cut: $(date -Iseconds)"
   ) &
 fi
 launch 1 "$@" &

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,14 +26,14 @@ from dml_accel.data import sources
 from tests.helpers import (
     BIN,
     DIGITS,
-    ROOT,
     assert_same_state,
-    environment,
     events,
+    launched,
     load,
     run_program,
     status_of,
     train,
+    wait_until,
 )
 
 TINY = [*DIGITS, "--max-steps", "6"]
@@ -142,19 +141,17 @@ def test_killed_three_times_at_random_it_ends_with_the_same_table(
     folder, chance = tmp_path / "killed", random.Random(0)
     words = [sys.executable, "-m", "dml_accel", "compare", *TINY, *COHORT]
     words += ["--seeds", "3", "--seed", "3", "--output-dir", str(folder)]
-    same_threads = environment() | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    same_threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     for runs_begun in (1, 3, 5):
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=same_threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        until = time.monotonic() + 120
-        while len(list(folder.glob("*/seed-*/metrics.jsonl"))) < runs_begun:
-            assert process.poll() is None and time.monotonic() < until, process.communicate()
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    done = subprocess.run(words, cwd=ROOT, env=same_threads, capture_output=True, text=True)
+        with launched(*words, **same_threads) as process:
+            # Bound to this round's number, whatever ``runs_begun`` is later.
+            wait_until(
+                lambda begun=runs_begun: len(list(folder.glob("*/seed-*/metrics.jsonl"))) >= begun,
+                process,
+            )
+            time.sleep(chance.uniform(0, 0.4))
+            process.send_signal(signal.SIGKILL)
+    done = run_program(*words, **same_threads)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (folder / "results.csv").read_text() == (finished / "results.csv").read_text()
     ours, theirs = record(folder), record(finished)

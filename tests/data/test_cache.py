@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from dml_accel.data import cache, decode, kept, parts
 from dml_accel.data.class_folders import FolderListing
 from dml_accel.data.listing import StoredFiles
 from dml_accel.data.pixels import Geometry
-from tests.helpers import ROOT, environment
+from tests.helpers import launched, wait_until
 
 SIZE, IMAGES, CLASSES = 16, 10, ("cat", "dog")
 SQUARE = Geometry(SIZE, SIZE)
@@ -230,11 +229,8 @@ def test_a_killed_process_leaves_parts_to_go_on_with(
     for row in range(IMAGES, 100):
         (root / f"{row}.png").write_bytes(image(row))
     words = [sys.executable, "-c", SLOWLY, str(root)]
-    with subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE) as process:
-        limit = time.monotonic() + 60
-        while len(files_in(root, "*.parts/0*.safetensors")) < 3:
-            assert process.poll() is None and time.monotonic() < limit, process.stderr.read()
-            time.sleep(0.01)
+    with launched(*words) as process:
+        wait_until(lambda: len(files_in(root, "*.parts/0*.safetensors")) >= 3, process)
         process.send_signal(signal.SIGKILL)
     done = len(files_in(root, "*.parts/0*.safetensors"))
     assert not files_in(root, "*.safetensors") and 3 <= done < 10

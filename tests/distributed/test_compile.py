@@ -130,7 +130,7 @@ def test_each_of_two_processes_compiles_its_peer(tmp_path: Path) -> None:
     program.write_text(LAUNCHED)
     launch = [BIN / "torchrun", "--nproc_per_node", "2", program, "train"]
     flags = [*words, "--placement", "split", "--compile", "--output-dir", tmp_path / "two"]
-    done = run_program(*launch, *flags, timeout=300, PYTHONPATH=str(ROOT))
+    done = run_program(*launch, *flags, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
     description = load(tmp_path / "two/config.json")
     assert (description["compiled"], description["placement"]["kind"]) == (PEERS, "split")

@@ -12,14 +12,17 @@ from torch.distributed.run import get_args_parser
 
 from tests.helpers import (
     BIN,
+    PATIENCE,
     ROOT,
     accelerate_launch,
     environment,
     events,
     free_port,
+    launched,
     load,
     run_program,
     saved_steps,
+    wait_until,
     workers,
 )
 
@@ -108,36 +111,19 @@ def test_a_lost_rank_ends_the_run_with_its_name(tmp_path: Path, death: signal.Si
         (tmp_path / "impatient.py").write_text(IMPATIENT.format(root=str(ROOT)))
         program = [str(tmp_path / "impatient.py"), "train"]
     words = [*TINY, "--save-every", "3", "--output-dir", str(tmp_path / "run")]
-    launcher = subprocess.Popen(
-        accelerate_launch(3, *program, *words),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics, ranks = tmp_path / "run" / "metrics.jsonl", {}
-    try:
-        deadline = time.monotonic() + 90
-        while not (metrics.exists() and '"step": 4' in metrics.read_text()):
-            assert time.monotonic() < deadline and launcher.poll() is None
-            time.sleep(0.2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with launched(*accelerate_launch(3, *program, *words)) as launcher:
+        wait_until(lambda: metrics.exists() and '"step": 4' in metrics.read_text(), launcher)
         ranks = workers(launcher.pid)
         assert sorted(ranks) == [0, 1, 2]
         os.kill(ranks[1], death)
-        deadline = time.monotonic() + 45
+        deadline = time.monotonic() + 90  # not the 10 minutes
         while alive(ranks[0]) or alive(ranks[2]):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         if death == signal.SIGSTOP:
             os.kill(ranks[1], signal.SIGKILL)  # the launcher would wait for it for 30 seconds
-        _, said = launcher.communicate(timeout=45)
-    finally:
-        for pid in workers(launcher.pid).values() if not ranks else ranks.values():
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
-        launcher.kill()
-        launcher.wait()
+        _, said = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode != 0
     assert said.count("error: rank 1 stopped responding, so the run ends") == 1
     assert said.count("stopped responding") == 1
@@ -189,21 +175,11 @@ def test_a_job_near_its_time_limit_is_queued_again(
     def job(sent: signal.Signals | None, processes: int) -> str:
         """Run the job, signal its launcher after the next checkpoint; return its last line."""
         known = set(folder.glob("checkpoints/step-*"))
-        script = subprocess.Popen(
-            [str(word) for word in words],
-            cwd=ROOT,
-            env=scheduler | {"DML_PROCESSES": str(processes)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        until = time.monotonic() + 90
-        while sent and not set(folder.glob("checkpoints/step-*")) - known:
-            assert script.poll() is None and time.monotonic() < until, script.communicate()
-            time.sleep(0.05)
-        if sent:
-            os.kill(next(pid for pid in children(script.pid) if workers(pid)), sent)
-        said, _ = script.communicate(timeout=90)
+        with launched(*words, **scheduler | {"DML_PROCESSES": str(processes)}) as script:
+            if sent:
+                wait_until(lambda: set(folder.glob("checkpoints/step-*")) - known, script)
+                os.kill(next(pid for pid in children(script.pid) if workers(pid)), sent)
+            said, _ = script.communicate(timeout=PATIENCE)
         return said.strip().splitlines()[-1]
 
     assert f"the run in {folder} is stopped (stopped by SIGTERM)" in job(signal.SIGTERM, 1)

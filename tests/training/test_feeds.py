@@ -3,9 +3,7 @@
 import contextlib
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,15 +15,16 @@ from dml_accel.data import survey, workers
 from dml_accel.training import loop
 from tests.data.test_loader import damage, photographs
 from tests.helpers import (
-    ROOT,
+    PATIENCE,
     accelerate_launch,
     assert_same_state,
-    environment,
     events,
+    launched,
     load,
     saved_steps,
     status_of,
     train,
+    wait_until,
 )
 
 WORDS = "--cohort resnet8*2 --image-size 16 --batch-size 4 --max-steps 6 --save-every 2 --cpu"
@@ -197,20 +196,15 @@ def test_a_killed_run_leaves_no_workers_and_no_lock(tmp_path: Path, photos: list
     run, words = tmp_path / "run", [*LOADER, *photos]
     command = [sys.executable, "train.py", *words, "--workers", "2", *ENDLESS]
     command += ["--output-dir", str(run)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-    try:
-        begun = time.monotonic()
-        while not (run / "checkpoints").is_dir() or not saved_steps(run):
-            assert process.poll() is None and time.monotonic() - begun < 60
-            time.sleep(0.02)
+    with launched(*command) as process:
+        wait_until(lambda: (run / "checkpoints").is_dir() and saved_steps(run), process)
         children = psutil.Process(process.pid).children()
         assert len(children) >= 2
-    finally:
         process.send_signal(signal.SIGKILL)
-    process.wait()
-    _, alive = psutil.wait_procs(children, timeout=1)
-    # Dead, even where nobody waits for orphans.
-    assert all(one.status() == psutil.STATUS_ZOMBIE for one in alive)
+        process.wait()
+        _, alive = psutil.wait_procs(children, timeout=10)
+        # Dead, even where nobody waits for orphans.
+        assert all(one.status() == psutil.STATUS_ZOMBIE for one in alive)
     words += [*ENDLESS, "--max-steps", str(saved_steps(run)[-1] + 2), "--workers", "0"]
     assert train(run, *words) == 0  # it takes the lock at once
     assert train(tmp_path / "straight", *words) == 0
@@ -224,20 +218,13 @@ def test_several_processes_stop_for_an_image_that_one_of_them_meets(
     # Mixing would give an image to both processes.
     words = [*LOADER, *photos, *ENDLESS, "--mixup", "0", "--save-every", "1000"]
     command = [*accelerate_launch(2, "train.py", *words), "--output-dir", str(run)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    try:
-        begun, metrics = time.monotonic(), run / "metrics.jsonl"
-        while not metrics.exists() or '"epoch": 1' not in metrics.read_text():
-            assert process.poll() is None and time.monotonic() - begun < 60
-            time.sleep(0.05)
+    metrics = run / "metrics.jsonl"
+    with launched(*command) as process:
+        wait_until(lambda: metrics.exists() and '"epoch": 1' in metrics.read_text(), process)
         bad = tmp_path / "photos" / BAD[0]
         with bad.open("r+b") as file:  # of the same size
             file.write(bytes(bad.stat().st_size))
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
+        _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "exitcode  : 2" in said
     (step,) = saved_steps(run)
     assert step >= 5 and status_of(run)["step"] == step

@@ -4,7 +4,8 @@ import os
 import random
 import signal
 import subprocess
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,16 @@ from dml_accel.training import checkpoint
 from tests import kills
 from tests.helpers import (
     BIN,
-    ROOT,
+    PATIENCE,
     accelerate_launch,
-    environment,
     events,
     in_turn,
+    launched,
     load,
     run_program,
     saved_steps,
     train,
+    wait_until,
     workers,
 )
 
@@ -67,41 +69,30 @@ def slow_run(folder: Path, *words: str) -> list[str]:
     return accelerate_launch(2, *words, "train.py", *flags.split())
 
 
-def started(words: list[str], folder: Path, step: int) -> subprocess.Popen[str]:
-    """Start a run and wait for one of its checkpoints."""
-    run = subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until = time.monotonic() + 90
-    while not any(found >= step for found in saved_steps(folder)):
-        assert run.poll() is None and time.monotonic() < until, run.communicate()
-        time.sleep(0.05)
-    return run
+@contextmanager
+def started(words: list[str], folder: Path, step: int) -> Iterator[subprocess.Popen[str]]:
+    """A run that has one of its checkpoints."""
+    with launched(*words) as run:
+        wait_until(lambda: any(found >= step for found in saved_steps(folder)), run)
+        yield run
 
 
 @needs_proc
 def test_restarts_resume_after_a_crash_and_not_after_a_stop(tmp_path: Path) -> None:
-    run = started(slow_run(tmp_path, "--max_restarts", "2"), tmp_path, 5)
-    os.kill(workers(run.pid)[1], signal.SIGKILL)
-    until, crashed_at = time.monotonic() + 90, saved_steps(tmp_path)[-1]
-    while not any(event["event"] == "resume" for event in events(tmp_path)):
-        assert run.poll() is None and time.monotonic() < until, run.communicate()
-        time.sleep(0.1)
-    resumed = next(event for event in events(tmp_path) if event["event"] == "resume")
-    assert resumed["step"] >= crashed_at >= 5
-    while saved_steps(tmp_path)[-1] <= resumed["step"]:
-        assert run.poll() is None and time.monotonic() < until, run.communicate()
-        time.sleep(0.1)
-    os.kill(workers(run.pid)[0], signal.SIGTERM)  # not to the launcher, which it would end
-    _, said = run.communicate(timeout=60)
+    def resumed() -> list[int]:
+        return [event["step"] for event in events(tmp_path) if event["event"] == "resume"]
+
+    with started(slow_run(tmp_path, "--max_restarts", "2"), tmp_path, 5) as run:
+        os.kill(workers(run.pid)[1], signal.SIGKILL)
+        crashed_at = saved_steps(tmp_path)[-1]
+        wait_until(resumed, run)
+        assert resumed()[0] >= crashed_at >= 5
+        wait_until(lambda: saved_steps(tmp_path)[-1] > resumed()[0], run)
+        os.kill(workers(run.pid)[0], signal.SIGTERM)  # not to the launcher, which it would end
+        _, said = run.communicate(timeout=PATIENCE)
     assert "was stopped on request; --resume auto resumes it" in said
     assert run.returncode == 0 and load(tmp_path / "status.json")["status"] == "stopped"
-    assert len([event for event in events(tmp_path) if event["event"] == "resume"]) == 1
+    assert len(resumed()) == 1
 
 
 def test_a_stopped_split_run_is_resumed_by_one_process_and_back(tmp_path: Path) -> None:
@@ -111,9 +102,9 @@ def test_a_stopped_split_run_is_resumed_by_one_process_and_back(tmp_path: Path) 
     two, moved = ["train.py", "--placement", "split", *words], tmp_path / "moved"
     two += ["--output-dir", str(moved)]
     # The launcher's SIGTERM stops all processes at one step.
-    run = started(accelerate_launch(2, *two), moved, 5)
-    run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=25)
+    with started(accelerate_launch(2, *two), moved, 5) as run:
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=PATIENCE)
     assert said.count("stopped by SIGTERM; the same command") == 1
     status, step = load(moved / "status.json"), saved_steps(moved)[-1]
     assert (status["status"], status["step"]) == ("stopped", step)
