@@ -101,6 +101,9 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     environment = dict(os.environ)
+    # Nothing is compiled yet (see above): where it may not be kept, every process would take 20
+    # seconds for it.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if asked.task == "test":
         environment.setdefault("OMP_NUM_THREADS", "1")
     commands = [[python, *command, *asked.words] for command in TASKS[asked.task]]
