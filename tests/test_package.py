@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, environment, free_port, run_program
+from tests.helpers import ROOT, environment, run_program
 
 # Names of distributions that are imported by another one.
 IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+# Of these, only a file is read.
+NOT_IMPORTED = {"sklearn"}
 # Extras: if one is missing, an error says how to install it.
 OPTIONAL = {"onnx", "onnxruntime", "onnxscript"}
 
@@ -79,10 +81,8 @@ def test_it_runs_as_a_module_from_an_environment_of_its_own(
     (packages / "needed.pth").write_text(f"{ours}\n")
     there = run(tmp_path, "-c", "import dml_accel; print(dml_accel.__file__)", python=str(python))
     assert there.strip() == str(packages / "dml_accel/__init__.py")
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port "
-    launch += str(free_port())
     train = "--cohort resnet8*2 --dataset digits --image-size 16 --batch-size 8 --max-steps 2 --cpu"
-    words = f"{launch} -m dml_accel train {train} --output-dir run"
+    words = f"-m dml_accel train {train} --output-dir run"
     run(tmp_path, *words.split(), python=str(python))
     assert (tmp_path / "run/results.json").is_file()
 
@@ -100,7 +100,7 @@ def test_exactly_what_is_imported_is_required() -> None:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add((node.module or "").partition(".")[0])
     imported -= {*sys.stdlib_module_names, "dml_accel", *OPTIONAL}
-    assert imported == declared
+    assert imported == declared - NOT_IMPORTED
 
 
 def test_an_environment_is_not_made_in_a_folder_that_holds_something_else(tmp_path: Path) -> None:

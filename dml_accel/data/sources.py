@@ -9,6 +9,8 @@ read_test    the split to report on
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -306,17 +308,28 @@ def _digits(data: DataConfig, geometry: Geometry | None = None) -> Source:
             raise UsageError(
                 f"--{name.replace('_', '-')} has no effect with --dataset digits: drop it"
             )
-    from sklearn.datasets import load_digits
-
-    bunch, geometry = load_digits(), geometry or Geometry.of(data)
-    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
+    # One row an image: 8 x 8 pixels, stored as 0 ... 16, and the class.
+    rows, geometry = np.loadtxt(_digits_file(), delimiter=","), geometry or Geometry.of(data)
+    grey = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     images = torch.from_numpy(np.stack([to_rgb(Image.fromarray(g), geometry) for g in grey]))
-    labels = torch.from_numpy(bunch.target).long()
+    labels = torch.from_numpy(rows[:, -1]).long()
     cut = len(labels) - _DIGITS_TEST_ROWS
     train, test = Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:])
-    classes = tuple(str(name) for name in bunch.target_names)
+    classes = tuple(map(str, range(10)))
     prints = {
         role: SplitPrint.of(one.labels, len(classes), sha256(one.held))
         for role, one in (("train", train), ("test", test))
     }
     return Source(train, test, classes, Fingerprint(classes, prints))
+
+
+def _digits_file() -> Path:
+    """Find the file without importing scikit-learn, which takes as long as importing torch."""
+    found = find_spec("sklearn")
+    assert found is not None and found.origin is not None
+    path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not path.is_file():
+        raise UsageError(
+            f"--dataset digits: {path} does not exist; reinstall scikit-learn, or name other images"
+        )
+    return path

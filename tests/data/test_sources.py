@@ -4,12 +4,15 @@ import gzip
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from dml_accel.core.errors import UsageError
 from dml_accel.data import arrow, sources
@@ -71,6 +74,20 @@ def test_digits_are_scikit_learns_and_the_last_360_are_the_test_split() -> None:
     assert (len(found.train), len(found.test), len(found.classes)) == (1437, 360, 10)
     assert found.train.images.shape[1:] == (32, 32, 3)
     assert found.train.images.max() == 255
+    theirs, small = load_digits(), sources.read(tiny_config(image_size=8).data)
+    assert small.classes == tuple(str(name) for name in theirs.target_names)
+    assert torch.cat([small.train.labels, small.test.labels]).tolist() == theirs.target.tolist()
+    grey = torch.cat([small.train.images, small.test.images])[..., 0].numpy()
+    assert np.array_equal(grey, np.rint(theirs.images * 255 / 16))
+
+
+def test_a_scikit_learn_without_the_digits_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = ModuleSpec("sklearn", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(sources, "find_spec", lambda _: elsewhere)
+    with pytest.raises(UsageError, match=r"digits\.csv\.gz does not exist; reinstall"):
+        sources._digits_file()
 
 
 def test_the_real_images_are_read(real_images: Path) -> None:
