@@ -37,9 +37,13 @@ def run(values: dict[str, Any]) -> int:
     print(f"{printable(data.dataset)}: {len(listed.classes)} classes\n")
     print(_splits(listed, found))
     print(f"\n{_classes(listed)}")
+    if bad.count:
+        print("(images that cannot be read are counted as well)")
     _print_copies(listed, found)
     if not bad.count:
         print("\nevery image can be read")
+        if to.exists():
+            print(f"{to} is of an earlier check")
         return 0
     print(f"\n{bad.count:,} image{'s' * (bad.count > 1)} cannot be read:")
     for one in bad.first:

@@ -69,6 +69,10 @@ def test_every_unreadable_image_is_listed_with_its_reason(
     assert not list(photos.parent.glob("cache/*.safetensors"))
     code, _ = checked(capsys, "--dataset", str(photos), "--to", "other.txt")
     assert code == 2 and len(Path("other.txt").read_text().splitlines()) == len(bad)
+    for path in bad:
+        draw(path, 7)
+    code, out = checked(capsys, "--dataset", str(photos))
+    assert code == 0 and out.endswith("can be read\nbad-images.txt is of an earlier check\n")
 
 
 def test_splits_and_fractions_are_those_of_training(
