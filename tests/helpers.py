@@ -175,9 +175,10 @@ def wait_until(found: Callable[[], object], run: subprocess.Popen[str]) -> None:
     """Wait until a program has done something; fail if it ends before that."""
     until = time.monotonic() + PATIENCE
     while not found():
-        if run.poll() is not None or time.monotonic() > until:
-            said = end(run)
-            raise AssertionError(f"exit code {run.returncode}: {said}")
+        code = run.poll()
+        if code is not None or time.monotonic() > until:
+            how = "it took too long" if code is None else f"it ended with exit code {code}"
+            raise AssertionError(f"{how}: {end(run)}")
         time.sleep(0.02)
 
 
