@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 300.0
 BIN = Path(sys.executable).parent
 # Flags of a run of seconds, on real images that need no network.
-DIGITS = "--dataset digits --image-size 16 --batch-size 8 --lr 0.05".split()
+DIGITS = "--dataset digits --image-size 8 --batch-size 8 --lr 0.05".split()
 DIGITS += ["--cpu"] if device().type == "cpu" else []
 
 
@@ -49,7 +49,7 @@ def tiny_config(**changes: object) -> Config:
     settings = {
         "cohort": ("resnet8*2",),
         "dataset": "digits",
-        "image_size": 16,
+        "image_size": 8,
         "batch_size": 8,
         "lr": 0.05,
         "max_steps": 3,

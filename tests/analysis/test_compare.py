@@ -135,14 +135,12 @@ def test_more_seeds_are_added_to_what_is_there(finished: Path, tmp_path: Path) -
     assert (folder / "mutual" / "seed-3" / "metrics.jsonl").read_text() == before
 
 
-def test_killed_three_times_at_random_it_ends_with_the_same_table(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_killed_twice_at_random_it_ends_with_the_same_table(finished: Path, tmp_path: Path) -> None:
     folder, chance = tmp_path / "killed", random.Random(0)
     words = [sys.executable, "-m", "dml_accel", "compare", *TINY, *COHORT]
     words += ["--seeds", "3", "--seed", "3", "--output-dir", str(folder)]
     same_threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for runs_begun in (1, 3, 5):
+    for runs_begun in (1, 4):
         with launched(*words, **same_threads) as process:
             # Bound to this round's number, whatever ``runs_begun`` is later.
             wait_until(

@@ -44,4 +44,5 @@ def split(
 
 def read(dataset: str, **changes: object) -> sources.Source:
     """Read a data set at ``SIZE`` pixels."""
-    return sources.read(tiny_config(dataset=dataset, **changes).data)
+    settings: dict[str, object] = {"dataset": dataset, "image_size": SIZE}
+    return sources.read(tiny_config(**settings | changes).data)

@@ -96,7 +96,7 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_start(
         for name, value in world.items():
             monkeypatch.setenv(name, value)
     config = tiny_config(
-        cohort=("timm:test_resnet*2",),  # 1 x 1 maps at 16 pixels
+        cohort=("timm:test_resnet*2",),  # 1 x 1 maps
         batch_size=batch,
         grad_accum=parts,
         batch_norm=batch_norm,
@@ -109,9 +109,9 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_start(
         setup.check(config, digits)
     assert message in str(refusal.value)
     if placement == "replicate":
-        net = nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
+        net = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
         images = digits.train.images[:8].float().permute(0, 3, 1, 2), digits.train.labels[:8]
-        ours = config.changed(placement="auto", image_size=16, max_steps=None)
+        ours = config.changed(placement="auto", max_steps=None)
         with pytest.raises(UsageError, match="own cannot learn from a single image"):
             learn({"own": net}, images, images, ours)
 

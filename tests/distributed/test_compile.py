@@ -95,7 +95,7 @@ def test_compiling_leaves_no_trace_in_the_start(training: Build) -> None:
         assert_same_state(state, compiled.states()[name])
 
 
-TINY = "--dataset digits --image-size 16 --batch-size 32 --lr 0.05 --train-limit 320 --cpu".split()
+TINY = "--dataset digits --image-size 8 --batch-size 32 --lr 0.05 --train-limit 320 --cpu".split()
 PEERS = ["small_for_compiling-0", "small_for_compiling-1"]
 
 

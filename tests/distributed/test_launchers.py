@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from tests.helpers import (
@@ -26,7 +27,7 @@ from tests.helpers import (
     workers,
 )
 
-TINY = "--dataset digits --image-size 16 --batch-size 9 --lr 0.001 --cohort resnet8*2".split()
+TINY = "--dataset digits --image-size 8 --batch-size 9 --lr 0.001 --cohort resnet8*2".split()
 TINY += ["--placement", "replicate"]
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/environ").exists(), reason="needs Linux's /proc"
@@ -38,11 +39,10 @@ needs_proc = pytest.mark.skipif(
     [
         ("laptop_cpu", [], 1, "no"),
         ("cpu_processes", [], 2, "no"),
-        ("one_gpu", [], 1, "no"),
         ("many_gpus", ["--num_processes", "2", "--mixed_precision", "bf16"], 2, "bf16"),
     ],
 )
-def test_every_launch_file_starts(
+def test_launch_files_start(
     tmp_path: Path, file: str, words: list[str], processes: int, precision: str
 ) -> None:
     launch = [BIN / "accelerate", "launch", "--config_file", f"launch/{file}.yaml", *words]
@@ -55,6 +55,14 @@ def test_every_launch_file_starts(
     assert done.stdout.count("run folder:") == 1  # by rank 0
     assert done.stderr.count("test top-1:") == 1
     assert len(events(tmp_path / "run")) == 5
+
+
+def test_the_file_for_one_gpu_asks_for_one_process_on_a_gpu() -> None:
+    # It starts as laptop_cpu does, but where there is a GPU, it is used.
+    words = ["--config_file", str(ROOT / "launch/one_gpu.yaml"), "train.py"]
+    found, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert (found.num_processes, found.mixed_precision) == (1, "no")
+    assert not (found.cpu or found.multi_gpu)
 
 
 def test_a_launch_that_ignores_the_number_of_processes_is_refused(tmp_path: Path) -> None:
@@ -182,14 +190,37 @@ def test_a_job_near_its_time_limit_is_queued_again(
             said, _ = script.communicate(timeout=PATIENCE)
         return said.strip().splitlines()[-1]
 
-    assert f"the run in {folder} is stopped (stopped by SIGTERM)" in job(signal.SIGTERM, 1)
-    assert not asked.exists()  # SIGTERM means the end
     assert f"the run in {folder} is stopped (stopped by SIGUSR1)" in job(signal.SIGUSR1, 2)
     assert asked.read_text() == f"requeue {scheduler['SLURM_JOB_ID']}\n"
     assert job(None, 1) == f"the run in {folder} is done; exit code 0"
     assert asked.read_text() == f"requeue {scheduler['SLURM_JOB_ID']}\n"
     begun = [one["event"] for one in events(folder) if one["event"] in ("start", "resume")]
-    assert begun == ["start", "resume", "resume"]
+    assert begun == ["start", "resume"]
+
+
+# A launcher that leaves what a run leaves that was stopped.
+STOPPED = """#!/usr/bin/env bash
+[ "$1" = --help ] && echo --signals-to-handle && exit
+mkdir -p "$RUN" && echo '{{
+ "status": "stopped",
+ "reason": "stopped by {signal}"
+}}' > "$RUN/status.json"
+exit 1
+"""
+
+
+@pytest.mark.parametrize(("signal", "is_queued"), [("SIGTERM", False), ("SIGUSR1", True)])
+def test_only_a_job_near_its_time_limit_is_queued_again(
+    tmp_path: Path, scheduler: dict[str, str], signal: str, is_queued: bool
+) -> None:
+    torchrun = tmp_path / "bin/torchrun"
+    torchrun.write_text(STOPPED.format(signal=signal))
+    torchrun.chmod(0o755)
+    folder = tmp_path / "run"
+    done = run_program("bash", "launch/slurm.sh", folder, **scheduler | {"RUN": str(folder)})
+    assert done.returncode == 1
+    assert f"the run in {folder} is stopped (stopped by {signal}); exit code 1" in done.stdout
+    assert (tmp_path / "asked").exists() == is_queued  # SIGTERM means the end
 
 
 @pytest.mark.parametrize(

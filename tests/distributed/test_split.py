@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import accelerate_launch, in_turn, load, train
 
-SMALL = "--dataset digits --image-size 16 --batch-size 9 --lr 0.001".split()
+SMALL = "--dataset digits --image-size 8 --batch-size 9 --lr 0.001".split()
 WRITTEN = [*SMALL, "--cohort", "wrn_16_2", "resnet8*2", "--float64", "--max-steps", "4"]
 WRITTEN += ["--placement", "split", "--val-fraction", "0.1"]
 

@@ -13,7 +13,7 @@ from dml_accel.models.spec import parse_cohort
 from tests.helpers import BIN, build_peer, in_turn, load, run_program, train
 
 HOSTS = ["bash", "tests/two_hosts.sh", BIN / "accelerate"]
-SMALL = "--dataset digits --image-size 16 --batch-size 9 --lr 0.001 --cohort resnet8*2".split()
+SMALL = "--dataset digits --image-size 8 --batch-size 9 --lr 0.001 --cohort resnet8*2".split()
 STEPS = [*SMALL, "--placement", "replicate", "--float64", "--max-steps", "5"]
 # 6,400 logits per step of each of two peers, as with 64 images of 100 classes. There is no
 # evaluation between: how many packets its logits take differs from run to run.

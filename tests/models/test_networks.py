@@ -233,7 +233,7 @@ def test_an_unknown_argument_of_a_net_is_refused() -> None:
 
 def test_arguments_of_our_own_nets_are_tried_as_well() -> None:
     spec = parse_cohort(["resnet8[in_chans=1]"])[0]
-    with pytest.raises(UsageError, match="resnet8-0 cannot take 16 x 16 images"):
+    with pytest.raises(UsageError, match="resnet8-0 cannot take 8 x 8 images"):
         build_peer(spec, tiny_config(), 10)
 
 

@@ -117,7 +117,7 @@ def test_a_run_folder_stands_for_all_of_its_peers(teachers: list[Path], tmp_path
     for folder in teachers:
         (run / "peers").mkdir(parents=True, exist_ok=True)
         folder.rename(run / "peers" / folder.name)
-    found = read_teachers([str(run)], CLASSES, 16)
+    found = read_teachers([str(run)], CLASSES, 8)
     assert [folder.path.name for folder in found.values()] == ["a", "b"]
     assert list(found) == ["frozen-0", "frozen-1"]
 
@@ -129,8 +129,8 @@ def test_a_frozen_peer_may_have_seen_images_that_were_cut_in_another_way(
     config = load(folder / "config.json")
     config["pretrained_cfg"] |= {"crop_pct": 0.8, "interpolation": "bicubic"}
     (folder / "config.json").write_text(json.dumps(config))
-    (found,) = read_teachers([str(folder)], CLASSES, 16).values()
-    assert found.geometry == Geometry(16, 20, "center", "bicubic")
+    (found,) = read_teachers([str(folder)], CLASSES, 8).values()
+    assert found.geometry == Geometry(8, 10, "center", "bicubic")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_folder_with_another_config_is_refused_in_one_line(
     file = teachers[0] / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UsageError, match=said) as refusal:
-        for folder in read_teachers([str(teachers[0])], CLASSES, 16).values():
+        for folder in read_teachers([str(teachers[0])], CLASSES, 8).values():
             load_network(folder)
     assert "\n" not in str(refusal.value) and str(teachers[0]) in str(refusal.value)
 

@@ -132,7 +132,7 @@ def test_images_that_do_not_fit_name_the_flags_that_need_less(
 ) -> None:
     monkeypatch.setattr(setup, "prepare_images", failing(torch.OutOfMemoryError("of CUDA")))
     assert train(tmp_path, *PAIR) == 1
-    says = "^error: out of memory: all images .* memory of cpu: an --image-size below 16 or a --tr"
+    says = "^error: out of memory: all images .* memory of cpu: an --image-size below 8 or a --tr"
     assert re.search(says, capsys.readouterr().err, re.MULTILINE)
 
 

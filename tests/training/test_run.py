@@ -144,7 +144,7 @@ def test_timm_loads_the_trained_peer_and_its_accuracy_is_the_recorded(run: Path,
     nll = torch.nn.functional.cross_entropy(logits, labels).item()
     assert nll == pytest.approx(peer["test"]["nll"], rel=1e-5)
     settings = timm.data.resolve_model_data_config(net)
-    assert list(settings["input_size"]) == [3, 16, 16]
+    assert list(settings["input_size"]) == [3, 8, 8]
     assert settings["mean"] == pytest.approx(data.normalisation.mean)
     assert settings["std"] == pytest.approx(data.normalisation.std)
     assert net.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
@@ -158,11 +158,11 @@ def test_double_precision_reaches_the_files(tmp_path: Path) -> None:
 
 
 def test_a_timm_network_with_arguments_comes_back_with_them(tmp_path: Path) -> None:
-    net = "timm:vit_tiny_patch16_224[img_size=16,patch_size=4,depth=1,embed_dim=12,num_heads=1]"
+    net = "timm:vit_tiny_patch16_224[img_size=8,patch_size=2,depth=1,embed_dim=12,num_heads=1]"
     assert train(tmp_path, "--cohort", net, "--max-steps", "1") == 0
     folder = tmp_path / "peers" / "vit_tiny_patch16_224-0"
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert loaded(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
+    assert loaded(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
     assert len(loaded.blocks) == 1
 
 
@@ -209,7 +209,7 @@ def test_a_cohort_that_diverges_fails_and_still_writes_json(tmp_path: Path) -> N
         (["--kl-reduction", "max"], "invalid choice: 'max'"),
         (["--batchsize", "8"], "unknown argument --batchsize: did you mean --batch-size?"),
         (["--epoch", "8"], "unknown argument --epoch: did you mean --epochs?"),
-        (["--cohort", "timm:vit_tiny_patch16_224"], "try 'timm:vit_tiny_patch16_224[img_size=16"),
+        (["--cohort", "timm:vit_tiny_patch16_224"], "try 'timm:vit_tiny_patch16_224[img_size=8"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
