@@ -19,10 +19,11 @@ if device().type == "cpu":  # also where there is a GPU, and in the processes th
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-# Files of tests that start several processes and take minutes. They come first, because a worker
-# that begins one at the end leaves the others idle; and one worker runs them all, because processes
-# that wait for each other are slowed down most by other processes.
-LONG = ("test_interruptions.py", "test_launchers.py", "test_two_hosts.py", "test_processes.py")
+# Files that take minutes come first: a worker that begins one at the end leaves the others idle.
+# One worker runs all those that start several processes, because processes that wait for each other
+# are slowed down most by other processes.
+TOGETHER = ("test_interruptions.py", "test_launchers.py", "test_two_hosts.py", "test_processes.py")
+LONG = (*TOGETHER, "test_compile.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """With ``--dist loadfile``, the long files are as one."""
+    """With ``--dist loadfile``, some files are as one."""
     if config.option.dist != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -45,7 +46,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "the long ones" if Path(file).name in LONG else file
+            return "together" if Path(file).name in TOGETHER else file
 
     return Scheduling(config, log)
 
