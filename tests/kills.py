@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.measuring import HERE, processor
 from dml_accel.core.versions import commit, versions
-from tests.helpers import BIN, ROOT, environment, run_program, workers
+from tests.helpers import BIN, PATIENCE, ROOT, environment, run_program, workers
 
 SAVE_EVERY = 7
 WORDS = (
@@ -45,7 +45,6 @@ CASES = {
     "3 processes, split": (3, "split"),
 }
 PHASES = ("steps", "evaluation", "writing")
-_PATIENCE = 300.0  # seconds
 _TRIES = 20  # until a kill meets its phase
 
 
@@ -102,7 +101,7 @@ def kill(case: str, folder: Path, phase: str, chance: random.Random) -> dict[str
     checkpoints = folder / "checkpoints"
     # Steps: there is a checkpoint then, and there are more to come.
     at = chance.randrange(SAVE_EVERY, 40)
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + PATIENCE
     try:
         while not _is_there(folder, checkpoints, phase, at):
             if run.poll() is not None or time.monotonic() > until:
@@ -117,7 +116,7 @@ def kill(case: str, folder: Path, phase: str, chance: random.Random) -> dict[str
             os.kill(run.pid, signal.SIGKILL)
         for rank in victims:
             os.kill(ranks[rank], signal.SIGKILL)
-        run.wait(timeout=_PATIENCE)
+        run.wait(timeout=PATIENCE)
     finally:
         for pid in [run.pid, *workers(run.pid).values()]:
             if run.poll() is None:
