@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dml_accel.core.config import Config, MethodConfig
+from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
+from dml_accel.core.method import MethodConfig
 from dml_accel.core.updates import UPDATE_SCHEDULES
 
 

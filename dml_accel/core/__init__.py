@@ -7,6 +7,8 @@ In reading order:
     cohort       the words of --cohort: which peers they ask for
     flags        what a flag is: default, help, range; intervals; sections
     assignments  words that are key=value: --opt-args and --peer-opt
+    lessons      the targets and divergences: their arguments, and what they go with
+    method       the section of the configuration that says who learns what from whom
     config       the configuration: cohort, seed and six sections; every field is one flag
     recipes      --recipe: how the literature trains, by name
     files        write files whole or not at all; read untrusted files up to a limit

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dml_accel.core.assignments import assignment, number_of, peer_settings, refuse_repeated
+from dml_accel.core.cohort import words_of
 from dml_accel.core.errors import UsageError
 from dml_accel.core.flags import (
     Differences,
@@ -41,7 +42,7 @@ from dml_accel.core.flags import (
     refuse,
     require,
 )
-from dml_accel.core.updates import UPDATE_SCHEDULES, UpdateSchedule
+from dml_accel.core.method import MethodConfig
 
 # The words of ``--augment``, in the order in which they are applied.
 AUGMENTATIONS = {
@@ -466,99 +467,6 @@ class OptimConfig(Section):
 
 
 @dataclass(frozen=True)
-class MethodConfig(Section):
-    """Who learns what from whom."""
-
-    title = "method"
-    changes_result = True
-
-    kl_weight: float = flag(
-        1.0,
-        "weight of the KL term; 0 skips it, so every network trains independently",
-        Range(at_least=0),
-    )
-    temperature: float = flag(
-        1.0, "softmax temperature T of the KL term, which is scaled by T^2", Range(above=0)
-    )
-    kl_reduction: str = flag(
-        "mean", "mean or sum over the K-1 other peers", choices=("mean", "sum")
-    )
-    kl_warmup: int = flag(
-        0, "epochs over which the KL weight grows linearly to --kl-weight", Range(at_least=0)
-    )
-    update: str = flag(
-        "simultaneous",
-        "which peers are updated when. "
-        + "; ".join(f"{one.name}: {one.text}" for one in UPDATE_SCHEDULES.values()),
-        choices=tuple(UPDATE_SCHEDULES),
-    )
-    target: str = flag(
-        "peers",
-        "what a peer learns from: the posterior of every other peer (peers), their mean "
-        "(mean-prob, the paper's DML_e: the same gradients), or the posterior of their mean logits "
-        "(mean-logit)",
-        choices=("peers", "mean-prob", "mean-logit"),
-    )
-    links: str = flag(
-        "full",
-        "who learns from whom: full (all from all), ring (each from the one given before it), "
-        "star:PEER (all from PEER, and PEER from all), frozen (all from --frozen-peers only), or "
-        "a CSV file: teachers' names in its first line, then a line for each learner with its name "
-        "and the weight of every teacher",
-    )
-    frozen_peers: tuple[str, ...] = flag(
-        (),
-        "trained networks that teach and are not updated: folders peers/<name> of finished runs, "
-        "or run folders for all of their peers. In --links they are frozen-0, frozen-1, ...",
-        nargs="+",
-        metavar="DIR",
-    )
-    teach_with: str = flag(
-        "weights",
-        "what a peer teaches with: its weights as they are trained, or with --ema their average "
-        "(ema)",
-        choices=("weights", "ema"),
-    )
-    kl_images: str = flag(
-        "all",
-        "with --labelled-fraction: the KL term on all images, or on the labelled ones only",
-        choices=("all", "labelled"),
-    )
-
-    def check(self) -> None:
-        """Refuse a reduction or links that the target or the teachers do not have."""
-        one_target = self.target != "peers"
-        refuse(
-            one_target and self.schedule.sums_kl,
-            f"--update {self.update} sums the KL terms of all peers, but --target {self.target} "
-            "has a single one: use --target peers",
-        )
-        refuse(
-            one_target and self.kl_reduction == "sum",
-            f"--kl-reduction sum needs --target peers: --target {self.target} has a single KL term",
-        )
-        refuse(
-            self.links == "frozen" and not self.frozen_peers,
-            "--links frozen needs --frozen-peers, the only teachers",
-        )
-        refuse(
-            self.teach_with == "ema" and self.schedule.takes_turns,
-            f"--teach-with ema needs --update simultaneous: with {self.update}, peers learn from "
-            "weights that were updated within the step",
-        )
-
-    @property
-    def schedule(self) -> UpdateSchedule:
-        """The update schedule."""
-        return UPDATE_SCHEDULES[self.update]
-
-    @property
-    def sums_kl(self) -> bool:
-        """Whether the KL terms of several teachers are summed, not averaged."""
-        return self.kl_reduction == "sum" or self.schedule.sums_kl
-
-
-@dataclass(frozen=True)
 class NumericsConfig(Section):
     """Precision and batch statistics."""
 
@@ -773,7 +681,7 @@ class Config:
     )
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
-    method: MethodConfig = MethodConfig()
+    method: MethodConfig = MethodConfig()  # noqa: RUF009 - frozen
     numerics: NumericsConfig = NumericsConfig()
     compute: ComputeConfig = ComputeConfig()
     run: RunConfig = RunConfig()
@@ -865,6 +773,29 @@ def _refuse_conflicts(config: Config) -> None:
         compute.exchange == "sum" and config.numerics.exchange_dtype is not None,
         f"--exchange-dtype {config.numerics.exchange_dtype} rounds logits, but --exchange sum "
         "sends none: drop one",
+    )
+    refuse(
+        compute.exchange == "sum" and bool(method.needs_pairs),
+        f"{method.needs_pairs} compares peers one by one, but --exchange sum sends only their sum: "
+        "use --exchange logits",
+    )
+    for name in ("mixup", "cutmix"):
+        refuse(
+            getattr(config.data, name) > 0 and bool(method.needs_labels),
+            f"{method.needs_labels} needs one label for each image, and --{name} gives each two: "
+            "drop one of them",
+        )
+    refuse(
+        config.data.labelled_fraction < 1
+        and method.kl_images == "all"
+        and bool(method.needs_labels),
+        f"{method.needs_labels} needs labels, but --kl-images all has a KL term on images without: "
+        "add --kl-images labelled",
+    )
+    peers = [name for word in words_of(config.cohort) for name in word.peers]
+    refuse(
+        schedule.pauses and len(peers) != 2,
+        f"--update {method.update} is made for two peers, not for {len(peers)}",
     )
     refuse(
         compute.exchange == "sum" and method.links != "full",

@@ -19,6 +19,7 @@ class UpdateSchedule:
         takes_turns: peers are updated one after the other, so every process holds all of them.
         splits_batches: whether a batch may be computed in parts (``--grad-accum``).
         sums_kl: the KL terms of several teachers are summed, not averaged.
+        pauses: one of two peers may be left as it is in a step.
     """
 
     name: str
@@ -28,6 +29,7 @@ class UpdateSchedule:
     takes_turns: bool = False
     splits_batches: bool = True
     sums_kl: bool = False
+    pauses: bool = False
 
     def cost(self, peers: int) -> float:
         """Return the cost of a step in forward passes of the whole cohort over one batch.
@@ -59,6 +61,13 @@ _SCHEDULES = (
         batches_per_step=lambda peers: peers,
         takes_turns=True,
         sums_kl=True,
+    ),
+    UpdateSchedule(
+        "switch",
+        "two peers at once, but the better one pauses while the other is too far behind it "
+        "(SwitOKD)",
+        forward_passes=lambda peers: peers,
+        pauses=True,
     ),
 )
 UPDATE_SCHEDULES = {schedule.name: schedule for schedule in _SCHEDULES}

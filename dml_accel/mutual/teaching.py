@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dml_accel.core.config import MethodConfig
+from dml_accel.core.method import MethodConfig
 from dml_accel.data.mixing import Mixed
 from dml_accel.distributed.placement import Placement
 from dml_accel.mutual.links import LinkWeights

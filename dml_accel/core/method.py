@@ -1,0 +1,205 @@
+"""The section *method* of the configuration: who learns what from whom. No torch here."""
+
+from dataclasses import dataclass
+
+from dml_accel.core.flags import Range, Section, flag, refuse
+from dml_accel.core.lessons import DIVERGENCES, TARGETS, DivergenceFacts, TargetFacts
+from dml_accel.core.updates import UPDATE_SCHEDULES, UpdateSchedule
+
+
+@dataclass(frozen=True)
+class MethodConfig(Section):
+    """Who learns what from whom."""
+
+    title = "method"
+    changes_result = True
+
+    kl_weight: float = flag(
+        1.0,
+        "weight of the KL term; 0 skips it, so every network trains independently",
+        Range(at_least=0),
+    )
+    ce_weight: float = flag(
+        1.0, "weight of the cross-entropy with the labels, beside the KL term", Range(at_least=0)
+    )
+    temperature: float = flag(
+        1.0, "softmax temperature T of the KL term, which is scaled by T^2", Range(above=0)
+    )
+    divergence: str = flag(
+        "kl",
+        "what a peer minimises towards its teachers, whose posterior is p, its own q. "
+        + "; ".join(f"{one.name}: {one.text}" for one in DIVERGENCES.values())
+        + ". The KL term is this divergence, whatever it is",
+        choices=tuple(DIVERGENCES),
+    )
+    divergence_args: tuple[str, ...] = flag(
+        (),
+        "numbers that the divergence takes, as alpha=1 beta=8 (default: "
+        + "; ".join(f"{one.name}: {one.usual}" for one in DIVERGENCES.values() if one.arguments)
+        + ")",
+        nargs="+",
+        metavar="KEY=VALUE",
+    )
+    standardize: bool = flag(
+        False,
+        "before the temperature, give the logits of each image a mean of 0 and a deviation of 1 "
+        "over the classes, in teachers and learners: peers learn proportions, not sizes",
+    )
+    gate: str = flag(
+        "none",
+        "which predictions teach: all (none), or only those whose top class is the label (correct)",
+        choices=("none", "correct"),
+    )
+    kl_reduction: str = flag(
+        "mean", "mean or sum over the K-1 other peers", choices=("mean", "sum")
+    )
+    kl_warmup: int = flag(
+        0, "epochs over which the KL weight grows to --kl-weight", Range(at_least=0)
+    )
+    kl_ramp: str = flag(
+        "linear",
+        "how it grows: along a line, or along exp(-5 (1 - t)^2) (sigmoid)",
+        choices=("linear", "sigmoid"),
+    )
+    update: str = flag(
+        "simultaneous",
+        "which peers are updated when. "
+        + "; ".join(f"{one.name}: {one.text}" for one in UPDATE_SCHEDULES.values()),
+        choices=tuple(UPDATE_SCHEDULES),
+    )
+    target: str = flag(
+        "peers",
+        "what a peer learns from. "
+        + "; ".join(f"{one.name}: {one.text}" for one in TARGETS.values()),
+        choices=tuple(TARGETS),
+    )
+    links: str = flag(
+        "full",
+        "who learns from whom: full (all from all), ring (each from the one given before it), "
+        "star:PEER (all from PEER, and PEER from all), leader (the peer given last teaches nobody; "
+        "all others teach it and each other), frozen (all from --frozen-peers only), or "
+        "a CSV file: teachers' names in its first line, then a line for each learner with its name "
+        "and the weight of every teacher",
+    )
+    frozen_peers: tuple[str, ...] = flag(
+        (),
+        "trained networks that teach and are not updated: folders peers/<name> of finished runs, "
+        "or run folders for all of their peers. In --links they are frozen-0, frozen-1, ...",
+        nargs="+",
+        metavar="DIR",
+    )
+    teach_with: str = flag(
+        "weights",
+        "what a peer teaches with: its weights as they are trained, or with --ema their average "
+        "(ema)",
+        choices=("weights", "ema"),
+    )
+    kl_images: str = flag(
+        "all",
+        "with --labelled-fraction: the KL term on all images, or on the labelled ones only",
+        choices=("all", "labelled"),
+    )
+
+    def check(self) -> None:
+        """Refuse what the target, the divergence, the gate or the teachers do not have."""
+        target, divergence = self.one_target, self.facts
+        refuse(
+            target.is_single and self.schedule.sums_kl,
+            f"--update {self.update} sums the KL terms of all peers, but --target {self.target} "
+            "has a single one: use --target peers",
+        )
+        refuse(
+            target.is_single and self.kl_reduction == "sum",
+            f"--kl-reduction sum needs --target peers: --target {self.target} has a single KL term",
+        )
+        refuse(
+            self.target == "mean-prob" and self.divergence != "kl",
+            f"--divergence {self.divergence} needs logarithms of the target, and a mean of "
+            "posteriors is known only up to the rounding of a sum: use --target mean-logit",
+        )
+        refuse(
+            target.is_single and divergence.own_temperature,
+            f"--divergence {self.divergence} compares peers at two temperatures, and --target "
+            f"{self.target} has one: use --target peers",
+        )
+        refuse(
+            target.is_single and self.gate != "none",
+            f"--gate {self.gate} needs --target peers: --target {self.target} is made of all peers "
+            "together",
+        )
+        refuse(
+            target.is_shared and self.links != "full",
+            f"--target {self.target} is one target for all peers, so --links must be full",
+        )
+        refuse(
+            divergence.own_temperature and self.temperature != 1,
+            f"--divergence {self.divergence} has temperatures of its own: leave --temperature "
+            f"at 1, not {self.temperature:g}",
+        )
+        refuse(
+            self.ce_weight == 0 and self.kl_weight == 0,
+            "--ce-weight and --kl-weight are both 0, so there is nothing to learn",
+        )
+        refuse(
+            self.links == "frozen" and not self.frozen_peers,
+            "--links frozen needs --frozen-peers, the only teachers",
+        )
+        refuse(
+            self.teach_with == "ema" and self.schedule.takes_turns,
+            f"--teach-with ema needs --update simultaneous: with {self.update}, peers learn from "
+            "weights that were updated within the step",
+        )
+        refuse(
+            self.schedule.pauses and (self.teach_with == "ema" or bool(self.frozen_peers)),
+            f"--update {self.update} compares the predictions of two peers, not of averages or "
+            "frozen peers: drop --teach-with and --frozen-peers",
+        )
+        divergence.values(self.divergence_args)
+
+    @property
+    def facts(self) -> DivergenceFacts:
+        """What is known of the divergence."""
+        return DIVERGENCES[self.divergence]
+
+    @property
+    def one_target(self) -> TargetFacts:
+        """What is known of the target."""
+        return TARGETS[self.target]
+
+    @property
+    def needs_labels(self) -> str:
+        """The flag, with its value, by which a peer's lesson depends on the label; or nothing."""
+        for flag_, needs in (
+            (f"--target {self.target}", self.one_target.needs_labels),
+            (f"--divergence {self.divergence}", self.facts.needs_labels),
+            (f"--gate {self.gate}", self.gate == "correct"),
+            (f"--update {self.update}", self.schedule.pauses),
+        ):
+            if needs:
+                return flag_
+        return ""
+
+    @property
+    def needs_pairs(self) -> str:
+        """The flag, with its value, by which a peer needs each teacher's logits; or nothing."""
+        for flag_, needs in (
+            (f"--target {self.target}", self.one_target.needs_pairs),
+            (
+                f"--divergence {self.divergence}",
+                not self.one_target.is_single and not self.facts.linear,
+            ),
+            (f"--update {self.update}", self.schedule.pauses),
+        ):
+            if needs:
+                return flag_
+        return ""
+
+    @property
+    def schedule(self) -> UpdateSchedule:
+        """The update schedule."""
+        return UPDATE_SCHEDULES[self.update]
+
+    @property
+    def sums_kl(self) -> bool:
+        """Whether the KL terms of several teachers are summed, not averaged."""
+        return self.kl_reduction == "sum" or self.schedule.sums_kl
