@@ -2,7 +2,8 @@
 
 In reading order:
 
-    methods     named methods, presets, and the paper's results
+    published   published results on CIFAR-100
+    methods     named methods, and presets
     runs        finished runs below some folders, in groups that can be compared
     statistics  means, intervals and paired differences over seeds
     speeds      what makes the times of runs differ besides their methods

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dml_accel.analysis import plots, statistics
-from dml_accel.analysis.methods import changes_of, is_cifar100, refuse
+from dml_accel.analysis.methods import changes_of, refuse
+from dml_accel.analysis.published import is_cifar100
 from dml_accel.analysis.runs import Run, read_run
 from dml_accel.analysis.speeds import speed_differences, speed_of
 from dml_accel.analysis.tables import comparison_markdown, comparison_title

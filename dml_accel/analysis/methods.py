@@ -1,15 +1,13 @@
-"""Named methods, presets of comparisons, and published results. No torch here.
+"""Named methods, and presets of comparisons. No torch here.
 
 A method is a set of flags: what it changes in the configuration that all methods share.
 """
 
-import csv
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from dml_accel.analysis.published import all_published
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.core.method import MethodConfig
@@ -121,69 +119,6 @@ def changes_of(config: Config, method: str) -> dict[str, Any]:
     return changes
 
 
-# ---------------------------------------------------------------- published results
-
-CIFAR100_TRAINING_IMAGES = 50_000
-_CIFAR100_CLASSES = 100
-_FIRST_CLASSES = ("apple", "aquarium_fish", "baby", "bear", "beaver")
-
-
-def is_cifar100(classes: Sequence[str]) -> bool:
-    """Whether these are the names of CIFAR-100's fine classes."""
-    return len(classes) == _CIFAR100_CLASSES and tuple(classes[:5]) == _FIRST_CLASSES
-
-
-@dataclass(frozen=True)
-class Published:
-    """Published top-1 accuracies on CIFAR-100 of two networks, in percent.
-
-    Attributes:
-        source: who published them.
-        nets: the two networks.
-        independent: trained independently.
-        mutual: trained together by Deep Mutual Learning.
-        unchecked: values that could not be compared with the text of the source.
-    """
-
-    source: str
-    nets: tuple[str, str]
-    independent: tuple[float, float]
-    mutual: tuple[float, float]
-    unchecked: frozenset[float] = frozenset()
-
-    def in_order(self, nets: Sequence[str]) -> "Published":
-        """Return the same results with the networks in the order of ``nets``."""
-        if tuple(nets) == self.nets:
-            return self
-        turned = (self.nets[::-1], self.independent[::-1], self.mutual[::-1])
-        return Published(self.source, *turned, self.unchecked)
-
-
-@functools.cache
-def all_published() -> tuple[Published, ...]:
-    """Return all published results that we know, from ``published.csv``."""
-
-    def pair(row: dict[str, str], name: str) -> tuple[float, float]:
-        return float(row[f"{name} 1"]), float(row[f"{name} 2"])
-
-    with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
-        return tuple(
-            Published(
-                row["source"],
-                (row["net 1"], row["net 2"]),
-                pair(row, "independent"),
-                pair(row, "mutual"),
-                frozenset(map(float, row["unchecked"].split())),
-            )
-            for row in csv.DictReader(file)
-        )
-
-
-def published_results(nets: Sequence[str]) -> list[Published]:
-    """Return all published results of these networks, in their order."""
-    return [row.in_order(nets) for row in all_published() if sorted(row.nets) == sorted(nets)]
-
-
 # ---------------------------------------------------------------- presets
 
 
@@ -199,7 +134,7 @@ class Preset:
 PRESETS = {
     "paper-table2": Preset(
         "the six pairs of the paper's Table 2, by its recipe",
-        tuple(row.nets for row in all_published() if row.source == "paper"),
+        tuple(row.nets for row in all_published() if (row.source, row.method) == ("paper", "mutual")),
         {},
     ),
     "laptop": Preset(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dml_accel.analysis import tables
 from dml_accel.analysis.figures import ReportFigure, cohort_size_figures, comparison_figures
-from dml_accel.analysis.methods import is_cifar100
+from dml_accel.analysis.published import is_cifar100
 from dml_accel.analysis.runs import Run, group_by_method, group_comparable
 from dml_accel.analysis.statistics import comparison_record
 from dml_accel.core.errors import UsageError

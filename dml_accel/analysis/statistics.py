@@ -12,7 +12,8 @@ from typing import Any
 
 import scipy  # scipy.stats is imported when it is first used, because that takes a second
 
-from dml_accel.analysis.methods import BASELINE, CIFAR100_TRAINING_IMAGES, published_results
+from dml_accel.analysis.methods import BASELINE
+from dml_accel.analysis.published import CIFAR100_TRAINING_IMAGES, published_results
 from dml_accel.analysis.runs import Run
 from dml_accel.core.config import Config
 from dml_accel.data.selection import split_names
@@ -256,13 +257,8 @@ def _cohort_record(runs: Sequence[Run], methods: Sequence[str], cifar100: bool) 
             if by_seed
         },
         "published": [
-            {
-                "source": row.source,
-                BASELINE: row.independent,
-                "mutual": row.mutual,
-                "unchecked": sorted(row.unchecked),
-            }
-            for row in (published_results(nets) if cifar100 else [])
+            vars(row) | {"unchecked": sorted(row.unchecked)}
+            for row in (published_results(nets, methods) if cifar100 else [])
         ],
     }
 

@@ -1,8 +1,8 @@
-"""Methods, presets and published results by name."""
+"""Methods and presets by name."""
 
 import pytest
 
-from dml_accel.analysis.methods import PRESETS, is_cifar100, method_of, published_results
+from dml_accel.analysis.methods import PRESETS, method_of
 from dml_accel.core.config import Config
 
 
@@ -38,18 +38,3 @@ def test_the_papers_preset_is_the_papers_recipe() -> None:
     paper = Config().optim
     assert (paper.epochs, paper.batch_size, paper.lr, paper.lr_step) == (200, 64, 0.1, 60)
     assert ("wrn_28_10", "resnet32") in preset.cohorts
-
-
-def test_published_values_stand_in_our_order() -> None:
-    paper, reference = published_results(["resnet32", "wrn_28_10"])
-    assert (paper.independent, paper.mutual) == ((68.99, 78.69), (70.73, 78.96))
-    assert paper.unchecked == {70.73, 78.96}
-    assert (reference.independent, reference.mutual) == ((70.97, 79.93), (72.55, 80.09))
-    assert published_results(["resnet32", "resnet20"]) == []
-    assert [row.source for row in published_results(["mobilenet", "mobilenet"])] == ["paper"]
-
-
-def test_cifar100_is_recognised_by_its_class_names() -> None:
-    fine = ["apple", "aquarium_fish", "baby", "bear", "beaver", *map(str, range(95))]
-    assert is_cifar100(fine)
-    assert not is_cifar100(fine[:20]) and not is_cifar100(fine[::-1])
