@@ -2,18 +2,59 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dml_accel.core.config import Config
 from dml_accel.mutual import reference
 from dml_accel.mutual.links import read_links
+from dml_accel.mutual.losses import mutual_loss
 from tests.helpers import Training
 
 Build = Callable[..., Training]
 PAIR = ("resnet8", "wrn_16_2")
 TRIO = ("resnet8*2", "wrn_16_2")
+
+# ---------------------------------------------------------------- the term beside the cross-entropy
+
+K, B, C = 3, 4, 5  # of the fixtures ``logits`` and ``labels``
+Terms = Callable[..., Tensor]
+
+
+def fast(logits: Tensor, labels: Tensor, **method: Any) -> Tensor:
+    """The term of every peer on every row, [K, B]."""
+    return mutual_loss(logits, labels, **method).kl
+
+
+def slow(logits: Tensor, labels: Tensor, **method: Any) -> Tensor:
+    """The same by the reference, row by row."""
+    found = [
+        reference.loss(k, list(logits[:, [row]]), labels[[row]], ce_weight=0.0, **method)
+        for k in range(len(logits))
+        for row in range(len(labels))
+    ]
+    return torch.stack(found).view(len(logits), -1)
+
+
+both = pytest.mark.parametrize("terms", [fast, slow])
+
+
+def gradient(terms: Terms, logits: Tensor, *words: Any, **method: Any) -> Tensor:
+    """The gradient of the sum of all terms, [K, B, C]."""
+    z = logits.clone().requires_grad_()
+    (found,) = torch.autograd.grad(terms(z, *words, **method).sum(), z)
+    return found
+
+
+def differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two values or gradients are not those of one loss."""
+    return bool((one - other).abs().max() > 1e-3)
+
+
+# ---------------------------------------------------------------- whole steps
 
 
 def nets_in_turn(training: Training) -> list[torch.nn.Module]:
