@@ -167,7 +167,7 @@ def losses_alone(images: str | None, *, peers: int, classes: int) -> Steps:
     def steps(count: int) -> None:
         for _ in range(count):
             logits.grad = None
-            targets = teaching.targets(logits, BATCH, placement)
+            targets = teaching.targets(logits, y, BATCH, placement)
             mutual_losses(logits, y, targets).total.sum().div(BATCH).backward()
 
     return steps

@@ -2,14 +2,17 @@
 
 In reading order:
 
-    losses     the losses as pure functions
-    reference  the same losses and steps as plain loops, for tests only
-    metrics    metrics of a cohort as sums and counts
-    links      --links, parsed: who learns from whom, with which weight
-    teaching   the targets and losses of a run's peers
-    averages   the average of a peer's weights over its steps
-    buffers    the buffers of a network over a step: counted, kept, put back
-    peer       a peer in training: network, optimizer, loss scaler, one update
-    teachers   frozen peers, which teach and are not updated
-    step       one optimizer step, by each update schedule
+    divergences  what a peer minimises towards a teacher, as pure functions
+    targets      what peers learn from their teachers, from the logits of all
+    losses       the losses as pure functions
+    reference    the same losses and steps as plain loops, for tests only
+    metrics      metrics of a cohort as sums and counts
+    links        --links, parsed: who learns from whom, with which weight
+    pausing      which of two peers pauses in a step of the schedule switch
+    teaching     the targets and losses of a run's peers
+    averages     the average of a peer's weights over its steps
+    buffers      the buffers of a network over a step: counted, kept, put back
+    peer         a peer in training: network, optimizer, loss scaler, one update
+    teachers     frozen peers, which teach and are not updated
+    step         one optimizer step, by each update schedule
 """

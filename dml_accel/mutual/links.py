@@ -38,6 +38,11 @@ def read_links(links: str, learners: Sequence[str], frozen: Sequence[str]) -> Li
         _refuse_few(links, learners)
         _refuse_frozen(links, frozen)
         return {name: {learners[i - 1]: 1.0} for i, name in enumerate(learners)}
+    if links == "leader":
+        _refuse_few(links, learners)
+        _refuse_frozen(links, frozen)
+        *others, _ = learners
+        return {name: {one: 1.0 for one in others if one != name} for name in learners}
     if links == "frozen":
         return {name: dict.fromkeys(frozen, 1.0) for name in learners}
     if links.startswith("star:"):
@@ -73,7 +78,7 @@ def _matrix(path: Path, learners: Sequence[str], teachers: Sequence[str]) -> Lin
     except (ValueError, csv.Error) as error:
         unread = isinstance(error, UnreadableError)
         wrong = str(error) if unread else f"{path} is not a CSV file: {error}"
-        known = "full, ring, star:PEER, frozen or the path of a CSV file"
+        known = "full, ring, star:PEER, leader, frozen or the path of a CSV file"
         raise UsageError(f"--links {wrong}; write {known}") from error
     if not lines:
         raise UsageError(f"{where} is empty")

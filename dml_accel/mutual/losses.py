@@ -8,18 +8,23 @@ in its target posterior, so
     mean_l KL(p_l || p_k) = CE(mean_l p_l, p_k) - mean_l H(p_l)
 
 and one sum over all peers serves every peer, which subtracts its own term: O(K) work, not O(K^2).
-A peer whose logits for an image are not finite teaches nobody on that image.
+A peer whose logits for an image are not finite teaches nobody on that image. Other targets and
+divergences stand in the place of the KL term: see ``targets`` and ``divergences``.
 
 Shape letters: K peers, B rows of the batch, C classes.
 """
 
+import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dml_accel.core.method import MethodConfig
 from dml_accel.data.mixing import Mixed
+from dml_accel.mutual.targets import Lesson, Targets, at_least_single
 
 
 class Losses(NamedTuple):
@@ -30,30 +35,19 @@ class Losses(NamedTuple):
     kl: Tensor
 
 
-class Targets(NamedTuple):
-    """What every peer learns from its teachers, row by row: constants.
-
-    Attributes:
-        posterior: mean posterior of the peer's teachers, [K, B, C]; for ``mean-logit`` the
-            posterior of their mean logits.
-        negative_entropy: mean of their negative entropies in nats, [K, B]; for a single target
-            (``mean-prob``, ``mean-logit``), that of the target.
-        teachers: number of teachers, or sum of the weights of their links, [K, B].
-    """
-
-    posterior: Tensor
-    negative_entropy: Tensor
-    teachers: Tensor
-
-
 def mutual_loss(
     logits_KBC: Tensor,
     labels_B: Tensor,
     *,
     kl_weight: float = 1.0,
+    ce_weight: float = 1.0,
     temperature: float = 1.0,
     kl_reduction: str = "mean",
     target: str = "peers",
+    divergence: str = "kl",
+    divergence_args: Mapping[str, float] | None = None,
+    standardize: bool = False,
+    gate: str = "none",
     mixed: Mixed | None = None,
     label_smoothing: float = 0.0,
     class_weights_C: Tensor | None = None,
@@ -67,22 +61,32 @@ def mutual_loss(
         logits_KBC: logits of K peers for the same B images.
         labels_B: classes, int64.
         kl_weight: w; at 0 the KL term is not computed.
+        ce_weight: of the cross-entropy.
         temperature: T.
         kl_reduction: ``mean`` or ``sum`` over the K - 1 other peers.
-        target: see ``targets``.
+        target, divergence, standardize, gate: as the flags of these names.
+        divergence_args: numbers of the divergence, by name, where they are not the default.
         mixed, label_smoothing, class_weights_C: see ``mutual_losses``.
+
+    Raises:
+        UsageError: a value is unknown or out of its range, or values exclude each other.
     """
+    given = tuple(f"{name}={value!r}" for name, value in (divergence_args or {}).items())
+    lesson = _lesson(target, divergence, given, temperature, standardize, gate, kl_reduction)
+    if mixed is not None:
+        lesson.refuse_mixed()
     learned = None
     if kl_weight and len(logits_KBC) > 1:
         # Detached: what a peer teaches is a constant, or its loss would pull on its teachers too.
-        own = contributions(logits_KBC.detach(), temperature, target)
-        learned = targets(own.sum(0) - own, target)
+        own = lesson.contributions(logits_KBC.detach(), labels_B)
+        learned = lesson.targets(own, own, labels_B)
     return mutual_losses(
         logits_KBC,
         labels_B,
         learned,
+        lesson,
         kl_weight=kl_weight,
-        temperature=temperature,
+        ce_weight=ce_weight,
         sums_kl=kl_reduction == "sum",
         mixed=mixed,
         label_smoothing=label_smoothing,
@@ -90,13 +94,40 @@ def mutual_loss(
     )
 
 
+@functools.lru_cache  # because it is asked for in every step of a loop
+def _lesson(
+    target: str,
+    divergence: str,
+    arguments: tuple[str, ...],
+    temperature: float,
+    standardize: bool,
+    gate: str,
+    kl_reduction: str,
+) -> Lesson:
+    return Lesson.of(
+        MethodConfig(
+            target=target,
+            divergence=divergence,
+            divergence_args=arguments,
+            temperature=temperature,
+            standardize=standardize,
+            gate=gate,
+            kl_reduction=kl_reduction,
+        )
+    )
+
+
+_KL = Lesson()
+
+
 def mutual_losses(
     logits_KBC: Tensor,
     labels_B: Tensor,
     targets: Targets | None,
+    lesson: Lesson = _KL,
     *,
     kl_weight: float = 1.0,
-    temperature: float = 1.0,
+    ce_weight: float = 1.0,
     sums_kl: bool = False,
     label_weight: Tensor | None = None,
     kl_on_labelled: bool = False,
@@ -109,10 +140,11 @@ def mutual_losses(
     Args:
         logits_KBC: logits of K peers for the same B images; converted to at least single precision.
         labels_B: classes, int64; -1 marks a label that must not be used.
-        targets: of these peers, at ``temperature``; None without a KL term, which is then not
+        targets: of these peers, made by ``lesson``; None without a KL term, which is then not
             computed at all, because 0 times a peer's NaN is NaN.
+        lesson: how they learn from the targets.
         kl_weight: w.
-        temperature: T of the KL term.
+        ce_weight: of the cross-entropy.
         sums_kl: sum the KL over the teachers instead of averaging it.
         label_weight: weight of a labelled row, with which the mean over the whole batch becomes the
             mean over its labelled rows (CVPR 2018, section 3.4). None if all rows are labelled.
@@ -126,8 +158,9 @@ def mutual_losses(
 
     Returns:
         ``total`` carries gradients: its row k into the logits of peer k and nowhere else.
-        ``cross_entropy`` includes ``mixed``, ``label_smoothing`` and both weights. ``kl`` is the
-        term of the formula above before w, with T^2; 0 if it was not computed.
+        ``cross_entropy`` includes ``mixed``, ``label_smoothing``, ``label_weight`` and
+        ``class_weights_C``, not ``ce_weight``. ``kl`` is the term of the formula above before w,
+        with T^2, by whatever divergence; 0 if it was not computed.
     """
     # Half precision has too few digits for the sums over classes and over rows.
     logits_KBC = at_least_single(logits_KBC)
@@ -148,17 +181,16 @@ def mutual_losses(
         # Multiplied, not left out: what is not finite must stay so, for the step to be skipped.
         weight_B = (labels_B >= 0).to(log_p.dtype) * label_weight
         cross_entropy = cross_entropy * weight_B
+    weighted = cross_entropy if ce_weight == 1 else ce_weight * cross_entropy
     if targets is None:
-        return Losses(cross_entropy, cross_entropy, torch.zeros_like(cross_entropy))
-    # At T = 1 both terms share one softmax, the usual case.
-    log_q = log_p if temperature == 1 else F.log_softmax(logits_KBC / temperature, dim=-1)
-    kl = kl_from_targets(log_q, targets) * temperature**2  # [K, B]; gradients shrink by 1 / T^2
+        return Losses(weighted, cross_entropy, torch.zeros_like(cross_entropy))
+    kl = lesson.learn(logits_KBC, log_p, targets, labels_B)  # [K, B]
     if sums_kl:
         kl = kl * targets.teachers
     if kl_on_labelled and weight_B is not None:
         kl = kl * weight_B
     # Parts are returned apart from the total: they are what the records and the display show.
-    return Losses(cross_entropy + kl_weight * kl, cross_entropy, kl)
+    return Losses(weighted + kl_weight * kl, cross_entropy, kl)
 
 
 def _cross_entropy(log_p_KBC: Tensor, labels_B: Tensor, weights_C: Tensor | None) -> Tensor:
@@ -185,67 +217,3 @@ def balanced_weights(counts_C: Tensor) -> Tensor:
     counts = counts_C.double()
     present = counts > 0
     return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 0.0)
-
-
-def kl_from_targets(log_p_KBC: Tensor, targets: Targets) -> Tensor:
-    """Return the mean KL from the teachers of each peer k to p_k, row by row, [K, B], in nats."""
-    return targets.negative_entropy - (targets.posterior * log_p_KBC).sum(-1)
-
-
-@torch.no_grad()
-def contributions(logits_KBC: Tensor, temperature: float = 1.0, target: str = "peers") -> Tensor:
-    """Return what each peer contributes to the targets of those it teaches.
-
-    Args:
-        logits_KBC: logits of some peers for the same B images.
-        temperature: T.
-        target: see ``targets``.
-
-    Returns:
-        [K, B, C + 2], at least in single precision: the posterior, its negative entropy in nats,
-        and 1 to count the teacher; all 0 where the logits are not finite. For ``mean-logit``,
-        logits over T and no entropy.
-    """
-    scaled = at_least_single(logits_KBC) / temperature
-    log_p = F.log_softmax(scaled, dim=-1)  # [K, B, C]
-    # A row that is not finite would spoil the sum that all other peers learn from.
-    finite = log_p.isfinite().all(-1, keepdim=True)  # [K, B, 1]
-    p = log_p.exp()
-    negative_entropy = (p * log_p).sum(-1, keepdim=True)
-    if target == "mean-logit":
-        # Logits are averaged first; their softmax and its entropy are taken of the mean.
-        p, negative_entropy = scaled, torch.zeros_like(negative_entropy)
-    return torch.cat(
-        [
-            torch.where(finite, p, 0.0),
-            torch.where(finite, negative_entropy, 0.0),
-            finite.to(p.dtype),
-        ],
-        dim=-1,
-    )
-
-
-@torch.no_grad()
-def targets(sums_KBC: Tensor, target: str = "peers") -> Targets:
-    """Return the targets of K peers from sums over their teachers.
-
-    Args:
-        sums_KBC: sums of ``contributions``, each times the weight of its link, [K, B, C + 2].
-        target: ``peers``: every teacher; ``mean-prob``: the mean of their posteriors, which has
-            the same gradient; ``mean-logit``: the posterior of their mean logits.
-    """
-    content, negative_entropy, teachers = sums_KBC.split([sums_KBC.shape[-1] - 2, 1, 1], -1)
-    divisor = torch.where(teachers > 0, teachers, 1.0)  # the mean over no teachers is 0
-    posterior = content / divisor  # [K, B, C]
-    negative_entropy = (negative_entropy / divisor)[..., 0]
-    if target == "mean-logit":
-        posterior = torch.where(teachers > 0, F.softmax(posterior, dim=-1), 0.0)
-    if target != "peers":
-        posterior = posterior.clamp(min=0)  # a difference of sums may be just below 0
-        negative_entropy = torch.special.xlogy(posterior, posterior).sum(-1)
-    return Targets(posterior, negative_entropy, teachers[..., 0])
-
-
-def at_least_single(logits: Tensor) -> Tensor:
-    """Return logits in single precision, or in double if they are double."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

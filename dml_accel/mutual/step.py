@@ -6,12 +6,14 @@
                    (the paper's Algorithm 1: 2K - 1 forward passes)
     official       each peer in turn is updated on a batch of its own that all predict (the authors'
                    code: K batches per step, KL terms summed)
+    switch         as simultaneous, but the better of two peers pauses while the other is too far
+                   behind it (SwitOKD)
 
 A step returns the named parts of every peer's loss; nothing above it knows the method. Nothing here
 reads a value back from the device, because that would make the host wait for it.
 
 Shape letters: K peers, k of them in this process, F frozen ones, B rows of our slice, C classes, P
-parts of a loss, R requests.
+parts of a loss, R requests, W numbers of a contribution.
 """
 
 import math
@@ -28,8 +30,10 @@ from dml_accel.core.updates import UPDATE_SCHEDULES
 from dml_accel.data.batches import ImageSet, slices
 from dml_accel.data.mixing import Mixed
 from dml_accel.distributed.placement import Placement
-from dml_accel.mutual.losses import Losses, Targets
+from dml_accel.mutual.losses import Losses
+from dml_accel.mutual.pausing import is_paused
 from dml_accel.mutual.peer import Peer
+from dml_accel.mutual.targets import Targets
 from dml_accel.mutual.teachers import Teacher
 from dml_accel.mutual.teaching import Teaching
 
@@ -143,24 +147,28 @@ class Step:
         averages = [peer.average for peer in self.peers]
         return torch.stack([one.predict(x) for one in averages if one is not None])
 
-    def frozen_contributions(self, x: Tensor) -> Tensor | None:
-        """Return what the frozen peers contribute on our rows, [F, B, C + 2]; None without any."""
+    def frozen_contributions(self, x: Tensor, y: Labels) -> Tensor | None:
+        """Return what the frozen peers contribute on our rows, [F, B, W]; None without any."""
         teachers = self.cohort.teachers
         if not (teachers and self.teaching.is_on):
             return None
-        return self.teaching.contributions(torch.stack([one.predict(x) for one in teachers]))
+        logits = torch.stack([one.predict(x) for one in teachers])
+        return self.teaching.contributions(logits, y.classes)
 
-    def targets(self, logits: Tensor, x: Tensor, count: int) -> Targets | None:
+    def targets(self, logits: Tensor, x: Tensor, y: Labels, count: int) -> Targets | None:
         """Return our peers' targets on our rows of a micro-batch of ``count`` rows; None at w=0."""
         if not self.teaching.is_on:
             return None
-        frozen = self.frozen_contributions(x)
-        return self.teaching.targets(logits, count, self.placement, frozen)
+        frozen = self.frozen_contributions(x, y)
+        return self.teaching.targets(logits, y.classes, count, self.placement, frozen)
 
     def losses(
         self, logits: Tensor, labels: Labels, targets: Targets | None, batch: int
     ) -> tuple[Losses, Tensor]:
-        """Return the losses of some peers on our rows, and their detached sums, [k, P]."""
+        """Return the losses of some peers on our rows, and their detached sums, [k, P].
+
+        Behind those of the ``PARTS`` stand the sums of what the schedule compares, if it does.
+        """
         cohort = self.cohort
         # The weights are the same on every process: both follow from the step, not from our rows.
         losses = self.teaching.losses(
@@ -173,7 +181,10 @@ class Step:
             label_smoothing=cohort.label_smoothing,
             class_weights=cohort.class_weights,
         )
-        return losses, torch.stack([part.detach().sum(1) for part in losses], 1)
+        sums = torch.stack([part.detach().sum(1) for part in losses], 1)
+        if targets is not None and targets.behind is not None:
+            sums = torch.cat([sums, targets.behind.sum(1)], 1)
+        return losses, sums
 
     def backward(self, losses: Losses, peers: Sequence[Peer]) -> None:
         """Add the gradients of our rows' share of the mean over the whole batch."""
@@ -258,9 +269,12 @@ def _simultaneous(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     means, requested = placement.end_of_step(ours, torch.tensor(requests()))
     means /= step.cohort.optim.batch_size  # [K, P]
     # Every process of a peer sees the same mean, so all of them skip a step, or none does.
-    finite = means[:, 0].isfinite()  # [K]
+    updates = means[:, 0].isfinite()  # [K]
+    means, behind = means[:, : len(PARTS)], means[:, len(PARTS) :]
+    if behind.numel():
+        updates &= ~is_paused(behind)
     for peer in step.peers:
-        step.update(peer, finite[placement.names.index(peer.name)])
+        step.update(peer, updates[placement.names.index(peer.name)])
     return means, requested
 
 
@@ -268,7 +282,7 @@ def _together(step: Step, x: Tensor, y: Labels, part: int, count: int) -> Tensor
     """Forward of all peers, then backward of all; return sums of their losses' parts, [k, P]."""
     logits = torch.stack([step.forward(peer, x, part) for peer in step.peers])  # [k, B, C]
     taught = step.averages_logits(x)
-    targets = step.targets(logits if taught is None else taught, x, count)
+    targets = step.targets(logits if taught is None else taught, x, y, count)
     losses, sums = step.losses(logits, y, targets, step.number)
     # A single backward pass for all peers: their graphs do not meet, because targets are constants.
     step.backward(losses, step.peers)
@@ -282,12 +296,12 @@ def _in_turn(step: Step, x: Tensor, y: Labels, part: int, count: int) -> Tensor:
         looks = step.averages_logits(x)
         if looks is None:
             looks = torch.stack([_look(step, peer, x, part) for peer in step.peers])
-        targets = step.targets(looks, x, count)
+        targets = step.targets(looks, x, y, count)
     sums = []
     for place, peer in enumerate(step.peers):
         # With the key of the first look, dropout draws the same masks as when the peer taught.
         logits = step.forward(peer, x, part)[None]  # [1, B, C]
-        own = Targets(*(one[place : place + 1] for one in targets)) if targets else None
+        own = targets.of(place) if targets else None
         losses, found = step.losses(logits, y, own, step.number)
         step.backward(losses, [peer])
         sums.append(found)
@@ -313,18 +327,20 @@ def _sequential(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     logits = [step.forward(peer, x, 0) for peer in peers]
     everyone = frozen = None
     if teaching.is_on:
-        everyone = teaching.contributions(torch.stack(logits))  # [K, B, C + 2]
-        frozen = step.frozen_contributions(x)
+        everyone = teaching.contributions(torch.stack(logits), y.classes)  # [K, B, W]
+        frozen = step.frozen_contributions(x, y)
     means, turns = [], _turns(step)
     for place in turns:
-        targets = None if everyone is None else teaching.targets_of(place, everyone, frozen)
+        targets = None
+        if everyone is not None:
+            targets = teaching.targets_of(place, everyone, y.classes, frozen)
         losses, sums = step.losses(logits[place][None], y, targets, step.number)
         step.backward(losses, [peers[place]])
         means.append(_update(step, place, sums))
         if everyone is not None and place != turns[-1]:  # nobody learns from the last one again
             # Those after it learn from the updated peer: Algorithm 1 of the paper.
             again = _look(step, peers[place], x, 0)
-            everyone[place] = teaching.contributions(again[None])[0]
+            everyone[place] = teaching.contributions(again[None], y.classes)[0]
     return _in_name_order(step, means), _reduce_requests(step, requests)
 
 
@@ -338,7 +354,7 @@ def _official(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
             x, y = step.rows(batch, part)
             with step.placement.micro_batch([peers[place].net], part is parts[-1]):
                 own = step.forward(peers[place], x, number)
-                targets = _official_targets(step, place, own, x, number)
+                targets = _official_targets(step, place, own, x, y, number)
                 losses, found = step.losses(own[None], y, targets, batch)
                 step.backward(losses, [peers[place]])
             sums.append(found)
@@ -346,15 +362,18 @@ def _official(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     return _in_name_order(step, means), _reduce_requests(step, requests)
 
 
-def _official_targets(step: Step, place: int, own: Tensor, x: Tensor, part: int) -> Targets | None:
+def _official_targets(
+    step: Step, place: int, own: Tensor, x: Tensor, y: Labels, part: int
+) -> Targets | None:
     """Return the targets of the peer at ``place``: all others predict its batch."""
     if not step.teaching.is_on:
         return None
     logits = [
         own if at == place else step.predict(peer, x, part) for at, peer in enumerate(step.peers)
     ]
-    everyone = step.teaching.contributions(torch.stack(logits))
-    return step.teaching.targets_of(place, everyone, step.frozen_contributions(x))
+    everyone = step.teaching.contributions(torch.stack(logits), y.classes)
+    frozen = step.frozen_contributions(x, y)
+    return step.teaching.targets_of(place, everyone, y.classes, frozen)
 
 
 def _turns(step: Step) -> list[int]:
@@ -389,4 +408,5 @@ _STEPS = {
     "simultaneous": _simultaneous,
     "sequential": _sequential,
     "official": _official,
+    "switch": _simultaneous,
 }

@@ -1,12 +1,13 @@
 """Who teaches whom, and what: one object that every update schedule uses.
 
-A peer's target is made from the *contributions* of its teachers (``losses.contributions``): tensors
-[C + 2] per image that are added up, so that every peer's sum is the sum over all less its own.
+A peer's target is made from the *contributions* of its teachers (``targets.Lesson``): W numbers per
+image. Where it can be made of their sum, every peer's sum is the sum over all less its own.
 
 Shape letters: K peers that are trained, k of them in this process, F frozen ones, B rows of a
-micro-batch, C classes.
+micro-batch, C classes, W numbers of a contribution.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,14 +17,9 @@ from dml_accel.core.method import MethodConfig
 from dml_accel.data.mixing import Mixed
 from dml_accel.distributed.placement import Placement
 from dml_accel.mutual.links import LinkWeights
-from dml_accel.mutual.losses import (
-    Losses,
-    Targets,
-    at_least_single,
-    contributions,
-    mutual_losses,
-    targets,
-)
+from dml_accel.mutual.losses import Losses, mutual_losses
+from dml_accel.mutual.pausing import behind
+from dml_accel.mutual.targets import Lesson, Targets, at_least_single
 
 
 class Teaching:
@@ -40,6 +36,7 @@ class Teaching:
 
     Attributes:
         is_on: whether there is a KL term at all; at weight 0 it is not computed.
+        lesson: the target, the divergence and what is done to logits before.
         by_averages: whether the averages of the peers' weights teach, not the weights themselves.
         turns: names of the peers that are trained, in the order in which they take turns.
     """
@@ -60,6 +57,10 @@ class Teaching:
         self.by_averages = method.teach_with == "ema"
         self._exchange_dtype = torch.bfloat16 if exchange_dtype == "bf16" else None
         self._teachers = [*names, *frozen]
+        self.lesson = Lesson.of(method)
+        if links is None and self.lesson.by_pairs:
+            # Each teacher has a share of its own, so that all weights are written out.
+            links = {k: {one: 1.0 for one in self._teachers if one != k} for k in names}
         self._links: Tensor | None = None
         self._rows: dict[tuple[int, ...], Tensor] = {}  # of the links, on the device
         if links is not None:
@@ -70,7 +71,12 @@ class Teaching:
         """Return the KL weight of optimizer step ``step`` (from 0); never 0 during warm-up."""
         steps = self._method.kl_warmup * steps_per_epoch
         weight = self._method.kl_weight
-        return weight * min(1.0, (step + 1) / steps) if steps else weight
+        if not steps:
+            return weight
+        done = min(1.0, (step + 1) / steps)
+        if self._method.kl_ramp == "sigmoid":  # of Laine and Aila, arXiv 1610.02242
+            done = math.exp(-5 * (1 - done) ** 2)
+        return weight * done
 
     def teachers_of(self, peer: str) -> list[str]:
         """Return the names of a peer's teachers, in name order, frozen ones last."""
@@ -83,12 +89,14 @@ class Teaching:
 
     # ------------------------------------------------------------ contributions and targets
 
-    def contributions(self, logits: Tensor) -> Tensor:
-        """Return what peers with these logits [K, B, C] contribute to targets, [K, B, C + 2]."""
-        return self._contributions(self._rounded(logits))
+    def contributions(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return what peers with these logits [K, B, C] contribute to targets, [K, B, W].
 
-    def _contributions(self, rounded: Tensor) -> Tensor:
-        return contributions(rounded, self._method.temperature, self._method.target)
+        Args:
+            logits: of some peers.
+            labels: classes, [B]; -1 where there is none.
+        """
+        return self.lesson.contributions(self._rounded(logits), labels)
 
     def _rounded(self, logits: Tensor) -> Tensor:
         """Return logits as they teach, under every placement: at least in single precision."""
@@ -98,49 +106,66 @@ class Teaching:
         return logits.to(self._exchange_dtype).to(logits.dtype)
 
     def targets(
-        self, logits: Tensor, count: int, placement: Placement, frozen: Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        count: int,
+        placement: Placement,
+        frozen: Tensor | None = None,
     ) -> Targets:
         """Return the targets of our peers on our rows, exchanged between processes if needed.
 
         Args:
             logits: of our peers for our rows, [k, B, C].
+            labels: classes of our rows, [B]; -1 where there is none.
             count: rows of the whole micro-batch, over all slices.
             placement: which peers and rows are ours.
-            frozen: contributions of the frozen peers for our rows, [F, B, C + 2].
+            frozen: contributions of the frozen peers for our rows, [F, B, W].
         """
         logits = self._rounded(logits)
-        own = self._contributions(logits)
+        own = self.lesson.contributions(logits, labels)
+        gathered = logits
         if placement.holds_all:
             everyone = own
         elif self._exchange == "sum":
             everyone = placement.sum_over_peers(own, count)[None]
         else:
             gathered = placement.gather(logits, count, self._exchange_dtype)
-            everyone = self._contributions(gathered)  # [K, B, C + 2]
+            everyone = self.lesson.contributions(gathered, labels)  # [K, B, W]
         places = [placement.names.index(name) for name in placement.mine]
-        return self._make_targets(everyone, own, places, frozen)
+        found = self._make_targets(everyone, own, labels, places, frozen)
+        if self._method.schedule.pauses:
+            found = found._replace(behind=behind(gathered, labels)[places[0] : places[-1] + 1])
+        return found
 
-    def targets_of(self, place: int, everyone: Tensor, frozen: Tensor | None) -> Targets:
+    def targets_of(
+        self, place: int, everyone: Tensor, labels: Tensor, frozen: Tensor | None
+    ) -> Targets:
         """Return the targets of one peer, where this process holds all peers.
 
         Args:
             place: of the peer, in name order.
-            everyone: contributions of all peers, [K, B, C + 2].
-            frozen: of the frozen peers, [F, B, C + 2].
+            everyone: contributions of all peers, [K, B, W].
+            labels: classes, [B]; -1 where there is none.
+            frozen: of the frozen peers, [F, B, W].
         """
-        return self._make_targets(everyone, everyone[place][None], [place], frozen)
+        return self._make_targets(everyone, everyone[place][None], labels, [place], frozen)
 
     def _make_targets(
-        self, everyone: Tensor, own: Tensor, places: Sequence[int], frozen: Tensor | None
+        self,
+        everyone: Tensor,
+        own: Tensor,
+        labels: Tensor,
+        places: Sequence[int],
+        frozen: Tensor | None,
     ) -> Targets:
-        """Return the targets of the peers at ``places``, from contributions [., B, C + 2]."""
+        """Return the targets of the peers at ``places``, from contributions [., B, W]."""
         if frozen is not None:
             everyone = torch.cat([everyone, frozen])
-        if self._links is None:
-            # O(K): one sum serves every peer, each subtracts itself.
-            return targets(everyone.sum(0) - own, self._method.target)
-        links = self._rows_of(self._links, tuple(places), everyone)
-        return targets(torch.einsum("kl,lbc->kbc", links, everyone), self._method.target)
+        links = None
+        if self._links is not None:
+            links = self._rows_of(self._links, tuple(places), everyone)
+        return self.lesson.targets(everyone, own, labels, links)
 
     def _rows_of(self, links: Tensor, places: tuple[int, ...], like: Tensor) -> Tensor:
         """Return some rows of the links on the device and in the dtype of ``like``."""
@@ -169,8 +194,9 @@ class Teaching:
             logits,
             labels,
             targets,
+            self.lesson,
             kl_weight=kl_weight,
-            temperature=self._method.temperature,
+            ce_weight=self._method.ce_weight if targets is not None else 1.0,
             sums_kl=self._method.sums_kl,
             label_weight=label_weight,
             kl_on_labelled=self._method.kl_images == "labelled",
