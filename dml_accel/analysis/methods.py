@@ -3,117 +3,269 @@
 A method is a set of flags: what it changes in the configuration that all methods share.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from dml_accel.analysis.published import all_published
+from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
-from dml_accel.core.errors import UsageError
 from dml_accel.core.method import MethodConfig
-from dml_accel.core.updates import UPDATE_SCHEDULES
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method's title in tables, and what it changes in the shared configuration."""
+    """A named method: what it changes in the configuration that all methods share.
+
+    Attributes:
+        title: in tables.
+        text: what it is, in one line.
+        source: who proposed it; empty where it has no source of its own.
+        changes: the flags that it sets, by name, with the defaults of its source.
+        warmup: the share of the epochs over which the KL weight grows; None if the flags say it.
+        least: the fewest networks with which it is a method of its own.
+    """
 
     title: str
-    changes: dict[str, Any] = field(default_factory=dict)
+    text: str
+    source: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    warmup: Fraction | None = None
+    least: int = 2
+
+    def flags(self, epochs: int) -> dict[str, Any]:
+        """Return the flags that it sets in runs of so many epochs."""
+        if self.warmup is None:
+            return dict(self.changes)
+        return {**self.changes, "kl_warmup": round(self.warmup * epochs)}
 
 
 # With few labels, all methods but ``semi`` learn from the labelled images only.
 METHODS = {
-    "independent": Method("Ind.", {"kl_weight": 0.0}),
-    "mutual": Method("DML"),
-    "sequential": Method("DML, Algorithm 1", {"update": "sequential"}),
-    "official": Method("DML, authors' code", {"update": "official"}),
-    "mean-prob": Method("DML_e", {"target": "mean-prob"}),
-    "mean-logit": Method("DML, mean logits", {"target": "mean-logit"}),
-    "distill": Method("Distilled", {"links": "frozen"}),
-    "semi": Method("DML, semi-supervised"),
+    "independent": Method(
+        "Ind.", "the same networks, each alone", changes={"kl_weight": 0.0}, least=1
+    ),
+    "mutual": Method(
+        "DML", "each learns from the posteriors of all others", "arXiv 1706.00384 (DML)"
+    ),
+    "sequential": Method(
+        "DML, Algorithm 1",
+        "peers are updated one after the other, on the same batch",
+        "arXiv 1706.00384, Algorithm 1",
+        {"update": "sequential"},
+    ),
+    "official": Method(
+        "DML, authors' code",
+        "peers are updated one after the other, each on a batch of its own",
+        "arXiv 1706.00384, its code",
+        {"update": "official"},
+    ),
+    "mean-prob": Method(
+        "DML_e",
+        "one target: the mean of the others' posteriors",
+        "arXiv 1706.00384, DML_e",
+        {"target": "mean-prob"},
+    ),
+    "mean-logit": Method(
+        "DML, mean logits",
+        "one target: the posterior of the others' mean logits",
+        changes={"target": "mean-logit"},
+    ),
+    "mean-logit-all": Method(
+        "DML, mean logits of all",
+        "the same with the learner's own logits in the mean, at temperature 3",
+        "MCL, its logit term",
+        {"target": "mean-logit-all", "temperature": 3.0},
+    ),
+    "reverse-kl": Method(
+        "DML, reverse KL", "KL(q || p) instead of KL(p || q)", changes={"divergence": "reverse-kl"}
+    ),
+    "jeffreys": Method(
+        "DML, Jeffreys", "half of both", "PaddleClas, DMLLoss", {"divergence": "jeffreys"}
+    ),
+    "jsd": Method(
+        "DML, Jensen-Shannon",
+        "the Jensen-Shannon divergence",
+        "arXiv 2306.13649 (GKD)",
+        {"divergence": "jsd"},
+    ),
+    "renyi": Method(
+        "Renyi DML",
+        "the Renyi divergence of order 2",
+        "arXiv 2209.05732 (Renyi DML)",
+        {"divergence": "renyi"},
+    ),
+    "kdcl-naive": Method(
+        "KDCL-Naive",
+        "image by image, the peer with the smallest cross-entropy teaches all",
+        "KDCL, CVPR 2020",
+        {"target": "best", "temperature": 2.0},
+    ),
+    "kdcl-minlogit": Method(
+        "KDCL-MinLogit",
+        "class by class, the smallest logit of all peers, counted from the label's",
+        "KDCL, CVPR 2020",
+        {"target": "min-logit", "temperature": 2.0},
+    ),
+    "dkd": Method(
+        "DML, DKD",
+        "decoupled: label against the rest, and 8 times the rest; warm-up",
+        "arXiv 2203.08679 (DKD)",
+        {"divergence": "dkd", "temperature": 4.0},
+        warmup=Fraction(1, 12),
+    ),
+    "nkd": Method(
+        "DML, NKD",
+        "normalised: gamma 1.5, temperature 1 (its source on CIFAR: 3.5 and 3)",
+        "arXiv 2303.13005 (NKD)",
+        {"divergence": "nkd", "temperature": 1.0},
+    ),
+    "ttm": Method(
+        "DML, TTM",
+        "the teacher's posterior to the power of 0.1, the learner's as it is",
+        "arXiv 2402.11148 (TTM)",
+        {"divergence": "ttm", "temperature": 1.0, "kl_weight": 45.0},
+    ),
+    "wttm": Method(
+        "DML, WTTM",
+        "the same, and sure teachers weigh less",
+        "arXiv 2402.11148 (WTTM)",
+        {"divergence": "wttm", "temperature": 1.0, "kl_weight": 45.0},
+    ),
+    "standardized": Method(
+        "DML, standardized",
+        "logits of mean 0 and deviation 1; KL weight 9, cross-entropy weight 0.1",
+        "arXiv 2403.01427",
+        {"standardize": True, "temperature": 2.0, "kl_weight": 9.0, "ce_weight": 0.1},
+    ),
+    "correct-gate": Method(
+        "DML, correct gate",
+        "a peer teaches the images that it gets right",
+        "arXiv 1909.04286 (knowledge transfer graph)",
+        {"gate": "correct"},
+    ),
+    "okddip-leader": Method(
+        "OKDDip, leader",
+        "the last network learns from the others' mean logits and teaches nobody",
+        "OKDDip, AAAI 2020",
+        {"links": "leader", "target": "mean-logit", "temperature": 3.0, "kl_ramp": "sigmoid"},
+        warmup=Fraction(80, 300),
+        least=3,
+    ),
+    "switokd": Method(
+        "SwitOKD",
+        "the better of two networks pauses while the other is too far behind it",
+        "SwitOKD, ECCV 2022",
+        {"update": "switch"},
+    ),
+    "distill": Method(
+        "Distilled",
+        "pupils of --frozen-peers, which belong to this method only",
+        changes={"links": "frozen"},
+        least=1,
+    ),
+    "semi": Method(
+        "DML, semi-supervised",
+        "with --labelled-fraction: KL on all images; the other methods see the labelled ones only",
+        "arXiv 1706.00384",
+    ),
+    "ensemble-distill": Method(
+        "Ensemble, distilled",
+        "all alone, then the first again, from their frozen ensemble, at equal compute",
+        "the objection of Anil et al. 2018",
+        {"links": "frozen", "target": "mean-prob"},
+        least=1,
+    ),
 }
 BASELINE = "independent"
 DEFAULT_METHODS = (BASELINE, "mutual")
+ALL = "all"  # what ``--methods`` takes for every one that can be had
+# A method of two stages, and what its runs are.
+IN_STAGES = "ensemble-distill"
+TEACHERS, PUPIL = "teachers", "pupil"
 # Flags that only methods set, so that a comparison does not take them.
-SET_BY_METHODS = ("update", "target", "kl_images")
+SET_BY_METHODS = (
+    *("update", "target", "kl_images", "divergence", "divergence_args"),
+    *("standardize", "gate", "kl_ramp"),
+)
 # How runs of one comparison may differ.
 MAY_DIFFER = frozenset({"cohort", "seed", *MethodConfig.names()})
 # Of these, what is not part of a method's name: it is named elsewhere.
 _NAMED_ELSEWHERE = frozenset({"cohort", "seed", "frozen_peers"})
 
 
-def method_of(config: Config, peers: int, teachers: Mapping[str, Mapping[str, str]]) -> str:
+# ---------------------------------------------------------------- the method of a run
+
+
+def method_of(
+    config: Config, peers: int, teachers: Mapping[str, Mapping[str, str]], made_as: str = ""
+) -> str:
     """Return the method of a run, followed by all other unusual settings of its method.
+
+    It is the one with the most flags, all of which the run has.
 
     Args:
         config: of the run.
         peers: how many are trained.
         teachers: ``arch`` and ``sha256`` of the frozen peers, by name.
+        made_as: the method of two stages that the run is a part of; empty for none.
     """
     method, few_labels = config.method, config.data.labelled_fraction < 1
-    if method.kl_weight == 0 or (peers == 1 and not teachers):
-        # Even without KL, a step of several batches trains on more images.
-        several = method.schedule.batches_per_step(peers) > 1
-        return f"{BASELINE}, {method.update}" if several else BASELINE
-    name, implied = "mutual", set(_NAMED_ELSEWHERE)
-    for candidate, flag, applies in (
-        (method.update, "update", method.update != "simultaneous"),
-        (method.target, "target", method.target != "peers"),
-        ("distill", "links", method.links == "frozen" or (peers == 1 and bool(teachers))),
-        ("semi", "kl_images", few_labels and method.kl_images == "all"),
-    ):
-        if applies:
-            name = candidate
-            implied.add(flag)
-            break
+    alone = method.kl_weight == 0 or (peers == 1 and not teachers)
+    if alone and not made_as:
+        # Even without KL, a step of several batches trains on more images, and one may pause.
+        other = method.schedule.batches_per_step(peers) > 1 or method.schedule.pauses
+        weight = f"ce weight {method.ce_weight}" if method.ce_weight != 1 else ""
+        return ", ".join(filter(None, (BASELINE, method.update if other else "", weight)))
+    mine, usual = config.as_dict(), Config().as_dict()
+    flags = {name: one.flags(config.optim.epochs) for name, one in METHODS.items()}
+    if peers == 1 and teachers:
+        flags["distill"] = {"links": method.links}  # as there is nobody else to learn from
+    if few_labels:
+        flags["semi"] = {"kl_images": "all"}
+    candidates = {
+        name: found
+        for name, found in flags.items()
+        if name not in (BASELINE, IN_STAGES) and all(mine[one] == found[one] for one in found)
+    }
+    name = made_as or max(candidates, key=lambda one: len(candidates[one]))
+    implied = {*_NAMED_ELSEWHERE, *flags[name]}
     if not few_labels or method.kl_images == "labelled":
         implied.add("kl_images")
-    mine, usual = config.as_dict(), Config().as_dict()
     unusual = [
-        f"{flag.replace('_', ' ')} {mine[flag]}"
+        _in_words(flag, mine[flag])
         for flag in sorted(MAY_DIFFER - implied)
         if mine[flag] != usual[flag] or flag == "kl_images"
     ]
-    if teachers:
+    if teachers and not made_as:
         names = (f"{one['arch']} ({one['sha256'][:8]})" for one in teachers.values())
         unusual.append("of " + " and ".join(names))
     return ", ".join([name, *unusual])
 
 
-def refuse(config: Config, methods: Sequence[str]) -> None:
-    """Refuse methods that contradict the configuration.
+def _in_words(flag: str, value: Any) -> str:
+    words = [flag.replace("_", " ")]
+    if value is not True:
+        words += map(str, value) if isinstance(value, list) else [str(value)]
+    return " ".join(words)
 
-    Raises:
-        UsageError: the text names the flag.
-    """
-    method, asked = config.method, set(methods)
-    if method.kl_weight == 0 and asked - {BASELINE}:
-        raise UsageError("--kl-weight 0 makes every method independent; drop it")
-    if ("distill" in asked) != bool(method.frozen_peers):
-        raise UsageError(
-            "--frozen-peers are the teachers of the method distill: give both or neither"
-        )
-    if "semi" in asked and config.data.labelled_fraction == 1:
-        raise UsageError("the method semi needs --labelled-fraction below 1")
-    by_turns = [one for one, schedule in UPDATE_SCHEDULES.items() if schedule.takes_turns]
-    if method.teach_with == "ema" and asked & set(by_turns):
-        raise UsageError(
-            f"the methods {' and '.join(by_turns)} update peers in turn, so that peers learn from "
-            "weights that were updated within the step: drop them, or --teach-with ema"
-        )
-    if config.compute.placement == "split" and asked & set(by_turns):
-        raise UsageError(
-            f"the methods {' and '.join(by_turns)} update peers in turn, which leaves processes of "
-            "--placement split idle: use auto, which replicates those"
-        )
+
+def peers_of(config: Config) -> int:
+    """Return how many networks a cohort has."""
+    return sum(len(word.peers) for word in words_of(config.cohort))
 
 
 def changes_of(config: Config, method: str) -> dict[str, Any]:
-    """Return what a method changes in the configuration."""
-    changes = dict(METHODS[method].changes)
+    """Return what a method changes in the configuration.
+
+    For the method of two stages that is without its teachers, who have yet to be trained.
+    """
+    changes = METHODS[method].flags(config.optim.epochs)
     if method != "distill":
         changes["frozen_peers"] = ()
+    if method == IN_STAGES:
+        changes["links"] = "full"
     if config.data.labelled_fraction < 1 and method not in (BASELINE, "semi"):
         changes["kl_images"] = "labelled"
     return changes
@@ -134,7 +286,9 @@ class Preset:
 PRESETS = {
     "paper-table2": Preset(
         "the six pairs of the paper's Table 2, by its recipe",
-        tuple(row.nets for row in all_published() if (row.source, row.method) == ("paper", "mutual")),
+        tuple(
+            row.nets for row in all_published() if (row.source, row.method) == ("paper", "mutual")
+        ),
         {},
     ),
     "laptop": Preset(

@@ -4,12 +4,13 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis.methods import BASELINE, MAY_DIFFER, method_of
+from dml_accel.analysis.methods import MAY_DIFFER, METHODS, TEACHERS, method_of
+from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.models.peer_folder import find_peers
@@ -25,10 +26,12 @@ class Run:
         folder: its path.
         name: of the folder, in tables.
         method: how it was trained, as ``method_of`` or a comparison calls it.
-        config: its configuration.
+        config: its configuration; of a run that is a stage of a method, with the cohort and the
+            epochs of the other methods of its comparison.
         description: the content of config.json.
         results: the content of results.json.
         events: the records of metrics.jsonl.
+        earlier: the runs that trained what it learned from, as stages of the same method.
     """
 
     folder: Path
@@ -38,11 +41,17 @@ class Run:
     description: dict[str, Any]
     results: dict[str, Any]
     events: list[dict[str, Any]]
+    earlier: tuple["Run", ...] = ()
 
     @property
     def peers(self) -> list[str]:
         """The names of its peers."""
         return [peer["name"] for peer in self.description["peers"]]
+
+    @property
+    def whole_cohort(self) -> list[str]:
+        """The names of all peers of its cohort; a method of stages may train only some of them."""
+        return [name for word in words_of(self.config.cohort) for name in word.peers]
 
     @property
     def nets(self) -> list[str]:
@@ -52,7 +61,7 @@ class Run:
     @property
     def cohort(self) -> str:
         """A short name of its cohort."""
-        return cohort_label(self.peers)
+        return cohort_label(self.whole_cohort)
 
     @property
     def peer_folders(self) -> dict[str, Path]:
@@ -64,14 +73,16 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """The time that it took, without pauses between an interruption and the resume."""
+        """The time of all stages, without pauses between an interruption and the resume."""
         pairs = itertools.pairwise(self.events)
-        return sum(b["time"] - a["time"] for a, b in pairs if b["event"] != "resume")
+        own = sum(b["time"] - a["time"] for a, b in pairs if b["event"] != "resume")
+        return own + sum(run.seconds for run in self.earlier)
 
     @property
     def training_seconds(self) -> float:
-        """The time of its optimizer steps."""
-        return sum(event["seconds"] for event in self.events if event["event"] == "step")
+        """The time of the optimizer steps of all stages."""
+        own = sum(event["seconds"] for event in self.events if event["event"] == "step")
+        return own + sum(run.training_seconds for run in self.earlier)
 
     @property
     def began_elsewhere(self) -> bool:
@@ -108,15 +119,33 @@ def read_run(folder: Path, name: str | None = None, method: str | None = None) -
         UsageError: a file of the run cannot be read.
     """
     saved = SavedRun(folder)
+    name = str(folder) if name is None else name
     try:
         description = saved.description
-        config = Config(**description["config"])
+        config, stage = Config(**description["config"]), description.get("comparison") or {}
         teachers = description.get("teachers", {}).get("frozen", {})
-        method = method or method_of(config, len(description["peers"]), teachers)
-        name = str(folder) if name is None else name
-        return Run(folder, name, method, config, description, saved.results, saved.events)
+        config = config.changed(**stage.get("shared", {}))
+        peers = len(description["peers"])
+        method = method or method_of(config, peers, teachers, stage.get("method", ""))
+        earlier = _earlier_runs(folder, name, stage, method)
+        return Run(folder, name, method, config, description, saved.results, saved.events, earlier)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"the run in {folder} cannot be read: {error}") from error
+
+
+def _earlier_runs(
+    folder: Path, name: str, stage: Mapping[str, Any], method: str
+) -> tuple[Run, ...]:
+    """Return the stages before this one; without those that are gone, whose costs are lost."""
+    teachers = teachers_folder(folder)
+    if not stage or stage["stage"] == TEACHERS or not SavedRun(teachers).is_done:
+        return ()
+    return (read_run(teachers, str(teachers_folder(Path(name))), method),)
+
+
+def teachers_folder(folder: Path) -> Path:
+    """Return where the teachers of a run were trained, if it is the last stage of a method."""
+    return folder.with_name(f"{folder.name}-{TEACHERS}")
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
@@ -131,6 +160,9 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
             saved = SavedRun(folder)
             if not saved.is_done:
                 print(f"skipped: the run in {folder} is {saved.state}", file=sys.stderr)
+            elif _trained_teachers(saved):
+                text = f"the run in {folder} trained the teachers of a method, and counts there"
+                print(f"left out: {text}", file=sys.stderr)
             elif folder.resolve() not in runs:
                 runs[folder.resolve()] = read_run(folder)
     if not runs:
@@ -139,6 +171,11 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
             "results.json beside metrics.jsonl"
         )
     return list(runs.values())
+
+
+def _trained_teachers(saved: SavedRun) -> bool:
+    stage = saved.description.get("comparison")
+    return isinstance(stage, dict) and stage.get("stage") == TEACHERS
 
 
 # ---------------------------------------------------------------- groups
@@ -154,8 +191,13 @@ def group_comparable(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def group_by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each method, independent training first."""
-    methods = sorted({run.method for run in runs}, key=lambda method: (method != BASELINE, method))
+    """Return the runs of each method, in the order of ``METHODS``: independent training first."""
+    order = {name: place for place, name in enumerate(METHODS)}
+
+    def place(method: str) -> tuple[int, str]:
+        return order.get(method.partition(",")[0], len(order)), method
+
+    methods = sorted({run.method for run in runs}, key=place)
     return {method: [run for run in runs if run.method == method] for method in methods}
 
 

@@ -48,10 +48,17 @@ class Recorder:
         command: the command line, for the record.
         recipe: the name of the one behind the configuration; empty for none.
         display: shows the run, which has begun there.
+        about: what config.json says of its place in a comparison.
     """
 
     def __init__(
-        self, folder: RunFolder, ready: Prepared, command: str, recipe: str, display: Display
+        self,
+        folder: RunFolder,
+        ready: Prepared,
+        command: str,
+        recipe: str,
+        display: Display,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder, self._ready, self._display = folder, ready, display
         self._command = command
@@ -63,7 +70,10 @@ class Recorder:
         images = len(ready.images.train)
         again = begins_with_evaluation(config.optim, config.run, images, ready.start)
         folder.begin(resumed, again)
-        folder.write("config.json", run_description(ready, command, recipe))
+        description = run_description(ready, command, recipe)
+        if about:
+            description["comparison"] = dict(about)
+        folder.write("config.json", description)
         names = trackers.resolve(config.run.log_with)
         self._trackers = Trackers(names, folder.path, config.as_dict(), resumed)
         folder.follow_with(self._trackers)

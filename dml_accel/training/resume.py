@@ -301,7 +301,7 @@ def _refuse_other_flags(config: Config, given: Path) -> None:
         saved = SavedRun(given).config
     except UsageError:
         return  # missing or damaged: each checkpoint holds the configuration as well
-    _refuse(given, _without_precision(config.refused_on_resume(saved)), config)
+    _refuse(given, _compared_by_flags(config.refused_on_resume(saved)), config)
 
 
 def _refuse_newer(given: Path, peers: Sequence[str]) -> None:
@@ -322,7 +322,7 @@ def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
         saved = Config(**origin.state["config"])
     except (UsageError, TypeError) as error:
         raise UsageError(f"{origin.path} was written by another version: {error}") from error
-    _refuse(origin.path, _without_precision(config.refused_on_resume(saved)), config)
+    _refuse(origin.path, _compared_by_flags(config.refused_on_resume(saved)), config)
     _refuse_images(origin.path, config, checked.source, saved, origin.state["data"])
     ours, theirs = run_facts(config, checked), origin.state
     # Files that flags name may have changed although the flags have not.
@@ -389,9 +389,13 @@ def _was_damaged(path: Path) -> bool:
     return any((folder / BAD_IMAGES).exists() for folder in (path, path.parent.parent))
 
 
-def _without_precision(differences: Differences) -> Differences:
-    """Leave out the flag: if it is not given, the launcher decides (see ``run_facts``)."""
-    return {name: pair for name, pair in differences.items() if name != "mixed_precision"}
+def _compared_by_flags(differences: Differences) -> Differences:
+    """Leave out what ``run_facts`` compares: it is not the flag that says it."""
+    found = dict(differences)
+    found.pop("mixed_precision", None)  # if it is not given, the launcher decides
+    if all(found.get("frozen_peers", ())):  # moved, perhaps
+        found.pop("frozen_peers", None)
+    return found
 
 
 def _refuse(path: Path | None, wrong: Differences, config: Config | None = None) -> None:

@@ -9,7 +9,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,7 @@ def run_one(
     image_cost: float = 1.0,
     compiled: bool | None = None,
     recorded: Ranks | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Train one cohort in an existing process group.
 
@@ -195,6 +196,7 @@ def run_one(
         image_cost: see ``workload``.
         compiled: whether to compile, if that was decided for several runs (default: decide).
         recorded: see ``choose_ranks``.
+        about: what config.json says of its place in a comparison.
 
     Returns:
         The content of results.json in the first process.
@@ -226,7 +228,7 @@ def run_one(
                 session.said.add(note)
         if not ready.resumes:
             setup.print_starts(checked)
-        recorder = Recorder(folder, ready, session.command, session.recipe, session.display)
+        recorder = Recorder(folder, ready, session.command, session.recipe, session.display, about)
     resumes = "--resume auto" if not label else f"--output-dir {path.parent}"
     last = _take_all_steps(ready, recorder, session.stop, resumes)
     met: list[str] = []

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from dml_accel import cli
-from dml_accel.analysis import compare, plots
+from dml_accel.analysis import compare, comparison, plots
 from dml_accel.analysis.methods import PRESETS, Preset
 from dml_accel.analysis.tables import comparison_title
 from dml_accel.core.config import Config
@@ -399,7 +399,7 @@ def test_nothing_around_the_runs_ends_a_comparison(
     def fail(*_: object) -> None:
         raise RuntimeError("no\nfont")
 
-    for owner, name in ((plots, "differences"), (compare, "comparison_markdown")):
+    for owner, name in ((plots, "differences"), (comparison, "comparison_markdown")):
         monkeypatch.setattr(owner, name, fail)
     (folder / "results.csv").unlink()
     (folder / "mutual/seed-3/status.json").write_text('{"status": "running", "step": 4}')
