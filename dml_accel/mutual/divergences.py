@@ -134,9 +134,10 @@ class JSD(Divergence):
     def learn(self, log_q: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
         """See ``Divergence``."""
         b = self.arguments["beta"]
-        log_m = torch.logaddexp(taught + math.log(b), log_q + math.log1p(-b))
-        teacher = (taught.exp() * (taught - log_m)).sum(-1)
-        return b * teacher + (1 - b) * (log_q.exp() * (log_q - log_m)).sum(-1)
+        p, q = taught.exp(), log_q.exp()
+        # Where both are 0 in this precision, so is their share of both sums.
+        log_m = (b * p + (1 - b) * q).clamp(min=torch.finfo(q.dtype).tiny).log()
+        return b * (p * (taught - log_m)).sum(-1) + (1 - b) * (q * (log_q - log_m)).sum(-1)
 
 
 class Renyi(Divergence):
