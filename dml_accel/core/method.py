@@ -137,6 +137,10 @@ class MethodConfig(Section):
             f"at 1, not {self.temperature:g}",
         )
         refuse(
+            self.kl_ramp != "linear" and self.kl_warmup == 0,
+            f"--kl-ramp {self.kl_ramp} has no effect without --kl-warmup: drop it",
+        )
+        refuse(
             self.ce_weight == 0 and self.kl_weight == 0,
             "--ce-weight and --kl-weight are both 0, so there is nothing to learn",
         )

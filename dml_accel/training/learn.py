@@ -37,7 +37,12 @@ from dml_accel.mutual.averages import refuse_uncopied
 from dml_accel.mutual.links import LinkWeights, read_links
 from dml_accel.mutual.teachers import read_teachers
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, StepRecord, fit
-from dml_accel.training.setup import make_cohort, prepare_images, require_validation
+from dml_accel.training.setup import (
+    check_pauses,
+    make_cohort,
+    prepare_images,
+    require_validation,
+)
 
 __all__ = ["Config", "EvaluationRecord", "StepRecord", "UsageError", "learn"]
 
@@ -125,6 +130,7 @@ def learn(
         source, config = _check(modules, train, test, config)
     check_batch_size(source, config.data, config.optim.batch_size)
     check_optimizers(config.optim, list(modules))
+    check_pauses(config, len(modules))
     frozen = read_teachers(config.method.frozen_peers, source.classes, config.data.size)
     if frozen and source.train.held.is_floating_point():
         raise UsageError("Config(frozen_peers=...) needs uint8 images, normalised for each teacher")

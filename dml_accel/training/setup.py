@@ -148,6 +148,24 @@ class Prepared:
         return self.cohort.placement
 
 
+def check_pauses(config: Config, peers: int) -> None:
+    """Refuse a schedule under which peers pause for fp16, and for other than two peers.
+
+    Args:
+        config: of the run.
+        peers: how many are trained.
+    """
+    update = config.method.update
+    if config.method.schedule.pauses and peers != 2:
+        raise UsageError(f"--update {update} is made for two peers, not for {peers}")
+    # Its loss scaler decides alone whether a step is taken.
+    if config.method.schedule.pauses and launched_precision(config.numerics) == "fp16":
+        raise UsageError(
+            f"--update {update} leaves a peer out of a step, which the loss scaler of fp16 cannot: "
+            "use --mixed-precision bf16 or no"
+        )
+
+
 def image_format(config: Config, device: torch.device) -> ImageFormat:
     """Return what the networks of a run are given on a device."""
     precision = launched_precision(config.numerics)
@@ -181,6 +199,7 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     check_batch_size(source, config.data, config.optim.batch_size)
     specs, classes = parse_cohort(config.cohort), source.classes
     check_optimizers(config.optim, [spec.name for spec in specs])
+    check_pauses(config, len(specs))
     frozen = read_teachers(config.method.frozen_peers, classes, config.data.size)
     links = read_links(config.method.links, [spec.name for spec in specs], list(frozen))
     # Refused now if they cannot be built.

@@ -68,9 +68,15 @@ DEFAULTS = {
     "ema": None,
     "early_stop": None,
     "kl_weight": 1.0,
+    "ce_weight": 1.0,
     "temperature": 1.0,
+    "divergence": "kl",
+    "divergence_args": [],
+    "standardize": False,
+    "gate": "none",
     "kl_reduction": "mean",
     "kl_warmup": 0,
+    "kl_ramp": "linear",
     "update": "simultaneous",
     "target": "peers",
     "links": "full",
@@ -321,7 +327,8 @@ def test_other_commands_have_the_same_flags_and_their_own(
     shared = {flag_of(name) for name in DEFAULTS}
     lacking = {"--resume"} if command in ("compare", "plan") else set()
     if command == "compare":
-        lacking |= {"--update", "--target", "--kl-images"}
+        lacking |= {"--update", "--target", "--kl-images", "--kl-ramp", "--gate", "--standardize"}
+        lacking |= {"--divergence", "--divergence-args"}
     if command not in ("train", "compare", "plan"):
         lacking = shared
     expected = OWN.get(command, set()) | (shared - lacking)

@@ -69,9 +69,15 @@ OTHER: dict[str, typing.Any] = {
     "ema": 0.99,
     "early_stop": 3,
     "kl_weight": 0.5,
+    "ce_weight": 0.1,
     "temperature": 2.0,
+    "divergence": "jeffreys",
+    "divergence_args": ("beta=2", "alpha=0.5"),
+    "standardize": True,
+    "gate": "correct",
     "kl_reduction": "sum",
     "kl_warmup": 3,
+    "kl_ramp": "sigmoid",
     "update": "sequential",
     "target": "mean-prob",
     "links": "ring",
@@ -106,6 +112,8 @@ OTHER: dict[str, typing.Any] = {
 NEEDS = {
     "kl_images": {"labelled_fraction": 0.5},
     "compile_mode": {"compile": "auto"},
+    "divergence_args": {"divergence": "dkd"},
+    "kl_ramp": {"kl_warmup": 2},
     "lr_milestones": {"lr_schedule": "milestones"},
     "optimizer": {"lr": 0.05},
     "teach_with": {"ema": 0.99},
@@ -211,6 +219,7 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
     "weight_decay": AT_LEAST_0,
     "clip_norm": ABOVE_0,
     "kl_weight": AT_LEAST_0,
+    "ce_weight": AT_LEAST_0,
     "temperature": ABOVE_0,
     "kl_warmup": ([0, 200], [-1]),  # at most the epochs
     "threads": AT_LEAST_1,
@@ -280,7 +289,7 @@ def test_every_choice_is_accepted_and_any_other_word_refused() -> None:
                 said = f"--{field.name.replace('_', '-')} is other; it must be one of {choices[0]}"
                 with pytest.raises(UsageError, match=said):
                     Config(**{field.name: "other"})
-    assert chosen == 21
+    assert chosen == 24
 
 
 @pytest.mark.parametrize(
@@ -332,6 +341,63 @@ def test_a_value_of_another_type_is_refused(name: str, value: object, kind: str)
             "--kl-reduction sum needs --target peers",
         ),
         ({"kl_reduction": "sum", "target": "mean-prob"}, "--target mean-prob has a single KL term"),
+        *(
+            ({"target": target, "links": "ring"}, f"--target {target} is one target for all peers")
+            for target in ("mean-logit-all", "best", "min-logit")
+        ),
+        ({"target": "best", "gate": "correct"}, "--gate correct needs --target peers"),
+        ({"target": "min-logit", "kl_reduction": "sum"}, "--kl-reduction sum needs --target peers"),
+        ({"target": "mean-prob", "divergence": "dkd"}, "a mean of posteriors is known only up to"),
+        ({"target": "mean-logit", "divergence": "nkd"}, "compares peers at two temperatures, and"),
+        ({"divergence": "wttm", "temperature": 2.0}, "--divergence wttm has temperatures of its"),
+        ({"divergence": "kl", "divergence_args": ("beta=1",)}, "args beta: --divergence kl has no"),
+        ({"divergence": "dkd", "divergence_args": ("gama=1",)}, "it takes alpha beta"),
+        ({"divergence": "dkd", "divergence_args": ("beta=x",)}, "beta is 'x'; it must be a number"),
+        ({"divergence": "dkd", "divergence_args": ("beta=-1",)}, "beta is -1; it must be at least"),
+        (
+            {"divergence": "dkd", "divergence_args": ("beta=nan",)},
+            "beta is nan; it must be at leas",
+        ),
+        (
+            {"divergence": "jsd", "divergence_args": ("beta=1",)},
+            "beta is 1; it must be above 0 and",
+        ),
+        ({"divergence": "dkd", "divergence_args": ("beta=1", "beta=2")}, "gives beta twice"),
+        (
+            {"divergence": "renyi", "divergence_args": ("alpha=1",)},
+            "the limit that --divergence kl",
+        ),
+        *(
+            ({**changes, "exchange": "sum"}, "compares peers one by one, but --exchange sum sends")
+            for changes in (
+                {"divergence": "renyi"},
+                {"divergence": "jsd"},
+                {"target": "best"},
+                {"target": "min-logit"},
+                {"update": "switch"},
+            )
+        ),
+        *(
+            (
+                {**changes, "mixup": 0.2},
+                "needs one label for each image, and --mixup gives each two",
+            )
+            for changes in (
+                {"divergence": "dkd"},
+                {"divergence": "nkd"},
+                {"target": "best"},
+                {"gate": "correct"},
+                {"update": "switch"},
+            )
+        ),
+        ({"gate": "correct", "labelled_fraction": 0.5}, "needs labels, but --kl-images all has a"),
+        (
+            {"update": "switch", "cohort": ("3",)},
+            "--update switch is made for two peers, not for 3",
+        ),
+        ({"update": "switch", "frozen_peers": ("x",)}, "of two peers, not of averages or frozen"),
+        ({"kl_weight": 0.0, "ce_weight": 0.0}, "both 0, so there is nothing to learn"),
+        ({"kl_ramp": "sigmoid"}, "--kl-ramp sigmoid has no effect without --kl-warmup"),
         ({"links": "ring", "exchange": "sum"}, "--links weighs every peer separately, but --exch"),
         ({"exchange": "sum", "exchange_dtype": "bf16"}, "--exchange-dtype bf16 rounds logits, but"),
         ({"links": "frozen"}, "--links frozen needs --frozen-peers"),
