@@ -10,111 +10,173 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from dml_accel.analysis import plots
 from dml_accel.analysis.methods import BASELINE
+from dml_accel.analysis.plots import Style
 from dml_accel.analysis.probes import NOISE, analyse
-from dml_accel.analysis.runs import Run, group_by_method, networks_of, recipe_of
+from dml_accel.analysis.runs import Run, networks_of, recipe_of
 from dml_accel.analysis.statistics import (
     Curve,
-    Summary,
+    curve,
     loss_over_epochs,
     metric_over_epochs,
     summarise,
 )
 from dml_accel.core.errors import UsageError
+from dml_accel.data.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RunsByMethod = Mapping[str, Sequence[Run]]
 AnalysesByMethod = Mapping[str, Sequence[dict[str, Any]]]
-Colours = Mapping[str, str]
+Styles = Mapping[str, Style]
+_MOST_DASHED = 7  # methods whose networks differ in dashes: as many as there are colours
 
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure with its title and caption; ``light`` and ``dark`` are data URIs."""
+    """A figure with its title and caption; ``draw`` draws it."""
 
     title: str
     text: str
-    light: str
-    dark: str
-
-
-def _figure(title: str, text: str, draw: Callable[[], Figure]) -> ReportFigure:
-    return ReportFigure(title, text, plots.as_uri(draw, "light"), plots.as_uri(draw, "dark"))
+    draw: Callable[[], Figure]
 
 
 def comparison_figures(
-    runs: Sequence[Run], record: dict[str, Any], images: int
+    by_method: RunsByMethod, record: dict[str, Any], analyses: AnalysesByMethod
 ) -> list[ReportFigure]:
-    """Draw the figures of runs that differ only in method and seed.
+    """Return the figures of runs that differ only in method and seed.
 
     Args:
-        runs: the runs.
+        by_method: the runs, methods in the order of the figures.
         record: of their comparison; see ``statistics.comparison_record``.
-        images: how many images of each split to analyse networks on; 0 for no analyses.
+        analyses: of runs that were analysed; see ``analyse_runs``.
     """
-    by_method = group_by_method(runs)
-    colour = plots.colours(list(by_method))
+    style = plots.styles(list(by_method))
     figures = []
     if BASELINE in by_method and len(by_method) > 1:
         title = "Difference to independent training"
-        text = "Paired by seed; 95% t-interval, or a hollow point for a single seed."
-        figures.append(_figure(title, text, partial(plots.differences, record, "")))
-    figures += _curves(by_method, colour)
+        text = "Mean over the networks; hollow: their ensemble. Paired by seed, 95% t-interval."
+        text += " A point without a bar is a single seed."
+        figures.append(ReportFigure(title, text, partial(plots.differences, record, "")))
+    figures += _curves(by_method, style)
     figures += _divergences(by_method)
-    if images:
-        figures += _analysis_figures(_analyse_runs(by_method, images), colour)
+    if analyses:
+        figures += _analysis_figures(analyses, style)
     return figures
 
 
 # ---------------------------------------------------------------- curves over epochs
 
 
-def _curves(by_method: RunsByMethod, colour: Colours) -> list[ReportFigure]:
+def _curves(by_method: RunsByMethod, style: Styles) -> list[ReportFigure]:
     def metric(value: Callable[[dict[str, Any]], float | None]) -> dict[str, Curve]:
         return {method: metric_over_epochs(runs, value) for method, runs in by_method.items()}
 
-    def loss(part: str, without: str = "") -> dict[str, Curve]:
-        curves = {method: loss_over_epochs(runs, part) for method, runs in by_method.items()}
-        return {method: curve for method, curve in curves.items() if method != without}
+    def pairs(value: Callable[[dict[str, Any]], float | None]) -> dict[str, Curve]:
+        several = {m: runs for m, runs in by_method.items() if len(runs[0].nets) > 1}
+        return {method: metric_over_epochs(runs, value) for method, runs in several.items()}
 
-    band = "Mean over seeds and peers; the band is the 95% interval over seeds."
+    band = "Mean over seeds; the band is the 95% interval, or with two seeds a line for each."
+    entropy = metric(lambda test: _mean(test["entropy"].values()))
+    figures = _by_network(by_method, style, band)
     rows = [
-        ("Test accuracy", band, metric(_mean_top1), "top-1, %"),
         (
             "Test accuracy of the ensemble",
             "Mean posterior of the cohort.",
-            metric(lambda test: test["ensemble"]["top1"]),
+            pairs(lambda test: test["ensemble"]["top1"]),
             "top-1, %",
         ),
-        ("Cross-entropy in training", band, loss("cross_entropy"), "nats"),
-        ("KL term in training", band, loss("kl", without=BASELINE), "nats"),
+        ("Entropy of the posteriors on the test images", band, entropy, "nats"),
         (
-            "Entropy of the posteriors on the test images",
-            band,
-            metric(lambda test: _mean(test["entropy"].values())),
+            "Agreement of the peers",
+            "Share of test images on which two peers predict the same class, mean over pairs.",
+            pairs(lambda test: test["agreement"]),
+            "agreement, %",
+        ),
+        (
+            "KL between the peers' posteriors",
+            "On the test images, mean over ordered pairs.",
+            pairs(_mean_kl),
             "nats",
         ),
     ]
-    if len(next(iter(by_method.values()))[0].nets) > 1:
-        same = "Share of test images on which two peers predict the same class, mean over pairs."
-        between = "On the test images, mean over ordered pairs."
-        agreement = metric(lambda test: test["agreement"])
-        rows.append(("Agreement of the peers", same, agreement, "agreement, %"))
-        rows.append(("KL between the peers' posteriors", between, metric(_mean_kl), "nats"))
-    return [
-        _figure(
-            title,
-            text,
-            partial(plots.curves, lines, colour, "epoch", y, 100.0 if "%" in y else 1.0),
-        )
-        for title, text, lines, y in rows
-        if any(len(points) > 1 for points in lines.values())  # a single point is not a curve
-    ]
+    for title, text, lines, y in rows:
+        figures += _over_epochs(title, text, lines, style, y)
+    return figures
+
+
+def _over_epochs(
+    title: str, text: str, lines: Mapping[str, Curve], style: Styles, y: str
+) -> list[ReportFigure]:
+    shown = {name: line for name, line in lines.items() if line.points}
+    if not any(len(line.points) > 1 for line in shown.values()):
+        return []  # a single point is not a curve
+    scale = 100.0 if "%" in y else 1.0
+    return [ReportFigure(title, text, partial(plots.curves, shown, style, "epoch", y, scale))]
+
+
+def _by_network(by_method: RunsByMethod, style: Styles, text: str) -> list[ReportFigure]:
+    """Return accuracies and losses of each network where the peers' networks differ."""
+    most = max((runs[0].nets for runs in by_method.values()), key=len)
+    nets = list(dict.fromkeys(most))
+    if len(nets) == 1:
+        nets, text = [""], text.replace("over seeds", "over peers and seeds", 1)
+    splits = ["test", *(["val"] if _have_validation(by_method) else [])]
+    names = {"test": "Test accuracy", "val": "Validation accuracy"}
+    found: list[tuple[str, str, dict[tuple[str, str], Curve]]] = []
+    for split in splits:
+        lines = {
+            (method, net): metric_over_epochs(runs, partial(_top1_of, net), split)
+            for method, runs in by_method.items()
+            for net in nets
+        }
+        found.append((names[split], "top-1, %", lines))
+    for title, part in (
+        ("Cross-entropy in training", "cross_entropy"),
+        ("KL term in training", "kl"),
+    ):
+        lines = {
+            (method, net): loss_over_epochs(runs, part, net)
+            for method, runs in by_method.items()
+            for net in nets
+            if part != "kl" or method != BASELINE
+        }
+        found.append((title, "nats", lines))
+    figures = []
+    together = len(by_method) <= _MOST_DASHED
+    for title, y, by_both in found:
+        for group in [nets] if together else [[net] for net in nets]:
+            looks, named = _named(by_both, group, style, dashed=together)
+            whose = f" of {group[0]}" if group[0] and not together else ""
+            figures += _over_epochs(title + whose, text, named, looks, y)
+    return figures
+
+
+def _named(
+    lines: Mapping[tuple[str, str], Curve], nets: Sequence[str], style: Styles, dashed: bool
+) -> tuple[dict[str, Style], dict[str, Curve]]:
+    """Return the style and the curve of each method and network by the name of both."""
+    looks, curves = {}, {}
+    for (method, net), line in lines.items():
+        if net not in nets:
+            continue
+        name, look = method, style[method]
+        if len(nets) > 1 and dashed:
+            name = f"{method}, {net}"
+            look = Style(look.colour, plots.DASHES[nets.index(net) % len(plots.DASHES)])
+        looks[name], curves[name] = look, line
+    return looks, curves
+
+
+def _have_validation(by_method: RunsByMethod) -> bool:
+    return any(
+        event.get("val")
+        for runs in by_method.values()
+        for event in runs[0].events
+        if event["event"] == "eval"
+    )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -124,8 +186,10 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(finite) if finite and len(finite) == len(numbers) else None
 
 
-def _mean_top1(test: dict[str, Any]) -> float | None:
-    return _mean(peer["top1"] for peer in test["peers"].values())
+def _top1_of(net: str, metrics: dict[str, Any]) -> float | None:
+    """Return the mean top-1 of the peers with a network; of all peers if none is named."""
+    peers = metrics["peers"].items()
+    return _mean(peer["top1"] for name, peer in peers if net in ("", name.rpartition("-")[0]))
 
 
 def _mean_kl(test: dict[str, Any]) -> float | None:
@@ -136,16 +200,37 @@ def _mean_kl(test: dict[str, Any]) -> float | None:
 
 
 def _divergences(by_method: RunsByMethod) -> list[ReportFigure]:
-    """Draw the KL between all pairs of peers after the last epoch, a figure for each method."""
-    text = "Teachers in rows: KL(row || column) on the test images, mean over seeds."
-    return [
-        _figure(
-            f"KL between posteriors after the last epoch: {method}",
-            text,
-            partial(plots.matrix, *_mean_matrix([run.last_metrics["kl"] for run in runs]), "nats"),
-        )
+    """Return the KL between all pairs of peers after the last epoch, a figure for each method."""
+    tables = {
+        method: [run.last_metrics["kl"] for run in runs]
         for method, runs in by_method.items()
         if len(runs[0].nets) > 1
+    }
+    text = "Teachers in rows: KL(row || column) on the test images, mean over seeds."
+    return _matrices("KL between posteriors after the last epoch", text, tables, "nats")
+
+
+def _disagreements(analyses: AnalysesByMethod) -> list[ReportFigure]:
+    text = "Share of test images on which two peers predict different classes, mean over seeds."
+    tables = {method: [run["disagreement"] for run in runs] for method, runs in analyses.items()}
+    several = {method: runs for method, runs in tables.items() if len(runs[0]) > 1}
+    return _matrices("Disagreement", text, several, "share of images")
+
+
+def _matrices(
+    title: str,
+    text: str,
+    tables: Mapping[str, Sequence[dict[str, dict[str, float | None]]]],
+    unit: str,
+) -> list[ReportFigure]:
+    """Return a figure for each method, all with the same scale of colours."""
+    means = {method: _mean_matrix(runs) for method, runs in tables.items()}
+    every = [value for values, _ in means.values() for row in values for value in row]
+    ends = (min(every, default=0.0), max(every, default=0.0))
+    text += " All methods have the same colours."
+    return [
+        ReportFigure(f"{title}: {method}", text, partial(plots.matrix, values, names, unit, ends))
+        for method, (values, names) in means.items()
     ]
 
 
@@ -158,41 +243,34 @@ def _mean_matrix(
     return means, names
 
 
-def _disagreements(analyses: AnalysesByMethod) -> list[ReportFigure]:
-    text = "Share of test images on which two peers predict different classes, mean over seeds."
-    figures = []
-    for method, runs in analyses.items():
-        means, names = _mean_matrix([run["disagreement"] for run in runs])
-        if len(names) > 1:
-            draw = partial(plots.matrix, means, names, "share of images")
-            figures.append(_figure(f"Disagreement: {method}", text, draw))
-    return figures
-
-
 # ---------------------------------------------------------------- analyses of networks
 
 
-def _analyse_runs(by_method: RunsByMethod, images: int) -> AnalysesByMethod:
-    """Return the analyses of all runs that have their weights, by method; empty after an error."""
-    runs = [(method, run) for method, all_runs in by_method.items() for run in all_runs]
-    todo = [(method, run) for method, run in runs if len(run.peer_folders) == len(run.peers)]
-    analyses: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for method, run in tqdm(todo, "analysing", unit=" runs", disable=None):
-            analyses.setdefault(method, []).append(analyse(run, images))
-    except UsageError as error:
-        print(
-            f"warning: no analyses, because {error}; --analyse 0 skips them without a warning",
-            file=sys.stderr,
-        )
-        return {}
+def analyse_runs(runs: Sequence[Run], images: int) -> dict[str, dict[str, Any]]:
+    """Return the analyses of all runs that have their weights, by the names of the runs.
+
+    Args:
+        runs: finished ones.
+        images: how many of each split to analyse networks on; 0 for no analyses.
+    """
+    todo = [run for run in runs if images and len(run.peer_folders) == len(run.peers)]
+    analyses: dict[str, dict[str, Any]] = {}
+    with Progress("analysing", len(todo), unit="runs", every=10.0, quiet=not todo) as progress:
+        for run in todo:
+            try:
+                analyses[run.name] = analyse(run, images)
+            except UsageError as error:
+                print(
+                    f"warning: no analyses, because {error}; --analyse 0 skips them without a "
+                    "warning",
+                    file=sys.stderr,
+                )
+                return {}
+            progress.add(1)
     return analyses
 
 
-def _analysis_figures(analyses: AnalysesByMethod, colour: Colours) -> list[ReportFigure]:
-    if not analyses:
-        return []
-
+def _analysis_figures(analyses: AnalysesByMethod, style: Styles) -> list[ReportFigure]:
     def noise(metric: str) -> dict[str, Curve]:
         return _over_peers(analyses, NOISE, lambda peer, at: peer["noise"][NOISE.index(at)][metric])
 
@@ -202,26 +280,26 @@ def _analysis_figures(analyses: AnalysesByMethod, colour: Colours) -> list[Repor
     sigma, how = "standard deviation of the noise", "Gaussian noise on every weight, 3 draws."
     loss, accuracy = "cross-entropy, nats", "top-1, %"
     return [
-        _figure(
+        ReportFigure(
             "Training loss under weight noise",
             f"{how} A minimum is flat if the loss grows slowly.",
-            partial(plots.curves, noise("train_loss"), colour, sigma, loss),
+            partial(plots.curves, noise("train_loss"), style, sigma, loss),
         ),
-        _figure(
+        ReportFigure(
             "Test accuracy under weight noise",
             how,
-            partial(plots.curves, noise("test_top1"), colour, sigma, accuracy, 100.0),
+            partial(plots.curves, noise("test_top1"), style, sigma, accuracy, 100.0),
         ),
-        _figure(
+        ReportFigure(
             "Entropy of single posteriors",
             "Quantiles over the test images, mean over peers and seeds.",
-            partial(plots.curves, entropy, colour, "quantile, %", "nats", marks="o-"),
+            partial(plots.curves, entropy, style, "quantile, %", "nats", mark="o"),
         ),
         *_disagreements(analyses),
-        _figure(
+        ReportFigure(
             "Calibration",
             "Accuracy against confidence in 15 bins, over all peers and seeds.",
-            partial(plots.calibration, bins, colour),
+            partial(plots.calibration, bins, style),
         ),
     ]
 
@@ -233,11 +311,11 @@ def _over_peers(
 ) -> dict[str, Curve]:
     """Return a curve for each method: at each place a mean over peers, summarised over runs."""
 
-    def summary(runs: Sequence[dict[str, Any]], at: float) -> Summary:
+    def one(run: dict[str, Any]) -> dict[float, float | None]:
         # Peers first: the seed is the unit of the interval.
-        return summarise([_mean(value(p, at) for p in run["peers"].values()) for run in runs])
+        return {at: _mean(value(p, at) for p in run["peers"].values()) for at in places}
 
-    return {m: [(at, summary(runs, at)) for at in places] for m, runs in analyses.items()}
+    return {method: curve([one(run) for run in runs]) for method, runs in analyses.items()}
 
 
 def _merge_bins(analyses: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
@@ -259,7 +337,7 @@ def _merge_bins(analyses: Sequence[dict[str, Any]]) -> list[tuple[float, float]]
 
 
 def cohort_size_figures(groups: Sequence[Sequence[Run]]) -> list[ReportFigure]:
-    """Draw accuracy against K for cohorts of K equal networks that differ in nothing else."""
+    """Return accuracy against K for cohorts of K equal networks that differ in nothing else."""
     figures = []
     text = "Mutual learning; K = 1 is independent training. 95% interval over seeds."
     for by_size in _runs_by_size([run for group in groups for run in group]):
@@ -267,13 +345,13 @@ def cohort_size_figures(groups: Sequence[Sequence[Run]]) -> list[ReportFigure]:
         if len(sizes) < 2:
             continue
         lines: dict[str, Curve] = {
-            name: [(float(k), summarise([value(run) for run in by_size[k]])) for k in sizes]
+            name: Curve([(float(k), summarise(list(map(value, by_size[k])))) for k in sizes])
             for name, value in (("mean of the peers", _peers_top1), ("ensemble", _ensemble_top1))
         }
-        colour = plots.colours(list(lines))
-        draw = partial(plots.curves, lines, colour, "K", "top-1, %", 100.0, "o-")
+        style = plots.styles(list(lines))
+        draw = partial(plots.curves, lines, style, "K", "top-1, %", 100.0, "o")
         net = by_size[sizes[0]][0].nets[0]
-        figures.append(_figure(f"{net}: accuracy against the size of the cohort", text, draw))
+        figures.append(ReportFigure(f"{net}: accuracy against the size of the cohort", text, draw))
     return figures
 
 

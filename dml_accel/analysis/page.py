@@ -4,18 +4,28 @@ The page is self-contained: it loads nothing and runs nothing.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dml_accel.analysis import tables
-from dml_accel.analysis.figures import ReportFigure, cohort_size_figures, comparison_figures
+from dml_accel.analysis import plots, tables
+from dml_accel.analysis.figures import (
+    ReportFigure,
+    analyse_runs,
+    cohort_size_figures,
+    comparison_figures,
+)
+from dml_accel.analysis.methods import BASELINE, MAY_DIFFER
 from dml_accel.analysis.published import is_cifar100
 from dml_accel.analysis.runs import Run, group_by_method, group_comparable
 from dml_accel.analysis.statistics import comparison_record
+from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
-from dml_accel.core.files import write_text
+from dml_accel.core.files import read_json, write_text
+from dml_accel.core.recipes import in_words
 from dml_accel.core.tables import render
+from dml_accel.data.progress import Progress
 from dml_accel.models.timm_config import FILE, read_timm_config
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
@@ -28,7 +38,8 @@ class Section:
     Attributes:
         title: networks, data set, and what was scaled down.
         notes: what to know about the runs.
-        table: the comparison in the paper's layout, HTML as all tables here.
+        table: the comparison, a row for each method; HTML as all tables here.
+        methods: the flags of every method.
         published: a table of published results and a note; empty if there are none.
         accuracy: top-1 of every network and method.
         macro_f1: the same of macro-F1, where classes are unbalanced; else empty.
@@ -40,6 +51,7 @@ class Section:
     title: str
     notes: list[str]
     table: str
+    methods: str
     published: list[str]
     accuracy: str
     macro_f1: str
@@ -56,23 +68,40 @@ def write_page(runs: Sequence[Run], path: Path, images: int) -> None:
         path: the file.
         images: how many images of each split to analyse networks on; 0 for no analyses.
     """
+    analyses = analyse_runs(runs, images)
     groups = group_comparable(runs)
+    sections = [_section(group, analyses) for group in groups]
+    sizes = cohort_size_figures(groups)
     text = render(
         _TEMPLATE,
         html=True,  # escaped, because names and commands in the files of a run are untrusted
-        sections=[_section(group, images) for group in groups],
-        cohort_sizes=cohort_size_figures(groups),
+        sections=sections,
+        cohort_sizes=sizes,
+        drawn=_draw([*sizes, *(figure for section in sections for figure in section.figures)]),
         runs=len(runs),
         about_differences=tables.ABOUT_DIFFERENCES,
+        about_cost=tables.ABOUT_COST,
     )
     write_text(path, text)
 
 
-def _section(runs: Sequence[Run], images: int) -> Section:
+def _draw(figures: Sequence[ReportFigure]) -> dict[ReportFigure, dict[str, str]]:
+    """Return the pictures of figures for both themes."""
+    drawn = {}
+    with Progress("drawing", len(figures), unit="figures", every=10.0) as progress:
+        for figure in figures:
+            drawn[figure] = plots.as_uris(figure.draw)
+            progress.add(1)
+    return drawn
+
+
+def _section(runs: Sequence[Run], analyses: Mapping[str, dict[str, Any]]) -> Section:
     # Reversed, so that the first run with a method and seed is the one that is kept.
     first_of_each = {(run.method, run.config.seed): run for run in reversed(runs)}
     kept = list(first_of_each.values())[::-1]
-    methods = list(group_by_method(kept))
+    of_method = group_by_method(kept)
+    by_method = {method: of_method[method] for method in _as_asked(kept)}
+    methods = list(by_method)
     cifar100, notes = _recognise_cifar100(runs[0])
     if len(kept) < len(runs):
         notes.append(
@@ -84,6 +113,10 @@ def _section(runs: Sequence[Run], images: int) -> Section:
             "Started from the checkpoint of another run, so their curves and costs lack the "
             f"beginning: {', '.join(elsewhere)}."
         )
+    changed = runs[0].config.differences(Config())
+    shared = {name: mine for name, (mine, _) in changed.items() if name not in MAY_DIFFER}
+    if shared:
+        notes.append(f"All runs: {in_words(shared)}.")
     record = comparison_record(
         runs[0].config,
         sorted(kept, key=lambda run: (methods.index(run.method), run.config.seed)),
@@ -95,13 +128,44 @@ def _section(runs: Sequence[Run], images: int) -> Section:
         title=tables.subject(record),
         notes=notes,
         table=tables.comparison_table(record, "html"),
+        methods=tables.methods_table(record, "html"),
         published=tables.published_table(record, "html"),
         accuracy=tables.metric_table(record, "top1", 100, "html"),
         macro_f1=tables.macro_f1_table(record, "html"),
         cost=tables.cost_table(record, "html"),
-        figures=comparison_figures(kept, record, images),
+        figures=comparison_figures(by_method, record, _by_method(by_method, analyses)),
         runs=kept,
     )
+
+
+def _by_method(
+    by_method: Mapping[str, Sequence[Run]], analyses: Mapping[str, dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the analyses of runs by method; without methods that have none."""
+    found = {
+        method: [analyses[run.name] for run in runs if run.name in analyses]
+        for method, runs in by_method.items()
+    }
+    return {method: some for method, some in found.items() if some}
+
+
+def _as_asked(runs: Sequence[Run]) -> list[str]:
+    """Return the methods of runs in the order in which they were asked for.
+
+    That of runs of a comparison is in its results.json. All others follow as they appear, or
+    independent training first if there is no comparison.
+    """
+    places: dict[Path, int] = {}
+    for root in dict.fromkeys(parent for run in runs for parent in run.folder.parents[1:3]):
+        with contextlib.suppress(UsageError, KeyError, TypeError):  # none, or something else
+            for one in read_json(root / "results.json")["runs"]:
+                places[root / one["folder"]] = len(places)
+    last = len(places)
+    if places:
+        ordered = sorted(runs, key=lambda run: places.get(run.folder, last))
+    else:
+        ordered = sorted(runs, key=lambda run: run.method != BASELINE)
+    return list(dict.fromkeys(run.method for run in ordered))
 
 
 def _recognise_cifar100(run: Run) -> tuple[bool, list[str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +17,40 @@ if TYPE_CHECKING:  # imported when something is drawn, because that takes a seco
 
 _SIZE = (4.4, 3.1)  # inches: readable on a phone, too
 _WIDTH_WITH_TITLE = 8  # inches, outside of a page
-_COLOURS = ("#4c78a8", "#e4572e", "#54a24b", "#b279a2", "#f2a900", "#72b7b2", "#9d755d", "#8c8c8c")
+_LETTER = 0.075  # inches, in the labels of axes
+# Okabe and Ito's, which are told apart by colour-blind people, too; without yellow and black, which
+# are not seen on a light and on a dark page.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c8c")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 _INK = {"light": "#222222", "dark": "#e6e6e6"}
+_WHOLE = ("epoch", "K")  # axes whose ticks are whole numbers
+_FEWEST_FOR_BAND = 3  # seeds: the interval of two is a dozen times as wide as their distance
+
+Dash = str | tuple[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a line looks: its colour, and matplotlib's pattern of its dashes."""
+
+    colour: str
+    dash: Dash = "-"
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
     """Return a colour for each name, for all figures of a page."""
-    return {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(names)}
+    return {name: style.colour for name, style in styles(names).items()}
 
 
-def as_uri(draw: Callable[[], Figure], theme: str) -> str:
-    """Return a figure as a data URI of SVG.
+def styles(names: Sequence[str]) -> dict[str, Style]:
+    """Return a style for each name: 35 that differ in colour or dashes."""
+    turns = [divmod(place, len(_COLOURS)) for place in range(len(names))]
+    looks = [Style(_COLOURS[at], DASHES[turn % len(DASHES)]) for turn, at in turns]
+    return dict(zip(names, looks, strict=True))
 
-    Args:
-        draw: draws it, with matplotlib's parameters set for the theme.
-        theme: of the page, ``light`` or ``dark``.
-    """
+
+def as_uris(draw: Callable[[], Figure]) -> dict[str, str]:
+    """Return a figure as data URIs of SVG, for a light and for a dark page."""
     import matplotlib
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
@@ -44,12 +63,18 @@ def as_uri(draw: Callable[[], Figure], theme: str) -> str:
         "axes.spines.right": False,
         "axes.facecolor": "none",
         "legend.frameon": False,
-        **dict.fromkeys(inked, _INK[theme]),
+        **dict.fromkeys(inked, _INK["light"]),
     }
     content = io.BytesIO()
     with matplotlib.rc_context(style):
         draw().savefig(content, format="svg", facecolor="none", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+    text = content.getvalue().decode()
+    # Only the ink differs: drawing is what takes the time of a report.
+    return {theme: _as_uri(text.replace(_INK["light"], ink)) for theme, ink in _INK.items()}
+
+
+def _as_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -58,115 +83,167 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
+# ---------------------------------------------------------------- lines
+
+
 def curves(
     lines: Mapping[str, Curve],
-    colour: Mapping[str, str],
+    style: Mapping[str, Style],
     x: str,
     y: str,
     scale: float = 1.0,
-    marks: str = "-",
+    mark: str = "",
 ) -> Figure:
-    """Draw means with 95% bands, one line for each name.
+    """Draw means with 95% bands, one line for each name; with fewer than 3 seeds, each seed.
 
     Args:
-        lines: the points of each line; those without an interval have no band.
-        colour: of each name, as ``colours`` returns it.
+        lines: the points of each line.
+        style: of each name, as ``styles`` returns it.
         x: label of the horizontal axis, with its unit.
         y: label of the vertical axis.
         scale: factor of the values.
-        marks: matplotlib's format of lines and points.
+        mark: matplotlib's format of points; empty for none.
     """
     figure, axes = _axes(x, y)
-    for name, points in lines.items():
-        means = [(at, scale * one.mean) for at, one in points if one.mean is not None]
-        axes.plot(*_columns(means, 2), marks, color=colour[name], label=name)
+    for name, line in lines.items():
+        look = style[name]
+        means = [(at, scale * one.mean) for at, one in line.points if one.mean is not None]
+        given = {"color": look.colour, "linestyle": look.dash}
+        axes.plot(*_columns(means, 2), marker=mark, label=name, **given)
+        few = 1 < max((one.n for _, one in line.points), default=0) < _FEWEST_FOR_BAND
+        for seed in line.seeds if few else ():
+            points = [(at, scale * value) for at, value in seed]
+            axes.plot(*_columns(points, 2), linewidth=0.6, alpha=0.7, **given)
         band = [
             (at, scale * one.low, scale * one.high)
-            for at, one in points
-            if one.low is not None and one.high is not None
+            for at, one in line.points
+            if one.low is not None and one.high is not None and one.n >= _FEWEST_FOR_BAND
         ]
         if band:
-            axes.fill_between(*_columns(band, 3), color=colour[name], alpha=0.18, linewidth=0)
+            axes.fill_between(*_columns(band, 3), color=look.colour, alpha=0.18, linewidth=0)
+    if x in _WHOLE and axes.get_xlim()[1] >= 1:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     low, high = axes.get_ylim()  # the interval of few seeds may reach impossible values
-    axes.set_ylim(max(0.0, low), min(100.0, high) if scale == 100 else high)
-    _legend(figure, len(lines))
+    axes.set_ylim(max(low, 0.0), min(high, 102.0) if "%" in y else high)
+    _legend(figure, list(lines))
     return figure
 
 
-def _columns(rows: Sequence[tuple[float, ...]], count: int) -> list[list[float]]:
-    return [[row[column] for row in rows] for column in range(count)]
+def _columns(points: Sequence[Sequence[float]], width: int) -> list[list[float]]:
+    """Return points as columns, of which there are so many even without points."""
+    return [list(column) for column in zip(*points, strict=True)] or [[] for _ in range(width)]
 
 
 def calibration(
-    lines: Mapping[str, Sequence[tuple[float, float]]], colour: Mapping[str, str]
+    lines: Mapping[str, list[tuple[float, float]]], style: Mapping[str, Style]
 ) -> Figure:
-    """Draw accuracy against confidence, one line for each name, and the diagonal."""
+    """Draw accuracy against mean confidence; calibrated networks lie on the diagonal."""
     figure, axes = _axes("confidence", "accuracy")
     axes.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle=":")
     for name, points in lines.items():
-        axes.plot(*_columns(points, 2), "o-", color=colour[name], label=name, markersize=3)
-    _legend(figure, len(lines))
+        look = style[name]
+        given = {"color": look.colour, "linestyle": look.dash}
+        axes.plot(*_columns(points, 2), marker="o", label=name, markersize=3, **given)
+    _legend(figure, list(lines))
     return figure
 
 
-def matrix(values: Sequence[Sequence[float]], names: Sequence[str], unit: str) -> Figure:
-    """Draw a square matrix as colours, with the number in each cell."""
-    figure = _new_figure(*_SIZE)
+# ---------------------------------------------------------------- matrices
+
+
+def matrix(
+    values: Sequence[Sequence[float]], names: Sequence[str], unit: str, ends: tuple[float, float]
+) -> Figure:
+    """Draw a square matrix as colours, with the number in each cell.
+
+    Args:
+        values: row by row.
+        names: of rows and columns.
+        unit: of the values.
+        ends: of the scale of colours, which all matrices of a kind share.
+    """
+    # The names take room of their own: beside the matrix, and at a right angle below it.
+    room = _LETTER * max(map(len, names))
+    figure = _new_figure(_SIZE[0], max(_SIZE[1], min(_SIZE[1], _SIZE[0] - room - 0.9) + room))
     axes = figure.add_subplot()
-    image = axes.imshow(values, cmap="viridis")
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    low, high = ends
+    image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high)
+    axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
-    middle = (max(map(max, values)) + min(map(min, values))) / 2
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            ink = "black" if value > middle else "white"
-            axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=8)
+            ink = "black" if value > (low + high) / 2 else "white"
+            size = min(8, 40 / len(names))
+            axes.text(
+                column, row, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=size
+            )
     figure.colorbar(image, label=unit)
     return figure
+
+
+# ---------------------------------------------------------------- differences
 
 
 def differences(record: dict[str, Any], title: str) -> Figure:
     """Draw every method's top-1 difference to independent training with its 95% interval.
 
-    One row per architecture, cohort mean and ensemble; a difference without an interval (one seed)
-    is a hollow point.
+    One row per method, the largest difference on top: of the mean over the cohort's networks, and
+    hollow that of their ensemble. A difference without an interval (one seed) has no bar.
 
     Args:
         record: the content of a comparison's results.json.
         title: of the figure; empty on a page, which has its own.
     """
-    rows = [
-        (cohort, summary)
-        for cohort in record["cohorts"]
-        for summary in cohort["summaries"]
-        if summary["difference"]
-        and summary["of"] != "peer"
-        and summary["difference"]["top1"]["mean"] is not None
-    ]
-    height = 1.6 + 0.4 * max(1, len(rows))
+    panels = [(cohort, rows) for cohort in record["cohorts"] if (rows := list(_rows(cohort)))]
+    count = [max(1, len(rows)) for _, rows in panels] or [1]
+    height = 1.0 + 0.6 * len(count) + 0.36 * sum(count)
     figure = _new_figure(_WIDTH_WITH_TITLE if title else _SIZE[0], height)
-    axes = figure.add_subplot()
-    for place, (_, summary) in enumerate(rows):
-        mean, low, high = (summary["difference"]["top1"][key] for key in ("mean", "low", "high"))
-        if low is None:
-            axes.plot(100 * mean, place, "o", color="tab:blue", fillstyle="none")
-        else:
-            reach = [[100 * mean - 100 * low], [100 * high - 100 * mean]]
-            axes.errorbar(100 * mean, place, xerr=reach, fmt="o", color="tab:blue", capsize=3)
-    axes.axvline(0, color="0.5", linewidth=1)
-    axes.set_yticks(range(len(rows)), [_row_label(record, *row) for row in rows])
-    axes.set_ylim(max(1, len(rows)) - 0.5, -0.5)  # the first row on top
-    wide = "top-1 minus independent, percentage points (95% interval)"
-    axes.set_xlabel(wide if title else "percentage points of top-1")
+    all_axes = figure.subplots(len(count), squeeze=False, height_ratios=count)[:, 0]
+    for axes, (cohort, rows) in zip(all_axes, panels, strict=False):
+        for place, (_, both) in enumerate(rows):
+            for of, numbers in both.items():
+                _draw_difference(axes, place, numbers, of == "ensemble")
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+        if len(panels) > 1:
+            axes.set_title(cohort["cohort"], fontsize="small", loc="left")
+    for axes in all_axes:
+        axes.axvline(0, color="0.5", linewidth=1)
+    wide = "top-1 minus independent, percentage points (95% interval); hollow: the ensembles"
+    all_axes[-1].set_xlabel(wide if title else "percentage points of top-1")
     if title:
-        axes.set_title(title, fontsize="medium", wrap=True)
+        figure.suptitle(title, fontsize="medium", wrap=True)
     return figure
 
 
-def _row_label(record: dict[str, Any], cohort: dict[str, Any], summary: dict[str, Any]) -> str:
-    prefix = f"{cohort['cohort']}: " if len(record["cohorts"]) > 1 else ""
-    name = summary["name"].removesuffix("_cifar")
-    return f"{prefix}{name}, {summary['method']} (n = {summary['difference']['top1']['n']})"
+def _rows(cohort: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Yield the label of each method and its differences, the largest first."""
+    by_method: dict[str, dict[str, dict[str, Any]]] = {}
+    for summary in cohort["summaries"]:
+        several = len(cohort["peers"]) > 1  # the ensemble of one network is that network
+        if summary["of"] == "cohort" or (summary["of"] == "ensemble" and several):
+            numbers = summary["difference"] and summary["difference"]["top1"]
+            if numbers and numbers["mean"] is not None:
+                by_method.setdefault(summary["method"], {})[summary["of"]] = numbers
+    shown = sorted(by_method.items(), key=lambda item: -next(iter(item[1].values()))["mean"])
+    for method, both in shown:
+        yield f"{method} (n = {next(iter(both.values()))['n']})", both
+
+
+def _draw_difference(axes: Any, place: int, numbers: dict[str, Any], hollow: bool) -> None:
+    mean, low, high = (numbers[key] for key in ("mean", "low", "high"))
+    at = place + (0.18 if hollow else -0.12)
+    given: dict[str, Any] = {"color": _COLOURS[5 if hollow else 0]}
+    given |= {"markersize": 4, "markerfacecolor": "none"} if hollow else {"markersize": 5}
+    if low is None:
+        axes.plot(100 * mean, at, "o", **given)
+    else:
+        reach = [[100 * mean - 100 * low], [100 * high - 100 * mean]]
+        line = {"capsize": 2, "elinewidth": 0.8 if hollow else 1.4}
+        axes.errorbar(100 * mean, at, xerr=reach, fmt="o", **given, **line)
+
+
+# ---------------------------------------------------------------- parts
 
 
 def _new_figure(width: float, height: float) -> Figure:
@@ -184,7 +261,11 @@ def _axes(x: str, y: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _legend(figure: Figure, entries: int) -> None:
-    if entries > 1:
-        columns = 2 if entries > 3 else entries
-        figure.legend(loc="outside upper center", ncols=columns, fontsize="small")
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    if len(names) < 2:
+        return
+    columns = 1 if max(map(len, names)) > 26 else 2 if len(names) > 3 else len(names)
+    # Lines keep the height that they have in a figure without a legend.
+    lines = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, lines - 2))
+    figure.legend(loc="outside upper center", ncols=columns, fontsize="small", handlelength=2.8)

@@ -58,6 +58,12 @@ class Published:
         top1 = dict(zip(ours, (self.top1[place] for place in places), strict=True))
         return replace(self, nets=tuple(nets), top1=tuple(top1[at] for at in range(len(nets))))
 
+    @property
+    def cohort(self) -> str:
+        """The networks in words."""
+        count = {net: self.nets.count(net) for net in self.nets}
+        return " + ".join(net if n == 1 else f"{n} x {net}" for net, n in count.items())
+
     def numbers(self) -> str:
         """Return its values in words; those that could not be checked have a question mark."""
         return " / ".join(f"{one:.2f}" + "?" * (one in self.unchecked) for one in self.top1)

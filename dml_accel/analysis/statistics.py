@@ -7,15 +7,18 @@ independent replicates. Differences to independent training are paired by seed.
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import scipy  # scipy.stats is imported when it is first used, because that takes a second
 
 from dml_accel.analysis.methods import BASELINE
+from dml_accel.analysis.passes import million_passes, passes_per_image
 from dml_accel.analysis.published import CIFAR100_TRAINING_IMAGES, published_results
 from dml_accel.analysis.runs import Run
 from dml_accel.core.config import Config
+from dml_accel.core.method import MethodConfig
+from dml_accel.core.recipes import in_words
 from dml_accel.data.selection import split_names
 
 METRICS = ("top1", "top5", "nll", "ece", "macro_f1")
@@ -26,7 +29,6 @@ _ROUNDING = 1e-12  # relative: by this much, differences that should be equal ma
 _NOT_IN_RECIPE = frozenset({"cohort", "dataset", "seed", "image_column", "label_column"})
 
 Values = Mapping[int, float | None]  # by seed
-Curve = list[tuple[float, "Summary"]]
 
 
 # ---------------------------------------------------------------- one number per seed
@@ -88,29 +90,87 @@ def paired_difference(values: Values, baseline: Values) -> Difference:
     return Difference(**vars(summary), p=p)
 
 
-# ---------------------------------------------------------------- curves over epochs
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p-values after Holm's correction for how many there are; None stays None.
+
+    A method is called different at 5% if its corrected value is below 0.05; over all methods, the
+    chance of calling any wrongly so is then at most 5% (Holm 1979).
+    """
+    tested = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        corrected[place] = largest
+    return corrected
 
 
-def metric_over_epochs(
-    runs: Sequence[Run], value: Callable[[dict[str, Any]], float | None]
-) -> Curve:
-    """Summarise a value of the test metrics over seeds, at each epoch that all runs evaluated."""
-    return _summarise_curves(
-        [{epoch: value(test) for epoch, test in run.evaluations()} for run in runs]
+# ---------------------------------------------------------------- curves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number along an axis.
+
+    Attributes:
+        points: where, and its summary over seeds.
+        seeds: the same for each seed: where, and its value.
+    """
+
+    points: list[tuple[float, Summary]]
+    seeds: list[list[tuple[float, float]]] = field(default_factory=list)
+
+
+def curve(by_seed: Sequence[Mapping[float, float | None]]) -> Curve:
+    """Summarise the values of all seeds, {where: value}, at each place that all of them have."""
+    shared = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
+    return Curve(
+        [(at, summarise([values[at] for values in by_seed])) for at in shared],
+        [
+            [(at, value) for at, value in sorted(values.items()) if value is not None]
+            for values in by_seed
+        ],
     )
 
 
-def loss_over_epochs(runs: Sequence[Run], part: str) -> Curve:
-    """Summarise a part of the training loss, mean over peers, over seeds and by epoch."""
-    return _summarise_curves([_loss_by_epoch(run, part) for run in runs])
+def metric_over_epochs(
+    runs: Sequence[Run], value: Callable[[dict[str, Any]], float | None], split: str = "test"
+) -> Curve:
+    """Summarise a value of the metrics of a split over seeds, by epoch."""
+    return curve([_metric_by_epoch(run, value, split) for run in runs])
 
 
-def _loss_by_epoch(run: Run, part: str) -> dict[float, float | None]:
+def loss_over_epochs(runs: Sequence[Run], part: str, net: str = "") -> Curve:
+    """Summarise a part of the training loss, mean over peers, over seeds and by epoch.
+
+    Args:
+        runs: one of each seed.
+        part: of the loss.
+        net: only of peers with this network; empty for all.
+    """
+    return curve([_loss_by_epoch(run, part, net) for run in runs])
+
+
+def _metric_by_epoch(
+    run: Run, value: Callable[[dict[str, Any]], float | None], split: str
+) -> dict[float, float | None]:
+    return {
+        event["step"] / run.steps_per_epoch: value(event[split])
+        for event in run.events
+        if event["event"] == "eval" and event.get(split)
+    }
+
+
+def _loss_by_epoch(run: Run, part: str, net: str) -> dict[float, float | None]:
     totals: dict[int, tuple[float, float]] = {}  # optimizer steps, and the sum of their losses
     for event in run.events:
         if event["event"] != "step":
             continue
-        losses = [peer[part] for peer in event["peers"].values() if peer[part] is not None]
+        losses = [
+            peer[part]
+            for name, peer in event["peers"].items()
+            if peer[part] is not None and net in ("", name.rpartition("-")[0])
+        ]
         if losses:
             epoch = -(-event["step"] // run.steps_per_epoch)
             # A record holds the mean of several steps, so it is weighted by them.
@@ -118,11 +178,6 @@ def _loss_by_epoch(run: Run, part: str) -> dict[float, float | None]:
             loss = event["steps"] * statistics.fmean(losses)
             totals[epoch] = steps + event["steps"], total + loss
     return {float(epoch): total / steps for epoch, (steps, total) in totals.items()}
-
-
-def _summarise_curves(curves: Sequence[Mapping[float, float | None]]) -> Curve:
-    shared = sorted(set.intersection(*map(set, curves))) if curves else []
-    return [(epoch, summarise([curve[epoch] for curve in curves])) for epoch in shared]
 
 
 # ---------------------------------------------------------------- the record of a comparison
@@ -186,7 +241,8 @@ def comparison_record(
         "split": split_names(config.data).test,
         "methods": list(methods),
         "seeds": sorted(seeds),
-        "scaled_down": _scaled_down(config, runs, cifar100),
+        "flags": {method: _flags([r for r in runs if r.method == method]) for method in methods},
+        "scaled_down": _scaled_down(config, runs) if cifar100 else [],
         "recipe": {n: value for n, (value, _) in changed.items() if n not in _NOT_IN_RECIPE},
         "missing": list(missing),
         "failed": dict(failed or {}),
@@ -200,16 +256,32 @@ def comparison_record(
     }
 
 
-def _scaled_down(config: Config, runs: Sequence[Run], cifar100: bool) -> list[str]:
+def _flags(runs: Sequence[Run]) -> str:
+    """Return the flags that make a method, as the runs have them; stages one after the other."""
+    stages = dict.fromkeys(_flags_of(one) for run in runs for one in (*run.earlier, run))
+    return "; then ".join(stages)
+
+
+def _flags_of(run: Run) -> str:
+    changed = run.config.differences(Config())
+    mine = {name: value for name, (value, _) in changed.items() if name in MethodConfig.names()}
+    # Their folders may be others in every run.
+    teachers = [
+        one["arch"] for one in run.description.get("teachers", {}).get("frozen", {}).values()
+    ]
+    mine.pop("frozen_peers", None)
+    flags = [in_words(mine)] if mine else []
+    return " ".join([*flags, *(["--frozen-peers of", *teachers] if teachers else [])])
+
+
+def _scaled_down(config: Config, runs: Sequence[Run]) -> list[str]:
     """Return in words what is smaller than in the paper."""
     data, optim, paper = config.data, config.optim, Config().optim
     parts = []
     # The images of the runs, because the configuration does not say how many the data set has.
     images = max((run.description["images"]["train"] for run in runs), default=0)
-    if cifar100 and 0 < images < CIFAR100_TRAINING_IMAGES:
+    if 0 < images < CIFAR100_TRAINING_IMAGES:
         parts.append(f"{images:,} of {CIFAR100_TRAINING_IMAGES:,} training images")
-    elif data.train_limit is not None:
-        parts.append(f"{data.train_limit:,} training images")
     if optim.max_steps is not None:
         parts.append(f"{optim.max_steps:,} optimizer steps")
     if data.labelled_fraction < 1:
@@ -240,17 +312,24 @@ def _cohort_record(runs: Sequence[Run], methods: Sequence[str], cifar100: bool) 
     by_method: dict[str, dict[int, Run]] = {method: {} for method in methods}
     for run in runs:
         by_method[run.method][run.config.seed] = run
-    peers = [(peer["name"], peer["arch"]) for peer in runs[0].results["peers"]]
+    # A method of stages may have trained only some of the networks.
+    most = max(runs, key=lambda run: len(run.results["peers"]))
+    peers = [(peer["name"], peer["arch"]) for peer in most.results["peers"]]
     nets = [name.rpartition("-")[0] for name, _ in peers]
+    groups = [
+        [
+            _summary_record(method, of, name, members, by_method)
+            for method in methods
+            if by_method[method]
+        ]
+        for of, name, members in _groups(peers)
+    ]
+    for summaries in groups:
+        _correct(summaries)
     return {
         "cohort": runs[0].cohort,
         "peers": [{"name": name, "arch": arch} for name, arch in peers],
-        "summaries": [
-            _summary_record(method, of, name, members, by_method)
-            for of, name, members in _groups(peers)
-            for method in methods
-            if by_method[method]
-        ],
+        "summaries": [summary for summaries in groups for summary in summaries],
         "cost": {
             method: _cost_record([*by_seed.values()])
             for method, by_seed in by_method.items()
@@ -287,8 +366,11 @@ def _summary_record(
     """Summarise one method for one of the groups."""
 
     def values(method: str, metric: str) -> dict[int, float | None]:
-        runs = by_method.get(method, {})
-        return {seed: _mean_of_members(run, members, metric) for seed, run in runs.items()}
+        return {
+            seed: _mean_of_members(run, members, metric)
+            for seed, run in by_method.get(method, {}).items()
+            if _has(run, members)
+        }
 
     difference = None
     if method != BASELINE and by_method.get(BASELINE):
@@ -305,8 +387,31 @@ def _summary_record(
     }
 
 
+def _correct(summaries: Sequence[dict[str, Any]]) -> None:
+    """Add ``p_holm`` to the differences of all methods in one group, which are one family."""
+    compared = [summary["difference"] for summary in summaries if summary["difference"]]
+    for metric in METRICS:
+        corrected = holm([difference[metric]["p"] for difference in compared])
+        for difference, p in zip(compared, corrected, strict=True):
+            difference[metric]["p_holm"] = p
+
+
 def _value(metrics: Mapping[str, float | None], metric: str) -> float | None:
     return metrics.get(metric) if metric in _NOT_IN_OLDER_RUNS else metrics[metric]
+
+
+def _has(run: Run, members: Sequence[str]) -> bool:
+    """Whether a run trained a network of each kind among some peers; all of them if none is named.
+
+    A method that trains one network has no ensemble, and no mean over different networks.
+    """
+    trained = {peer["name"] for peer in run.results["peers"]}
+    if not members:
+        return set(run.whole_cohort) <= trained
+    if len(members) == 1:
+        return members[0] in trained
+    kinds = {name.rpartition("-")[0] for name in members}
+    return kinds <= {name.rpartition("-")[0] for name in trained & set(members)}
 
 
 def _mean_of_members(run: Run, members: Sequence[str], metric: str) -> float | None:
@@ -326,7 +431,7 @@ def _cost_record(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _costs(run: Run) -> dict[str, float | None]:
-    """Return seconds, seconds of optimizer steps, images per second and top-1 per second.
+    """Return the seconds, in all and of optimizer steps, images and top-1 per second, and passes.
 
     Times are None if the run began elsewhere, because its first part was not recorded here.
     """
@@ -338,4 +443,6 @@ def _costs(run: Run) -> dict[str, float | None]:
         "training_seconds": training,
         "images_per_second": run.results["throughput"]["images_per_second"],
         "top1_per_training_second": top1 / training if training else None,
+        "passes_per_image": passes_per_image(run),
+        "million_passes": million_passes(run),
     }

@@ -4,10 +4,12 @@ Every function takes the record that ``statistics.comparison_record`` returns, w
 of the comparison's results.json.
 """
 
+import html
 from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis.methods import BASELINE, METHODS
+from dml_accel.analysis.methods import BASELINE
+from dml_accel.analysis.published import Published, all_published
 from dml_accel.core.config import OptimConfig
 from dml_accel.core.tables import is_unbalanced, percent, render, table
 from dml_accel.models.model_card import public_name
@@ -24,10 +26,15 @@ _OF_RECIPE = {
 _OF_RECIPE -= {"epochs", "max_steps"}
 
 ABOUT_DIFFERENCES = """\
-Top-1 accuracy in %, mean over seeds, after the last epoch. Differences are paired: same seed,
-initial weights, data order and augmentation; in brackets the 95% t-interval and the p-value of the
-paired t-test over seeds. Equal networks of a run are averaged first. The p-values are not corrected
-for multiple comparisons."""
+Top-1 accuracy in %, mean over seeds, after the last epoch. Differences are of the mean over the
+cohort's networks, and paired: same seed, initial weights, data order and augmentation; in brackets
+the 95% t-interval. p is that of the paired t-test over seeds; p Holm is the same after Holm's
+correction for how many methods are compared with independent training: a family is all methods in
+one cohort, for one row of it (a network, the mean over networks, the ensemble) and one metric.
+Equal networks of a run are averaged first."""
+ABOUT_COST = """\
+A pass is one network predicting one training image in an optimizer step, a backward pass counted as
+two; per image of the step, and in millions over the run. Evaluations are not counted."""
 
 
 def comparison_markdown(record: dict[str, Any], plot: str) -> str:
@@ -56,6 +63,8 @@ def comparison_markdown(record: dict[str, Any], plot: str) -> str:
         title=comparison_title(record),
         comparison=comparison_table(record, "github"),
         about=ABOUT_DIFFERENCES,
+        methods=methods_table(record),
+        about_cost=ABOUT_COST,
         published=published_table(record),
         plot=plot,
         top1=metric_table(record, "top1", 100),
@@ -70,7 +79,9 @@ def comparison_markdown(record: dict[str, Any], plot: str) -> str:
 
 def comparison_title(record: dict[str, Any]) -> str:
     """Return one line: methods, networks, data set, and what was scaled down."""
-    title = f"{' against '.join(record['methods'])}: {subject(record)}"
+    methods = record["methods"]
+    title = " against ".join(methods) if len(methods) < 4 else f"{len(methods)} methods"
+    title += f": {subject(record)}"
     return title[:1].upper() + title[1:]
 
 
@@ -87,29 +98,44 @@ def subject(record: dict[str, Any]) -> str:
 
 
 def comparison_table(record: dict[str, Any], style: str = "simple") -> str:
-    """Return one row per cohort in the layout of the paper's Table 2."""
-    others = [method for method in record["methods"] if method != BASELINE]
-    widest = max((len(cohort["peers"]) for cohort in record["cohorts"]), default=0)
-    headers = [f"Net {index + 1}" for index in range(widest)] + ["n"]
-    headers += [_title(method) for method in record["methods"]]
-    headers += [f"{_title(method)} - {METHODS[BASELINE].title}" for method in others]
+    """Return one row per method: top-1 and the difference to independent training.
+
+    Where there are several cohorts, each has a table of its own below its name.
+    """
+    tables = [_comparison_of(cohort, style) for cohort in record["cohorts"]]
+    if len(tables) < 2:
+        return "".join(tables)
+    name = {"github": "**{}**", "html": "<h4>{}</h4>"}.get(style, "{}:")
+    titles = [name.format(html.escape(cohort["cohort"])) for cohort in record["cohorts"]]
+    return "\n\n".join(f"{one}\n\n{two}" for one, two in zip(titles, tables, strict=True))
+
+
+def _comparison_of(cohort: dict[str, Any], style: str) -> str:
+    nets, several = _nets(cohort), len(cohort["peers"]) > 1
+    archs = {peer["arch"]: net for peer, net in zip(cohort["peers"], nets, strict=True)}
+    equal = several and len(archs) == 1
+    headers = ["method", "n"]
+    headers += [f"mean of {len(nets)} {nets[0]}"] if equal else list(archs.values())
+    headers += ["ensemble"] * several + [f"minus {BASELINE}", "p", "p Holm"]
+    by_method: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for summary in cohort["summaries"]:
+        by_method.setdefault(summary["method"], {})[summary["of"], summary["name"]] = summary
     rows = []
-    for cohort in record["cohorts"]:
-        nets, peers = _nets(cohort), cohort["peers"]
-        summaries = {(s["method"], s["of"], s["name"]): s for s in cohort["summaries"]}
-        # While runs are missing, methods may differ in the number of seeds.
-        counts = {s["method"]: str(s["top1"]["n"]) for s in cohort["summaries"]}
-        row = [*nets, *[""] * (widest - len(nets)), " / ".join(dict.fromkeys(counts.values()))]
-        for method in record["methods"]:
-            one_each = [summaries.get((method, "peer", peer["name"])) for peer in peers]
-            row.append(" / ".join(_mean(summary, "top1", 100) for summary in one_each))
-        for method in others:
-            # Equal networks share a difference, because they are averaged first.
-            archs = dict.fromkeys(peer["arch"] for peer in peers)
-            one_each = [summaries.get((method, "architecture", arch)) for arch in archs]
-            row.append(" / ".join(_difference(summary, "top1", 100) for summary in one_each))
-        rows.append(row)
-    return table(rows, headers, style, left=widest)
+    for method, found in by_method.items():
+        shown = [found[("architecture", arch)] for arch in archs]
+        # A method that trains one of several different networks has no mean over them.
+        mean = found[("cohort", "cohort mean")]
+        cells = [_mean(one, "top1", 100) for one in shown]
+        cells += [_mean(found[("ensemble", "ensemble")], "top1", 100)] * several
+        n = max(one["top1"]["n"] for one in shown)
+        rows.append([method, n, *cells, *_difference(mean, "top1", 100)])
+    return table(rows, headers, style, left=1)
+
+
+def methods_table(record: dict[str, Any], style: str = "github") -> str:
+    """Return what each method is: the flags of its runs."""
+    rows = [[method, flags or "the defaults"] for method, flags in record["flags"].items()]
+    return table(rows, ("method", "flags of its runs"), style, left=2)
 
 
 def metric_table(record: dict[str, Any], metric: str, scale: float, style: str = "github") -> str:
@@ -121,28 +147,29 @@ def metric_table(record: dict[str, Any], metric: str, scale: float, style: str =
         scale: factor from the record's unit to the table's.
         style: of tabulate.
     """
-    headers = ("cohort", "what", "method", "n", "mean", "sd", "95% interval", f"minus {BASELINE}")
+    headers = ["what", "method", "n", "mean", "sd", "95% interval"]
+    headers += [f"minus {BASELINE}", "p", "p Holm"]
+    several = len(record["cohorts"]) > 1
     rows = []
     for cohort in record["cohorts"]:
-        nets = _nets(cohort)
         for summary in cohort["summaries"]:
-            if summary["of"] == "peer" and nets.count(summary["name"].rpartition("-")[0]) == 1:
-                continue  # the row of its architecture has the same numbers
             numbers = summary[metric]
+            if _is_shown_elsewhere(summary, cohort) or not numbers["n"]:
+                continue
             sd = numbers["sd"]
             rows.append(
                 [
-                    cohort["cohort"],
-                    _what(summary),
+                    *([cohort["cohort"]] if several else []),
+                    _what(summary, cohort),
                     summary["method"],
                     numbers["n"],
                     _mean(summary, metric, scale),
                     "-" if sd is None else f"{scale * sd:.{_digits(scale)}f}",
                     "-" if numbers["mean"] is None else _interval(numbers, scale),
-                    _difference(summary, metric, scale),
+                    *_difference(summary, metric, scale),
                 ]
             )
-    return table(rows, headers, style, left=3)
+    return table(rows, ["cohort"] * several + headers, style, left=2 + several)
 
 
 def macro_f1_table(record: dict[str, Any], style: str = "github") -> str:
@@ -152,68 +179,107 @@ def macro_f1_table(record: dict[str, Any], style: str = "github") -> str:
 
 
 def cost_table(record: dict[str, Any], style: str = "github") -> str:
-    """Return what each method costs: time, speed, and accuracy per time of optimizer steps."""
-    headers = ("cohort", "method", "s per run", "s in steps", "images per s", "top-1 % per 1,000 s")
+    """Return what each method costs: time, speed, passes, and accuracy per time of steps."""
+    digits = {"seconds": 0, "training_seconds": 0, "images_per_second": 0}
+    digits |= {"passes_per_image": 1, "million_passes": 2}
+    headers = ["method", "s per run", "s in steps", "images per s", "passes per image"]
+    headers += ["million passes per run", "top-1 % per 1,000 s"]
+    several = len(record["cohorts"]) > 1
 
     def cell(cost: dict[str, Any], name: str) -> str:
-        mean = cost[name]["mean"]
-        return "-" if mean is None else f"{mean:.0f}"
+        mean = cost[name]["mean"] if name in cost else None  # older records have no passes
+        return "-" if mean is None else f"{mean:,.{digits[name]}f}"
 
     def accuracy(cost: dict[str, Any]) -> str:
         mean = cost["top1_per_training_second"]["mean"]
         return "-" if mean is None else f"{1e5 * mean:.3g}"
 
-    times = ("seconds", "training_seconds", "images_per_second")
     rows = [
-        [cohort["cohort"], method, *(cell(cost, name) for name in times), accuracy(cost)]
+        [
+            *([cohort["cohort"]] if several else []),
+            method,
+            *(cell(cost, name) for name in digits),
+            accuracy(cost),
+        ]
         for cohort in record["cohorts"]
         for method, cost in cohort["cost"].items()
     ]
-    return table(rows, headers, style, left=2)
+    return table(rows, ["cohort"] * several + headers, style, left=1 + several)
 
 
 def published_table(record: dict[str, Any], style: str = "github") -> list[str]:
     """Return a table of published results beside ours, and a note; empty if there are none."""
     rows = []
     for cohort in record["cohorts"]:
-        summaries = {(s["method"], s["name"]): s for s in cohort["summaries"]}
-        names = [peer["name"] for peer in cohort["peers"]]
         for row in cohort["published"]:
-            cells = []
-            for method in (BASELINE, "mutual"):
-                ours = [_mean(summaries.get((method, name)), "top1", 100) for name in names]
-                cells += [" / ".join(_published(row, method)), " / ".join(ours)]
-            rows.append([" + ".join(_nets(cohort)), row["source"], *cells])
+            one = Published(**row | {"unchecked": frozenset(row["unchecked"])})
+            n = "" if one.n is None else one.n
+            theirs = (one.numbers(), n, _ours(one, cohort), one.differs)
+            rows.append([one.source, one.method, one.cohort, *theirs])
     if not rows:
         return []
-    headers = ("networks", "source", "Ind., published", "Ind., ours", "DML, published", "DML, ours")
+    headers = ("source", "method", "networks", "published", "n", "ours", "what differs")
     scaled_down = ", ".join(record["scaled_down"])
-    note = "Published: 200 epochs on the 50,000 training images of CIFAR-100."
+    note = "Published: on the 50,000 training images of CIFAR-100; the paper trains for 200 epochs."
     if scaled_down:
         note += f" Ours are scaled down ({scaled_down}) and not comparable."
     other = [name.replace("_", " ") for name in record["recipe"] if name in _OF_RECIPE]
     if other:
         note += f" Ours follow another recipe ({', '.join(other)})."
     note += " Values marked ? could not be\ncompared with the text of their source."
-    return [table(rows, headers, style, left=2), note]
+    return [table(rows, headers, style, left=len(headers)), note]
+
+
+def _ours(published: Published, cohort: dict[str, Any]) -> str:
+    """Return our numbers for the networks of a published result, by the same method."""
+    nets, peers = _nets(cohort), cohort["peers"]
+    found = {
+        (s["of"], s["name"]): s for s in cohort["summaries"] if s["method"] == published.method
+    }
+    if len(published.nets) == len(nets) and len(published.top1) > 1:
+        shown = [("peer", peer["name"]) for peer in peers]
+    else:
+        archs = {net: peer["arch"] for net, peer in zip(nets, peers, strict=True)}
+        shown = [("architecture", archs[net]) for net in dict.fromkeys(published.nets)]
+    return " / ".join(_mean(found.get(key), "top1", 100) for key in shown)
+
+
+def all_published_table() -> str:
+    """Return all published results that we know of as a table."""
+    headers = ("source", "method", "networks", "n", "top-1 %", "what differs")
+    rows = [
+        [one.source, one.method, one.cohort, one.n or "", one.numbers(), one.differs]
+        for one in all_published()
+    ]
+    return table(rows, headers, "github", left=len(headers))
 
 
 # ---------------------------------------------------------------- cells
-
-
-def _title(method: str) -> str:
-    name, comma, unusual = method.partition(",")
-    return (METHODS[name].title if name in METHODS else name) + comma + unusual
 
 
 def _nets(cohort: dict[str, Any]) -> list[str]:
     return [peer["name"].rpartition("-")[0] for peer in cohort["peers"]]
 
 
-def _what(summary: dict[str, Any]) -> str:
+def _is_shown_elsewhere(summary: dict[str, Any], cohort: dict[str, Any]) -> bool:
+    """Whether another row has the same numbers, because networks are alone or equal."""
+    nets, archs = _nets(cohort), {peer["arch"] for peer in cohort["peers"]}
+    if summary["of"] == "peer":
+        return nets.count(summary["name"].rpartition("-")[0]) == 1
+    if summary["of"] == "cohort":
+        return len(archs) == 1
+    return bool(summary["of"] == "ensemble" and len(nets) == 1)
+
+
+def _what(summary: dict[str, Any], cohort: dict[str, Any]) -> str:
     """Return what a row summarises; an ensemble of independent networks has a name."""
-    deep = summary["of"] == "ensemble" and summary["method"] == BASELINE
-    return "deep ensemble" if deep else str(summary["name"])
+    if summary["of"] == "ensemble" and summary["method"] == BASELINE:
+        return "deep ensemble"
+    if summary["of"] != "architecture":
+        return str(summary["name"])
+    pairs = zip(_nets(cohort), cohort["peers"], strict=True)
+    nets = [net for net, peer in pairs if peer["arch"] == summary["name"]]
+    return f"mean of {len(nets)} {nets[0]}" if len(nets) > 1 else nets[0]
 
 
 def _digits(scale: float) -> int:
@@ -232,18 +298,16 @@ def _interval(numbers: dict[str, Any], scale: float, sign: str = "") -> str:
     return f"{low} to {high}"
 
 
-def _difference(summary: dict[str, Any] | None, metric: str, scale: float) -> str:
-    numbers = summary["difference"][metric] if summary and summary["difference"] else None
+def _difference(summary: dict[str, Any], metric: str, scale: float) -> list[str]:
+    """Return the cells of a difference: its mean and interval, p, and p after Holm."""
+    numbers = summary["difference"][metric] if summary["difference"] else None
     if numbers is None or numbers["mean"] is None:
+        return ["-"] * 3
+    mean = f"{scale * numbers['mean']:+.{_digits(scale)}f} ({_interval(numbers, scale, '+')})"
+    return [mean, *(_p_value(numbers.get(key)) for key in ("p", "p_holm"))]
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
         return "-"
-    p = "" if numbers["p"] is None else f"; p = {_p_value(numbers['p'])}"
-    mean = f"{scale * numbers['mean']:+.{_digits(scale)}f}"
-    return f"{mean} ({_interval(numbers, scale, '+')}{p})"
-
-
-def _p_value(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
-
-
-def _published(row: dict[str, Any], method: str) -> list[str]:
-    return [f"{value:.2f}" + "?" * (value in row["unchecked"]) for value in row[method]]

@@ -106,9 +106,11 @@ def test_curves_are_means_over_seeds_by_hand(tmp_path: Path) -> None:
         return Run(tmp_path, "", "mutual", config, description, {}, events)
 
     both = [run(0, 0.2, [1.0, 4.0]), run(1, 0.4, [2.0, 2.0])]
-    ((epoch, top1),) = metric_over_epochs(both, lambda test: test["ensemble"]["top1"])
+    found = metric_over_epochs(both, lambda test: test["ensemble"]["top1"])
+    ((epoch, top1),) = found.points
     assert (epoch, top1.n, top1.mean) == (2.0, 2, pytest.approx(0.3))  # 5 steps per epoch
-    ((epoch, kl),) = loss_over_epochs(both, "kl")
+    assert found.seeds == [[(2.0, 0.2)], [(2.0, 0.4)]]
+    ((epoch, kl),) = loss_over_epochs(both, "kl").points
     assert (epoch, kl.mean) == (1, pytest.approx((3.4 + 2.0) / 2))  # (1 x 1 + 4 x 4) / 5
 
 
