@@ -74,25 +74,30 @@ METHODS = {
     ),
     "mean-logit-all": Method(
         "DML, mean logits of all",
-        "the same with the learner's own logits in the mean, at temperature 3",
+        "one target: the posterior of the mean logits of all, the learner's too; temperature 3",
         "MCL, its logit term",
         {"target": "mean-logit-all", "temperature": 3.0},
     ),
     "reverse-kl": Method(
-        "DML, reverse KL", "KL(q || p) instead of KL(p || q)", changes={"divergence": "reverse-kl"}
+        "DML, reverse KL",
+        "KL from the learner to its teachers, not from them to it",
+        changes={"divergence": "reverse-kl"},
     ),
     "jeffreys": Method(
-        "DML, Jeffreys", "half of both", "PaddleClas, DMLLoss", {"divergence": "jeffreys"}
+        "DML, Jeffreys",
+        "half the sum of KL in both directions",
+        "PaddleClas, DMLLoss",
+        {"divergence": "jeffreys"},
     ),
     "jsd": Method(
         "DML, Jensen-Shannon",
-        "the Jensen-Shannon divergence",
+        "the Jensen-Shannon divergence from each teacher",
         "arXiv 2306.13649 (GKD)",
         {"divergence": "jsd"},
     ),
     "renyi": Method(
         "Renyi DML",
-        "the Renyi divergence of order 2",
+        "the Renyi divergence of order 2 from each teacher",
         "arXiv 2209.05732 (Renyi DML)",
         {"divergence": "renyi"},
     ),
@@ -110,32 +115,32 @@ METHODS = {
     ),
     "dkd": Method(
         "DML, DKD",
-        "decoupled: label against the rest, and 8 times the rest; warm-up",
+        "decoupled: KL of label against rest, and 8 times that among the rest; temperature 4",
         "arXiv 2203.08679 (DKD)",
         {"divergence": "dkd", "temperature": 4.0},
         warmup=Fraction(1, 12),
     ),
     "nkd": Method(
         "DML, NKD",
-        "normalised: gamma 1.5, temperature 1 (its source on CIFAR: 3.5 and 3)",
+        "normalised KL: gamma 1.5, temperature 1 (its source on CIFAR: 3.5 and 3)",
         "arXiv 2303.13005 (NKD)",
         {"divergence": "nkd", "temperature": 1.0},
     ),
     "ttm": Method(
         "DML, TTM",
-        "the teacher's posterior to the power of 0.1, the learner's as it is",
+        "teachers' posteriors to the power of 0.1, the learner's as it is; KL weight 45",
         "arXiv 2402.11148 (TTM)",
         {"divergence": "ttm", "temperature": 1.0, "kl_weight": 45.0},
     ),
     "wttm": Method(
         "DML, WTTM",
-        "the same, and sure teachers weigh less",
+        "as ttm, but the surer a teacher is of an image, the less it weighs there",
         "arXiv 2402.11148 (WTTM)",
         {"divergence": "wttm", "temperature": 1.0, "kl_weight": 45.0},
     ),
     "standardized": Method(
         "DML, standardized",
-        "logits of mean 0 and deviation 1; KL weight 9, cross-entropy weight 0.1",
+        "logits of mean 0 and deviation 1; temperature 2, KL weight 9, cross-entropy 0.1",
         "arXiv 2403.01427",
         {"standardize": True, "temperature": 2.0, "kl_weight": 9.0, "ce_weight": 0.1},
     ),

@@ -304,6 +304,7 @@ def _run_record(run: Run) -> dict[str, Any]:
         "images_per_second": run.results["throughput"]["images_per_second"],
         "commit": run.description["commit"],
         "compiled": run.description.get("compiled", []),
+        "earlier": [_run_record(one) for one in run.earlier],
     }
 
 

@@ -54,8 +54,9 @@ def comparison_markdown(record: dict[str, Any], plot: str) -> str:
         for run in runs
     }
     rows = [
-        [f"`{run['folder']}`", percent(run["ensemble"]["top1"]), f"{run['seconds']:.0f}"]
-        for run in runs
+        [f"`{run['folder']}`", percent(run["ensemble"]["top1"]), f"{_own_seconds(run):.0f}"]
+        for last in runs
+        for run in (*last["earlier"], last)
     ]
     return render(
         Path(__file__).parent / "templates" / "results.md.j2",
@@ -255,6 +256,11 @@ def all_published_table() -> str:
 
 
 # ---------------------------------------------------------------- cells
+
+
+def _own_seconds(run: dict[str, Any]) -> float:
+    """Return the seconds of a run without the stages before it."""
+    return float(run["seconds"]) - sum(one["seconds"] for one in run["earlier"])
 
 
 def _nets(cohort: dict[str, Any]) -> list[str]:

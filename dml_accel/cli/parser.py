@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from dml_accel.analysis.methods import DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
+from dml_accel.analysis.methods import ALL, DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
 from dml_accel.cli.inference_flags import add_evaluation, add_export, add_prediction
 from dml_accel.core.config import flag_groups, flag_types
 from dml_accel.core.errors import UsageError
@@ -21,7 +21,7 @@ from dml_accel.core.recipes import LIST, RECIPES
 # Flags of other commands, and what to use instead.
 _ELSEWHERE = {
     ("compare", "--resume"): "the same command with the same --output-dir resumes by itself",
-    **dict.fromkeys((("compare", f"--{name}") for name in ("update", "target")), "use --methods"),
+    **{("compare", f"--{name.replace('_', '-')}"): "use --methods" for name in SET_BY_METHODS},
     ("compare", "--kl-images"): "with --labelled-fraction, the method semi has KL on all images",
 }
 
@@ -138,27 +138,30 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     """Train every method with the same seeds, initial weights, data order and augmentation. Write
     results.csv, results.json, results.md and a plot: means over seeds with 95% intervals, and
     the paired difference to independent training with its interval and p-value. The same command
-    with the same --output-dir resumes an interrupted comparison.
+    with the same --output-dir resumes an interrupted comparison. A method is a set of flags; those
+    that are given, such as --temperature, hold for the methods that do not set them.
 
     examples:
       %(prog)s --cohort 'resnet32*2' --seeds 5 --output-dir runs/pair
-      %(prog)s --methods independent mutual sequential mean-logit --cohort 'resnet32*2'
+      %(prog)s --methods independent mutual jeffreys dkd kdcl-naive --cohort 'resnet32*4'
+      %(prog)s --methods all --cohort 'resnet32*3' --seeds 3
       %(prog)s --methods independent distill --frozen-peers runs/wrn --cohort 'resnet32*2'
       %(prog)s --methods independent mutual semi --labelled-fraction 0.2 --cohort 'resnet32*2'
       %(prog)s --preset laptop --output-dir runs/laptop
       %(prog)s --preset paper-table2 --seeds 1 --max-steps 3 --dataset path/to/folder
       %(prog)s --recipe modern --epochs 30 --cohort 'resnet20*2' --seeds 3
     """
-    parser.add_argument(
+    widest = max(map(len, METHODS))
+    listed = "\n".join(f"  {name:<{widest}}  {one.text}" for name, one in METHODS.items())
+    group = parser.add_argument_group("methods", f"What --methods takes:\n{listed}")
+    group.add_argument(
         "--methods",
         nargs="+",
-        choices=tuple(METHODS),
+        choices=(ALL, *METHODS),
         default=DEFAULT_METHODS,
-        help="what to compare: independent networks; mutual learning; the paper's Algorithm 1 "
-        "(sequential); the authors' code (official); the mean posterior (mean-prob, the paper's "
-        "DML_e) or the posterior of the mean logits (mean-logit) as the target; distillation from "
-        "--frozen-peers (distill); with --labelled-fraction, KL on the unlabelled images as well "
-        f"(semi) (default: {' '.join(DEFAULT_METHODS)})",
+        metavar="METHOD",
+        help=f"what to compare, in this order, or {ALL}: every one that the cohort, the flags and "
+        f"the images allow (default: {' '.join(DEFAULT_METHODS)})",
     )
     parser.add_argument(
         "--seeds",
