@@ -18,15 +18,17 @@ def behind(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: see above.
-        labels: classes, [B].
+        labels: classes, [B]; -1 where there is none.
 
     Returns:
         [2, B, 2]: the distance sum |p - y| of each peer's posterior from the label, and the
-        distance sum |p_0 - p_1| of the two from each other.
+        distance sum |p_0 - p_1| of the two from each other; 0 where there is no label.
     """
     p = F.softmax(logits, dim=-1)
     apart = (p[0] - p[1]).abs().sum(-1)  # [B]
-    return torch.stack([2 - 2 * of_label(p, labels)[..., 0], apart.expand(2, -1)], dim=-1)
+    distances = 2 - 2 * of_label(p, labels.clamp(min=0))[..., 0]  # [2, B]
+    # Who pauses does not depend on how many rows have a label: all means shrink alike.
+    return torch.stack([distances, apart.expand(2, -1)], dim=-1) * (labels >= 0)[:, None]
 
 
 def is_paused(means: Tensor) -> Tensor:

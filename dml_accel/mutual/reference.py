@@ -330,7 +330,7 @@ def pausing(z_0: Tensor, z_1: Tensor, labels: Tensor) -> int | None:
         if labels[row] < 0:
             continue
         rows += 1
-        p = [F.softmax(z[row], 0) for z in (z_0, z_1)]
+        p = [F.softmax(z[row].detach(), 0) for z in (z_0, z_1)]
         for m in range(len(p[0])):
             gap += abs(float(p[0][m] - p[1][m]))
             for k in (0, 1):

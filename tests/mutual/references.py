@@ -95,11 +95,12 @@ def batch_of(
 
 
 def loss_options(config: Config) -> dict[str, object]:
-    """The loss's arguments that a configuration sets."""
-    return {
-        "kl_weight": config.method.kl_weight,
-        "temperature": config.method.temperature,
-        "target": config.method.target,
+    """The loss's arguments that a configuration sets, but for links and the sum of several KLs."""
+    method = config.method
+    names = ("kl_weight", "ce_weight", "temperature", "target", "divergence", "standardize", "gate")
+    return {name: getattr(method, name) for name in names} | {
+        "divergence_args": method.facts.values(method.divergence_args),
+        "kl_on_labelled": method.kl_images == "labelled",
     }
 
 

@@ -10,13 +10,8 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from dml_accel.data.mixing import Mixed
 from dml_accel.mutual import reference
-from dml_accel.mutual.losses import (
-    balanced_weights,
-    contributions,
-    mutual_loss,
-    mutual_losses,
-    targets,
-)
+from dml_accel.mutual.losses import balanced_weights, mutual_loss, mutual_losses
+from dml_accel.mutual.targets import Lesson
 
 K, B, C = 4, 6, 10
 
@@ -139,8 +134,10 @@ def test_kl_of_confident_peers_is_finite_and_not_negative() -> None:
 def test_sums_over_parts_of_a_cohort_give_the_targets_of_the_whole(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> None:
-    sums = contributions(logits[:1]).sum(0) + contributions(logits[1:]).sum(0)
-    part = mutual_losses(logits[1:3], labels, targets(sums - contributions(logits[1:3])))
+    lesson = Lesson()
+    first, rest = (lesson.contributions(part, labels) for part in (logits[:1], logits[1:]))
+    sums = first.sum(0) + rest.sum(0)
+    part = mutual_losses(logits[1:3], labels, lesson.targets(sums[None], rest[:2], labels))
     torch.testing.assert_close(part.total, mutual_loss(logits, labels).total[1:3])
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dml_accel.models.optim import make_optimizer
 from dml_accel.mutual import losses, reference
+from dml_accel.mutual.targets import Lesson
 from tests.helpers import assert_same_state
 from tests.mutual.references import (
     PAIR,
@@ -175,11 +176,12 @@ def test_mean_prob_trains_as_peers_does_and_mean_logit_does_not(
 @pytest.mark.parametrize("target", ["mean-prob", "mean-logit"])
 def test_a_row_that_is_not_finite_teaches_nobody(logits: torch.Tensor, target: str) -> None:
     logits[1, 2, 5] = math.inf
-    own = losses.contributions(logits, 1.0, target)
-    found = losses.targets(own.sum(0) - own, target)
-    without = losses.contributions(logits[[0, 2, 3]], 1.0, target)
-    right = losses.targets(without.sum(0) - without, target)
-    torch.testing.assert_close(found.posterior[[0, 2, 3], 2], right.posterior[:, 2])
+    lesson, labels = Lesson(target), torch.arange(6)
+    own = lesson.contributions(logits, labels)
+    found = lesson.targets(own, own, labels)
+    without = lesson.contributions(logits[[0, 2, 3]], labels)
+    right = lesson.targets(without, without, labels)
+    torch.testing.assert_close(found.taught[[0, 2, 3], 2], right.taught[:, 2])
     assert found.teachers[[0, 2, 3], 2].tolist() == [2, 2, 2]
 
 
