@@ -14,7 +14,7 @@ from typing import Any
 from dml_accel.analysis.methods import PRESETS, SET_BY_METHODS
 from dml_accel.cli.parser import parse
 from dml_accel.core import recipes, streams
-from dml_accel.core.config import Config, flag_types
+from dml_accel.core.config import Config, flag_types, typed
 from dml_accel.core.config_file import read_config_file
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
 from dml_accel.core.flags import require
@@ -161,7 +161,8 @@ def _settled(values: dict[str, Any], lacks: str = "", base: Any = None) -> Setti
             file = with_resolved(file, given, launched_processes(), cores())
         usual = Config().as_dict()
         for name in SET_BY_METHODS if lacks == "compare" else ():
-            if file.flags.pop(name, usual[name]) != usual[name]:
+            found = file.flags.pop(name, usual[name])
+            if typed(name, found) != typed(name, usual[name]):
                 raise UsageError(f"{path}: compare has no {name.replace('_', '-')}: use --methods")
         if lacks and file.flags.pop("resume", None) and file.description is None:
             raise UsageError(f"{path}: {lacks} has no resume")
