@@ -120,7 +120,7 @@ def _coincides(
 def _plainest(config: Config) -> tuple[Config, str]:
     """Return the plainest configuration that trains alike up to rounding, and why it does."""
     method, peers = config.method, peers_of(config)
-    if peers == 1 and not method.frozen_peers and method.ce_weight == 1:
+    if peers == 1 and not method.frozen_peers:
         usual = Config().as_dict()
         plain = {name: usual[name] for name in MethodConfig.names()} | {"kl_weight": 0.0}
         return config.changed(**plain), "a network alone has no peers"

@@ -36,9 +36,12 @@ class Method:
 
     def flags(self, epochs: int) -> dict[str, Any]:
         """Return the flags that it sets in runs of so many epochs."""
-        if self.warmup is None:
-            return dict(self.changes)
-        return {**self.changes, "kl_warmup": round(self.warmup * epochs)}
+        found = dict(self.changes)
+        if self.warmup is not None:
+            found["kl_warmup"] = round(self.warmup * epochs)
+            if not found["kl_warmup"]:
+                found.pop("kl_ramp", None)  # nothing grows
+        return found
 
 
 # With few labels, all methods but ``semi`` learn from the labelled images only.
@@ -221,8 +224,7 @@ def method_of(
     if alone and not made_as:
         # Even without KL, a step of several batches trains on more images, and one may pause.
         other = method.schedule.batches_per_step(peers) > 1 or method.schedule.pauses
-        weight = f"ce weight {method.ce_weight}" if method.ce_weight != 1 else ""
-        return ", ".join(filter(None, (BASELINE, method.update if other else "", weight)))
+        return f"{BASELINE}, {method.update}" if other else BASELINE
     mine, usual = config.as_dict(), Config().as_dict()
     flags = {name: one.flags(config.optim.epochs) for name, one in METHODS.items()}
     if peers == 1 and teachers:
