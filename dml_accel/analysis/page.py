@@ -114,7 +114,8 @@ def _section(runs: Sequence[Run], analyses: Mapping[str, dict[str, Any]]) -> Sec
             f"beginning: {', '.join(elsewhere)}."
         )
     changed = runs[0].config.differences(Config())
-    shared = {name: mine for name, (mine, _) in changed.items() if name not in MAY_DIFFER}
+    named = MAY_DIFFER | {"dataset"}
+    shared = {name: mine for name, (mine, _) in changed.items() if name not in named}
     if shared:
         notes.append(f"All runs: {in_words(shared)}.")
     record = comparison_record(

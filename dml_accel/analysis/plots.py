@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:  # imported when something is drawn, because that takes a seco
 
 _SIZE = (4.4, 3.1)  # inches: readable on a phone, too
 _WIDTH_WITH_TITLE = 8  # inches, outside of a page
-_LETTER = 0.075  # inches, in the labels of axes
+_LETTERS_OF_LABEL = 22  # on one line beside a row
 # Okabe and Ito's, which are told apart by colour-blind people, too; without yellow and black, which
 # are not seen on a light and on a dark page.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c8c")
@@ -162,14 +163,15 @@ def matrix(
         unit: of the values.
         ends: of the scale of colours, which all matrices of a kind share.
     """
-    # The names take room of their own: beside the matrix, and at a right angle below it.
-    room = _LETTER * max(map(len, names))
-    figure = _new_figure(_SIZE[0], max(_SIZE[1], min(_SIZE[1], _SIZE[0] - room - 0.9) + room))
+    figure = _new_figure(*_SIZE)
     axes = figure.add_subplot()
     low, high = ends
     image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    # Names below the columns, too, would leave little room for the matrix.
+    numbers = range(1, len(names) + 1)
+    axes.set_xticks(range(len(names)), list(map(str, numbers)))
+    rows = [f"{name}   {number}" for name, number in zip(names, numbers, strict=True)]
+    axes.set_yticks(range(len(names)), rows)
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             ink = "black" if value > (low + high) / 2 else "white"
@@ -203,21 +205,21 @@ def differences(record: dict[str, Any], title: str) -> Figure:
         for place, (_, both) in enumerate(rows):
             for of, numbers in both.items():
                 _draw_difference(axes, place, numbers, of == "ensemble")
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_yticks(range(len(rows)), [_row_label(cohort, *row) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
         if len(panels) > 1:
             axes.set_title(cohort["cohort"], fontsize="small", loc="left")
     for axes in all_axes:
         axes.axvline(0, color="0.5", linewidth=1)
     wide = "top-1 minus independent, percentage points (95% interval); hollow: the ensembles"
-    all_axes[-1].set_xlabel(wide if title else "percentage points of top-1")
+    all_axes[-1].set_xlabel(wide if title else "points of top-1")
     if title:
         figure.suptitle(title, fontsize="medium", wrap=True)
     return figure
 
 
 def _rows(cohort: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """Yield the label of each method and its differences, the largest first."""
+    """Yield each method and its differences, the largest first."""
     by_method: dict[str, dict[str, dict[str, Any]]] = {}
     for summary in cohort["summaries"]:
         several = len(cohort["peers"]) > 1  # the ensemble of one network is that network
@@ -225,9 +227,15 @@ def _rows(cohort: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, Any
             numbers = summary["difference"] and summary["difference"]["top1"]
             if numbers and numbers["mean"] is not None:
                 by_method.setdefault(summary["method"], {})[summary["of"]] = numbers
-    shown = sorted(by_method.items(), key=lambda item: -next(iter(item[1].values()))["mean"])
-    for method, both in shown:
-        yield f"{method} (n = {next(iter(both.values()))['n']})", both
+    yield from sorted(by_method.items(), key=lambda item: -next(iter(item[1].values()))["mean"])
+
+
+def _row_label(cohort: dict[str, Any], method: str, both: dict[str, dict[str, Any]]) -> str:
+    """Return the name of a method, and its seeds if it has not those of the others."""
+    n = next(iter(both.values()))["n"]
+    seeds = {next(iter(other.values()))["n"] for _, other in _rows(cohort)}
+    name = method if len(seeds) == 1 else f"{method} (n = {n})"
+    return textwrap.fill(name, _LETTERS_OF_LABEL)
 
 
 def _draw_difference(axes: Any, place: int, numbers: dict[str, Any], hollow: bool) -> None:
