@@ -2,7 +2,8 @@
 
     accelerate launch --multi_gpu --num_processes N tests/worker.py CASES.json FOLDER
 
-``CASES.json`` maps a case's name to {"config": ..., "steps": n, "break": what to break or None}.
+``CASES.json`` maps a case's name to {"config": ..., "break": what to break or None}, and where each
+of some methods is to take a step, to their "methods": flags by name.
 """
 
 import dataclasses
@@ -27,9 +28,10 @@ from dml_accel.data import sources
 from dml_accel.data.batches import ImageSet
 from dml_accel.distributed.launch import check_launch
 from dml_accel.distributed.placement import Placement
-from dml_accel.mutual.losses import Targets
+from dml_accel.mutual.links import read_links
 from dml_accel.mutual.peer import Peer
-from dml_accel.mutual.step import Step
+from dml_accel.mutual.step import Step, train_step
+from dml_accel.mutual.targets import Targets
 from dml_accel.mutual.teaching import Teaching
 from dml_accel.training.loop import EvaluationRecord, StepRecord, fit
 from tests.helpers import Training
@@ -39,10 +41,8 @@ def undetached(_: Teaching, logits: torch.Tensor, *__: object) -> Targets:
     """Targets that carry gradients: the commonest bug."""
     log_p = logits.log_softmax(-1)
     p, others = log_p.exp(), len(log_p) - 1
-    target = (p.sum(0) - p) / others
-    negative = (p * log_p).sum(-1)
-    teachers = torch.full_like(negative, others)
-    return Targets(target, (negative.sum(0) - negative) / others, teachers)
+    taught = torch.cat([p, (p * log_p).sum(-1, keepdim=True)], -1)
+    return Targets((taught.sum(0) - taught) / others, torch.full_like(p[..., 0], others))
 
 
 def break_it(what: str | None, patch: dict) -> None:
@@ -52,6 +52,7 @@ def break_it(what: str | None, patch: dict) -> None:
         "gradient mean": (Placement, "gradient_scale", property(lambda self: 1)),
         "reversed batch": (ImageSet, "batch", reversed_batch),
         "spoiled": (Step, "forward", spoiled),
+        "apart": (Step, "forward", apart),
     }
     if what is not None:
         owner, name, broken = targets[what]
@@ -75,6 +76,12 @@ def spoiled(self: Step, peer: Peer, x: torch.Tensor, part: int) -> torch.Tensor:
     """The logits, but resnet8-0 sees NaN in the second step."""
     spoils = self.number == 1 and peer.name == "resnet8-0"
     return whole_forward(self, peer, x * torch.nan if spoils else x, part)
+
+
+def apart(self: Step, peer: Peer, x: torch.Tensor, part: int) -> torch.Tensor:
+    """The logits, but resnet8-0 is sure of something in the second step, right or wrong."""
+    factor = 100 if self.number == 1 and peer.name == "resnet8-0" else 1
+    return factor * whole_forward(self, peer, x, part)
 
 
 def weights(peer: Peer) -> torch.Tensor:
@@ -165,12 +172,38 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
         "held": [peer.name for peer in peers],
         "metrics": metrics,
     }
+    write(folder, placement.processes.rank, tensors, report)
+
+
+def run_methods(case: dict, source: sources.Source, folder: Path) -> None:
+    """Take a step by each method in turn; write its losses and gradients, and the state in the end.
+
+    One set of networks for all methods, because building them takes longer than a step.
+    """
+    training = Training(Config(**case["config"]), source)
+    turns, tensors = training.cohort.teaching.turns, {}
+    for number, (name, flags) in enumerate(case["methods"].items()):
+        config = training.config.changed(**flags)
+        links = read_links(config.method.links, turns, [])
+        teaching = Teaching(config.method, turns, (), links, exchange=config.compute.exchange)
+        cohort = dataclasses.replace(training.cohort, teaching=teaching)
+        tensors[f"losses/{name}"], _ = train_step(cohort, number, config.optim.lr)
+        for peer in training.peers:
+            for key, weight in peer.module.named_parameters():
+                tensors[f"gradient/{name}/{peer.name}/{key}"] = weight.grad.clone()
+    for name, state in training.states().items():
+        tensors |= {f"state/{name}/{key}": value for key, value in state.items()}
+    training.placement.processes.stop_heartbeat()
+    placement = training.placement
+    report = {"rank": placement.processes.rank, "kind": placement.kind}
+    write(folder, placement.processes.rank, tensors, report)
+
+
+def write(folder: Path, rank: int, tensors: dict[str, torch.Tensor], report: dict) -> None:
+    """Write what a process computed."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.contiguous() for k, v in tensors.items()},
-        folder / f"{placement.processes.rank}.tensors",
-    )
-    (folder / f"{placement.processes.rank}.json").write_text(json.dumps(report))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{rank}.tensors")
+    (folder / f"{rank}.json").write_text(json.dumps(report))
 
 
 def main(cases: str, folder: str) -> None:
@@ -195,7 +228,8 @@ def main(cases: str, folder: str) -> None:
         config, images = Config(**case["config"]), source
         if config.data.dataset != configs[0].data.dataset:
             images = sources.read(config.data, True, None, config.compute)
-        run_case(case, images, Path(folder) / name)
+        run = run_methods if case.get("methods") else run_case
+        run(case, images, Path(folder) / name)
         for (owner, attribute), value in patch.items():
             setattr(owner, attribute, value)
     if torch.distributed.is_initialized():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dml_accel.analysis.methods import METHODS
+from dml_accel.core.config import Config
 from tests import worker
 from tests.data.test_loader import DAMAGED, damage, photographs
 from tests.helpers import BIN, accelerate_launch, load, real_dataset, run_program
@@ -20,6 +22,13 @@ LAUNCH = {
 
 
 STEPS = 15  # of more than three epochs
+# Methods of simultaneous updates that are neither the default nor need more than a cohort.
+BY_LESSON = [
+    name
+    for name, one in METHODS.items()
+    if one.changes.keys() & {"target", "divergence", "gate", "standardize"}
+    and one.changes.get("links") != "frozen"
+]
 PHOTOS = "PHOTOS"  # stands for a folder of photographs, some of which cannot be read
 
 
@@ -75,6 +84,19 @@ def cases() -> dict[str, dict[str, Any]]:
         "max_steps": 3,
     }
 
+    # Those that no other case has; what can be exchanged as sums is exchanged so, too.
+    flags = {name: METHODS[name].flags(epochs=200) for name in BY_LESSON}
+    flags |= {
+        "dkd of mean logits": {"target": "mean-logit", "divergence": "dkd", "temperature": 2.0},
+        "renyi, gated": {"divergence": "renyi", "gate": "correct", "links": "ring"},
+        "jeffreys, standardized": {"divergence": "jeffreys", "standardize": True, "links": "ring"},
+    }
+    sums = {
+        f"{name}, sums": {**one, "exchange": "sum"}
+        for name, one in flags.items()
+        if not (Config(**one).method.needs_pairs or "links" in one)
+    }
+
     def case(broken: str | None = None, **changes: object) -> dict[str, Any]:
         return {"config": shared | changes, "break": broken}
 
@@ -95,6 +117,8 @@ def cases() -> dict[str, dict[str, Any]]:
         "bf16, reversed": case("reversed batch", **single, mixed_precision="bf16"),
         "sequential": case(update="sequential", max_steps=3),
         "official": case(update="official", grad_accum=5, clip_norm=0.5, max_steps=2),
+        "switch": case("apart", update="switch", grad_accum=2, max_steps=3, **uneven),
+        "methods": case(batch_size=11, **three) | {"methods": flags},
         "local batch norm": case(**uneven, max_steps=1, batch_norm="local"),
         "broken detach": case("detach", **uneven, max_steps=1),
         "broken gradient mean": case("gradient mean", **uneven, max_steps=1),
@@ -109,6 +133,8 @@ def cases() -> dict[str, dict[str, Any]]:
         "split, ring": split(**three, links="ring", max_steps=2),
         "split, mean logits": split(exchange="sum", target="mean-logit", max_steps=2),
         "split, modern": split(**modern, teach_with="ema", grad_accum=2),
+        "split, switch": split("apart", update="switch", grad_accum=2, max_steps=3),
+        "split, methods": split(batch_size=11, **three) | {"methods": flags | sums},
         "split, loader": split(**loader),
         "split, few labels": split(
             labelled_fraction=0.3, class_weights="balanced", grad_accum=5, max_steps=3
@@ -131,6 +157,7 @@ WHOLE = {
     "official": 2,
     "modern": 5,
     "loader": 3,
+    "switch": 3,
 }
 SPLIT = [
     "split",
@@ -143,6 +170,7 @@ SPLIT = [
     "split, ring",
     "split, mean logits",
     "split, modern",
+    "split, switch",
     "split, loader",
     "split, few labels",
     "split, spoiled",
@@ -175,6 +203,10 @@ OF_TWO = {
     "split, modern",
     "split, loader",
     "split, sums, spoiled",
+    "methods",
+    "split, methods",
+    "switch",
+    "split, switch",
 }
 
 
@@ -189,9 +221,11 @@ def to_run(processes: int) -> dict[str, str]:
     first: dict[str, str] = {}
     same = {}
     for name, case in cases().items():
-        if case["break"] in (None, "reversed batch", "spoiled") and "local" not in name:
+        if case["break"] in (None, "reversed batch", "spoiled", "apart") and "local" not in name:
             alone = {key: value for key, value in case["config"].items() if key != "placement"}
-            same[name] = first.setdefault(json.dumps([alone, case["break"]], sort_keys=True), name)
+            same[name] = first.setdefault(
+                json.dumps([alone, case["break"], case.get("methods")], sort_keys=True), name
+            )
     return same
 
 
@@ -270,6 +304,8 @@ def test_several_processes_share_the_batch(found: Callable[[int], Found], proces
     even = {2: [[0, 24], [24, 48]], 3: [[0, 16], [16, 32], [32, 48]]}[processes]
     uneven = {2: [[0, 23], [23, 47]], 3: [[0, 15], [15, 31], [31, 47]]}[processes]
     for name, ranks in found(processes).items():
+        if "methods" in name:
+            continue
         reports = [report for report, _ in ranks]
         assert len({report["pid"] for report in reports}) == processes
         assert [report["rank"] for report in reports] == list(range(processes))
@@ -390,6 +426,46 @@ def test_lower_precision_differs_by_rounding_only(
     rounding = (gradient(backwards) - gradient(one)).norm()
     assert rounding > 0
     assert (gradient(many) - gradient(one)).norm() <= 3 * rounding
+
+
+@several
+@pytest.mark.parametrize("case", ["methods", "split, methods"])
+def test_every_method_takes_the_steps_of_one_process(
+    found: Callable[[int], Found], processes: int, case: str
+) -> None:
+    one, many = found(1)[case][0][1], merged(found(processes)[case])
+    assert {report["kind"] for report, _ in found(processes)[case]} == {
+        "split" if case.startswith("split") else "replicate"
+    }
+    names = [name for name in one if name.startswith("losses/")]
+    assert len(names) >= len(BY_LESSON) + 3 and "losses/switokd" not in names
+    for name in names:
+        method = name.partition("/")[2]
+        assert worst(many, one, name) < 1e-10, method
+        assert worst(many, one, f"gradient/{method}/") < 1e-9, method
+    for name, value in one.items():
+        if name.startswith("state/") and "/momentum." not in name:
+            assert (many[name] - value).abs().max() < 1e-9, name
+
+
+@pytest.mark.parametrize(
+    ("processes", "case"),
+    [
+        *((count, case) for count in (1, 2) for case in ("switch", "split, switch")),
+        *(
+            pytest.param(3, case, marks=pytest.mark.three_processes)
+            for case in ("switch", "split, switch")
+        ),
+    ],
+)
+def test_the_better_of_two_peers_pauses_in_all_processes(
+    found: Callable[[int], Found], processes: int, case: str
+) -> None:
+    # In the second of three steps resnet8-0 is far from resnet20-0, and wrong.
+    for report, _ in found(processes)[case]:
+        assert report["skipped"] == [[], [], []]
+        paused = [["resnet20-0", 2]] if "resnet20-0" in report["held"] else []
+        assert report["unmoved"] == paused
 
 
 @several_run("local batch norm", "broken detach", "broken gradient mean")
