@@ -20,7 +20,7 @@ TRIO = ("resnet8*2", "wrn_16_2")
 
 # ---------------------------------------------------------------- the term beside the cross-entropy
 
-K, B, C = 3, 4, 5  # of the fixtures ``logits`` and ``labels``
+K, B, C = 3, 3, 5  # of the fixtures ``logits`` and ``labels``
 Terms = Callable[..., Tensor]
 
 
