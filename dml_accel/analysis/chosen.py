@@ -11,7 +11,7 @@ from dml_accel.analysis.methods import (
     changes_of,
     peers_of,
 )
-from dml_accel.analysis.stages import pupil_config, teachers_config
+from dml_accel.analysis.stages import pupil_config, taught_by, teachers_config
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.core.method import MethodConfig
@@ -100,7 +100,8 @@ def _made(config: Config, name: str, fits: bool) -> Config:
         raise UsageError("it needs --labelled-fraction below 1")
     made = config.changed(**changes_of(config, name))
     if name == IN_STAGES:
-        teachers_config(made), pupil_config(made)
+        teachers_config(made)
+        taught_by(pupil_config(made), "teachers")  # refused now if it cannot be made
     return made
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis.methods import IN_STAGES, METHODS, PUPIL, TEACHERS, changes_of
+from dml_accel.analysis.methods import IN_STAGES, PUPIL, TEACHERS, changes_of
 from dml_accel.analysis.runs import teachers_folder
-from dml_accel.analysis.stages import pupil_config, shared_flags, teachers_config
+from dml_accel.analysis.stages import pupil_config, shared_flags, taught_by, teachers_config
 from dml_accel.core.config import Config
 from dml_accel.core.flags import require
 from dml_accel.models.spec import cohort_label, parse_cohort
@@ -42,10 +42,7 @@ class PlannedRun:
 
     def config_in(self, root: Path) -> Config:
         """Return its configuration in the folder of a comparison, with its teachers."""
-        if not self.teachers:
-            return self.config
-        links = METHODS[self.method].changes["links"]
-        return self.config.changed(links=links, frozen_peers=[str(root / self.teachers)])
+        return taught_by(self.config, str(root / self.teachers)) if self.teachers else self.config
 
 
 def plan_runs(

@@ -8,7 +8,7 @@ rate changes at the same share of the epochs as in the other methods.
 
 from typing import Any
 
-from dml_accel.analysis.methods import BASELINE, METHODS, peers_of
+from dml_accel.analysis.methods import BASELINE, IN_STAGES, METHODS, peers_of
 from dml_accel.core.assignments import peer_settings
 from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
@@ -36,6 +36,15 @@ def pupil_config(config: Config) -> Config:
     net = f"{'timm:' * word.from_timm}{word.net}{arguments}"
     of_it = [one for one in config.optim.peer_opt if peer_settings(one)[0] == word.peers[0]]
     return _shortened(config).changed(cohort=[net], peer_opt=of_it)
+
+
+def taught_by(pupil: Config, teachers: str) -> Config:
+    """Return the configuration of the second stage with its teachers: the folder of a run.
+
+    Raises:
+        UsageError: a flag excludes frozen peers.
+    """
+    return pupil.changed(links=METHODS[IN_STAGES].changes["links"], frozen_peers=[teachers])
 
 
 def shared_flags(config: Config, stage: Config) -> dict[str, Any]:

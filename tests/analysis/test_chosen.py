@@ -35,7 +35,8 @@ def left_out(cohort: tuple[str, ...], **changes: object) -> dict[str, str]:
         (
             TRIO,
             {"exchange": "sum"},
-            "mean-prob jsd renyi kdcl-naive kdcl-minlogit okddip-leader switokd distill semi",
+            "mean-prob jsd renyi kdcl-naive kdcl-minlogit okddip-leader switokd distill semi "
+            "ensemble-distill",
         ),
         (TRIO, {"epochs": 1}, "mean-prob switokd distill semi ensemble-distill"),
     ],
