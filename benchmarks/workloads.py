@@ -25,7 +25,7 @@ from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import allocate
 from dml_accel.distributed.processes import Processes
 from dml_accel.models.spec import parse_cohort
-from dml_accel.mutual.losses import mutual_losses
+from dml_accel.mutual.links import read_links
 from dml_accel.mutual.teaching import Teaching
 from dml_accel.training.loop import fit
 from dml_accel.training.setup import prepare_images
@@ -156,11 +156,22 @@ def networks_alone(
     return steps
 
 
-def losses_alone(images: str | None, *, peers: int, classes: int) -> Steps:
-    """Targets and losses of K peers on ready logits [K, B, C], forward and backward."""
-    config = configuration(None, {"cohort": [f"resnet8*{peers}"]})
+def losses_alone(
+    images: str | None, *, peers: int, classes: int, flags: dict[str, Any] | None = None
+) -> Steps:
+    """Targets and losses of K peers on ready logits [K, B, C], forward and backward.
+
+    Args:
+        images: nothing is read.
+        peers: K.
+        classes: C.
+        flags: of the method.
+    """
+    config = configuration(None, {"cohort": [f"resnet8*{peers}"], **(flags or {})})
     placement = _placed(config)
-    teaching = Teaching(config.method, placement.names)
+    links = read_links(config.method.links, placement.names, [])
+    teaching = Teaching(config.method, placement.names, (), links)
+    weight = config.method.kl_weight
     logits = torch.randn(peers, BATCH, classes, requires_grad=True, device=placement.device)
     y = torch.randint(0, classes, (BATCH,), device=placement.device)
 
@@ -168,7 +179,8 @@ def losses_alone(images: str | None, *, peers: int, classes: int) -> Steps:
         for _ in range(count):
             logits.grad = None
             targets = teaching.targets(logits, y, BATCH, placement)
-            mutual_losses(logits, y, targets).total.sum().div(BATCH).backward()
+            losses = teaching.losses(logits, y, targets, kl_weight=weight, label_weight=None)
+            losses.total.sum().div(BATCH).backward()
 
     return steps
 
