@@ -54,13 +54,22 @@ def teachers(training: Build, tmp_path: Path) -> list[Path]:
     return [write_folder(first, tmp_path / "a"), write_folder(second, tmp_path / "b")]
 
 
-@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
-@pytest.mark.parametrize("links", ["full", "frozen"])
+@pytest.mark.parametrize(
+    ("update", "changes"),
+    [
+        ("simultaneous", {}),
+        ("simultaneous", {"links": "frozen"}),
+        ("sequential", {}),
+        ("sequential", {"links": "frozen"}),
+        ("sequential", {"target": "best", "divergence": "dkd"}),
+    ],
+    ids=str,
+)
 def test_frozen_peers_teach_and_do_not_learn(
-    training: Build, teachers: list[Path], update: str, links: str
+    training: Build, teachers: list[Path], update: str, changes: dict[str, str]
 ) -> None:
     paths = tuple(map(str, teachers))
-    fast = training(cohort=PAIR, frozen_peers=paths, update=update, links=links)
+    fast = training(cohort=PAIR, frozen_peers=paths, update=update, **changes)
     nets, frozen = nets_in_turn(fast), fast.cohort.teachers
     before = copy.deepcopy([teacher.net.state_dict() for teacher in frozen])
     optimizers = [make_optimizer(net, fast.config.optim) for net in nets]
