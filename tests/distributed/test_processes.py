@@ -461,10 +461,11 @@ def test_every_method_takes_the_steps_of_one_process(
 def test_the_better_of_two_peers_pauses_in_all_processes(
     found: Callable[[int], Found], processes: int, case: str
 ) -> None:
-    # In the second of three steps resnet8-0 is far from resnet20-0, and wrong.
+    # In the second of three steps resnet8-0 is far from resnet20-0: it is sure of each image, and
+    # right on one of 47, while the other gives every label a hundredth.
     for report, _ in found(processes)[case]:
         assert report["skipped"] == [[], [], []]
-        paused = [["resnet20-0", 2]] if "resnet20-0" in report["held"] else []
+        paused = [["resnet8-0", 2]] if "resnet8-0" in report["held"] else []
         assert report["unmoved"] == paused
 
 
