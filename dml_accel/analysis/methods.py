@@ -47,7 +47,10 @@ class Method:
 # With few labels, all methods but ``semi`` learn from the labelled images only.
 METHODS = {
     "independent": Method(
-        "Ind.", "the same networks, each alone", changes={"kl_weight": 0.0}, least=1
+        "Ind.",
+        "the same networks, each alone",
+        changes={"kl_weight": 0.0, "ce_weight": 1.0},
+        least=1,
     ),
     "mutual": Method(
         "DML", "each learns from the posteriors of all others", "arXiv 1706.00384 (DML)"

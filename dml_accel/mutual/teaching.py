@@ -196,7 +196,7 @@ class Teaching:
             targets,
             self.lesson,
             kl_weight=kl_weight,
-            ce_weight=self._method.ce_weight if targets is not None else 1.0,
+            ce_weight=self._method.ce_weight,
             sums_kl=self._method.sums_kl,
             label_weight=label_weight,
             kl_on_labelled=self._method.kl_images == "labelled",
