@@ -26,6 +26,7 @@ from dml_accel.core.files import write_json, write_text
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import everywhere
 from dml_accel.distributed.processes import Processes
+from dml_accel.mutual.targets import Lesson
 
 PEERS, CLASSES, REPEATS = 8, 100, 5
 
@@ -79,7 +80,7 @@ def measure(blocks: int) -> dict[str, Any]:
             name: {
                 "ms": 1e3 * sorted(seconds[name])[blocks // 2],
                 "share": dataclasses.asdict(ratio(seconds[name], seconds["step"])),
-                "pairs": bool(Config(**flags).method.needs_pairs),
+                "pairs": Lesson.of(Config(**flags).method).by_pairs,
             }
             for name, flags in methods().items()
         },
