@@ -241,7 +241,11 @@ def comparison_record(
         "split": split_names(config.data).test,
         "methods": list(methods),
         "seeds": sorted(seeds),
-        "flags": {method: _flags([r for r in runs if r.method == method]) for method in methods},
+        "flags": {
+            method: _flags([run for run in runs if run.method == method])
+            for method in methods
+            if any(run.method == method for run in runs)
+        },
         "scaled_down": _scaled_down(config, runs) if cifar100 else [],
         "recipe": {n: value for n, (value, _) in changed.items() if n not in _NOT_IN_RECIPE},
         "missing": list(missing),
