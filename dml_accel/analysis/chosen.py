@@ -15,6 +15,7 @@ from dml_accel.analysis.stages import pupil_config, taught_by, teachers_config
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.core.method import MethodConfig
+from dml_accel.training.setup import check_pauses
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def _made(config: Config, name: str, fits: bool) -> Config:
     if name == "semi" and config.data.labelled_fraction == 1:
         raise UsageError("it needs --labelled-fraction below 1")
     made = config.changed(**changes_of(config, name))
+    check_pauses(made, peers)
     if name == IN_STAGES:
         teachers_config(made)
         taught_by(pupil_config(made), "teachers")  # refused now if it cannot be made
@@ -123,7 +125,8 @@ def _plainest(config: Config) -> tuple[Config, str]:
     method, peers = config.method, peers_of(config)
     if peers == 1 and not method.frozen_peers:
         usual = Config().as_dict()
-        plain = {name: usual[name] for name in MethodConfig.names()} | {"kl_weight": 0.0}
+        plain = {name: usual[name] for name in MethodConfig.names()}
+        plain |= {"kl_weight": 0.0, "ce_weight": method.ce_weight}
         return config.changed(**plain), "a network alone has no peers"
     one_each = not method.frozen_peers and (peers == 2 or method.links == "ring")
     if method.target == "mean-logit" and one_each:

@@ -151,7 +151,7 @@ def _check_cohorts(plan: Sequence[PlannedRun], source: Source, root: str | None)
         config = runs[0].config
         checked, modules = check(config, source, starts=bool(to_start))
         for planned in runs:
-            _refuse_other_teachers(planned, Path(root or ""), source)
+            _refuse_other_teachers(planned, Path(root) if root else None, source)
             if root and planned not in to_start:
                 saved = SavedRun(Path(root) / planned.folder)
                 _refuse_other_starts(saved, checked)
@@ -176,8 +176,17 @@ def _refuse_other_starts(saved: SavedRun, checked: Checked) -> None:
             )
 
 
-def _refuse_other_teachers(planned: PlannedRun, root: Path, source: Source) -> None:
-    """Refuse teachers that cannot be read, or have changed since a run learned from them."""
+def _refuse_other_teachers(planned: PlannedRun, root: Path | None, source: Source) -> None:
+    """Refuse teachers that cannot be read, or have changed since a run learned from them.
+
+    Args:
+        planned: the run.
+        root: the folder of the comparison; None for a new one.
+        source: the images.
+    """
+    if root is None:
+        read_teachers(planned.config.method.frozen_peers, source.classes, planned.config.data.size)
+        return
     config, saved = planned.config_in(root), SavedRun(root / planned.folder)
     paths = config.method.frozen_peers
     if not paths or (planned.teachers and not SavedRun(root / planned.teachers).is_done):

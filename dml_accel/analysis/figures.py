@@ -261,11 +261,10 @@ def analyse_runs(runs: Sequence[Run], images: int) -> dict[str, dict[str, Any]]:
                 analyses[run.name] = analyse(run, images)
             except UsageError as error:
                 print(
-                    f"warning: no analyses, because {error}; --analyse 0 skips them without a "
-                    "warning",
+                    f"warning: {run.name} is not analysed, because {error}; --analyse 0 analyses "
+                    "nothing, without a warning",
                     file=sys.stderr,
                 )
-                return {}
             progress.add(1)
     return analyses
 

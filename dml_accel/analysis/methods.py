@@ -19,7 +19,6 @@ class Method:
     """A named method: what it changes in the configuration that all methods share.
 
     Attributes:
-        title: in tables.
         text: what it is, in one line.
         source: who proposed it; empty where it has no source of its own.
         changes: the flags that it sets, by name, with the defaults of its source.
@@ -27,7 +26,6 @@ class Method:
         least: the fewest networks with which it is a method of its own.
     """
 
-    title: str
     text: str
     source: str = ""
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -38,126 +36,106 @@ class Method:
         """Return the flags that it sets in runs of so many epochs."""
         found = dict(self.changes)
         if self.warmup is not None:
-            found["kl_warmup"] = round(self.warmup * epochs)
-            if not found["kl_warmup"]:
-                found.pop("kl_ramp", None)  # nothing grows
+            if grows := round(self.warmup * epochs):
+                found["kl_warmup"] = grows
+            else:  # too short for a warm-up
+                found.pop("kl_ramp", None)
         return found
 
 
 # With few labels, all methods but ``semi`` learn from the labelled images only.
 METHODS = {
     "independent": Method(
-        "Ind.",
         "the same networks, each alone",
         changes={"kl_weight": 0.0, "ce_weight": 1.0},
         least=1,
     ),
-    "mutual": Method(
-        "DML", "each learns from the posteriors of all others", "arXiv 1706.00384 (DML)"
-    ),
+    "mutual": Method("each learns from the posteriors of all others", "arXiv 1706.00384 (DML)"),
     "sequential": Method(
-        "DML, Algorithm 1",
         "peers are updated one after the other, on the same batch",
         "arXiv 1706.00384, Algorithm 1",
         {"update": "sequential"},
     ),
     "official": Method(
-        "DML, authors' code",
         "peers are updated one after the other, each on a batch of its own",
         "arXiv 1706.00384, its code",
         {"update": "official"},
     ),
     "mean-prob": Method(
-        "DML_e",
         "one target: the mean of the others' posteriors",
         "arXiv 1706.00384, DML_e",
         {"target": "mean-prob"},
     ),
     "mean-logit": Method(
-        "DML, mean logits",
         "one target: the posterior of the others' mean logits",
         changes={"target": "mean-logit"},
     ),
     "mean-logit-all": Method(
-        "DML, mean logits of all",
         "one target: the posterior of the mean logits of all, the learner's too; temperature 3",
         "MCL, its logit term",
         {"target": "mean-logit-all", "temperature": 3.0},
     ),
     "reverse-kl": Method(
-        "DML, reverse KL",
         "KL from the learner to its teachers, not from them to it",
         changes={"divergence": "reverse-kl"},
     ),
     "jeffreys": Method(
-        "DML, Jeffreys",
         "half the sum of KL in both directions",
         "PaddleClas, DMLLoss",
         {"divergence": "jeffreys"},
     ),
     "jsd": Method(
-        "DML, Jensen-Shannon",
         "the Jensen-Shannon divergence from each teacher",
         "arXiv 2306.13649 (GKD)",
         {"divergence": "jsd"},
     ),
     "renyi": Method(
-        "Renyi DML",
         "the Renyi divergence of order 2 from each teacher",
         "arXiv 2209.05732 (Renyi DML)",
         {"divergence": "renyi"},
     ),
     "kdcl-naive": Method(
-        "KDCL-Naive",
         "image by image, the peer with the smallest cross-entropy teaches all",
         "KDCL, CVPR 2020",
         {"target": "best", "temperature": 2.0},
     ),
     "kdcl-minlogit": Method(
-        "KDCL-MinLogit",
         "class by class, the smallest logit of all peers, counted from the label's",
         "KDCL, CVPR 2020",
         {"target": "min-logit", "temperature": 2.0},
     ),
     "dkd": Method(
-        "DML, DKD",
         "decoupled: KL of label against rest, and 8 times that among the rest; temperature 4",
         "arXiv 2203.08679 (DKD)",
         {"divergence": "dkd", "temperature": 4.0},
         warmup=Fraction(1, 12),
     ),
     "nkd": Method(
-        "DML, NKD",
         "normalised KL: gamma 1.5, temperature 1 (its source on CIFAR: 3.5 and 3)",
         "arXiv 2303.13005 (NKD)",
         {"divergence": "nkd", "temperature": 1.0},
     ),
     "ttm": Method(
-        "DML, TTM",
         "teachers' posteriors to the power of 0.1, the learner's as it is; KL weight 45",
         "arXiv 2402.11148 (TTM)",
         {"divergence": "ttm", "temperature": 1.0, "kl_weight": 45.0},
     ),
     "wttm": Method(
-        "DML, WTTM",
         "as ttm, but the surer a teacher is of an image, the less it weighs there",
         "arXiv 2402.11148 (WTTM)",
         {"divergence": "wttm", "temperature": 1.0, "kl_weight": 45.0},
     ),
     "standardized": Method(
-        "DML, standardized",
         "logits of mean 0 and deviation 1; temperature 2, KL weight 9, cross-entropy 0.1",
         "arXiv 2403.01427",
         {"standardize": True, "temperature": 2.0, "kl_weight": 9.0, "ce_weight": 0.1},
     ),
     "correct-gate": Method(
-        "DML, correct gate",
         "a peer teaches the images that it gets right",
         "arXiv 1909.04286 (knowledge transfer graph)",
         {"gate": "correct"},
     ),
     "okddip-leader": Method(
-        "OKDDip, leader",
         "the last network learns from the others' mean logits and teaches nobody",
         "OKDDip, AAAI 2020",
         {"links": "leader", "target": "mean-logit", "temperature": 3.0, "kl_ramp": "sigmoid"},
@@ -165,24 +143,20 @@ METHODS = {
         least=3,
     ),
     "switokd": Method(
-        "SwitOKD",
         "the better of two networks pauses while the other is too far behind it",
         "SwitOKD, ECCV 2022",
         {"update": "switch"},
     ),
     "distill": Method(
-        "Distilled",
         "pupils of --frozen-peers, which belong to this method only",
         changes={"links": "frozen"},
         least=1,
     ),
     "semi": Method(
-        "DML, semi-supervised",
         "with --labelled-fraction: KL on all images; the other methods see the labelled ones only",
         "arXiv 1706.00384",
     ),
     "ensemble-distill": Method(
-        "Ensemble, distilled",
         "all alone, then the first again, from their frozen ensemble, at equal compute",
         "the objection of Anil et al. 2018",
         {"links": "frozen", "target": "mean-prob"},
@@ -225,9 +199,10 @@ def method_of(
     method, few_labels = config.method, config.data.labelled_fraction < 1
     alone = method.kl_weight == 0 or (peers == 1 and not teachers)
     if alone and not made_as:
-        # Even without KL, a step of several batches trains on more images, and one may pause.
-        other = method.schedule.batches_per_step(peers) > 1 or method.schedule.pauses
-        return f"{BASELINE}, {method.update}" if other else BASELINE
+        # Even without KL, a step of several batches trains on more images; nobody pauses.
+        other = method.schedule.batches_per_step(peers) > 1
+        weight = f"ce weight {method.ce_weight}" if method.ce_weight != 1 else ""
+        return ", ".join(filter(None, (BASELINE, method.update if other else "", weight)))
     mine, usual = config.as_dict(), Config().as_dict()
     flags = {name: one.flags(config.optim.epochs) for name, one in METHODS.items()}
     if peers == 1 and teachers:

@@ -38,11 +38,6 @@ class Style:
     dash: Dash = "-"
 
 
-def colours(names: Sequence[str]) -> dict[str, str]:
-    """Return a colour for each name, for all figures of a page."""
-    return {name: style.colour for name, style in styles(names).items()}
-
-
 def styles(names: Sequence[str]) -> dict[str, Style]:
     """Return a style for each name: 35 that differ in colour or dashes."""
     turns = [divmod(place, len(_COLOURS)) for place in range(len(names))]

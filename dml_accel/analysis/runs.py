@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis.methods import MAY_DIFFER, METHODS, TEACHERS, method_of
+from dml_accel.analysis.methods import MAY_DIFFER, METHODS, PUPIL, TEACHERS, method_of
 from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
@@ -90,6 +90,12 @@ class Run:
         return bool(self.events[0]["event"] == "resume")
 
     @property
+    def stage_is_gone(self) -> bool:
+        """Whether the run that trained its teachers, as a stage of its method, was removed."""
+        stage = (self.description.get("comparison") or {}).get("stage")
+        return stage == PUPIL and not self.earlier
+
+    @property
     def last_metrics(self) -> dict[str, Any]:
         """The test metrics of its last evaluation."""
         return list(self.evaluations())[-1][1]
@@ -136,7 +142,7 @@ def read_run(folder: Path, name: str | None = None, method: str | None = None) -
 def _earlier_runs(
     folder: Path, name: str, stage: Mapping[str, Any], method: str
 ) -> tuple[Run, ...]:
-    """Return the stages before this one; without those that are gone, whose costs are lost."""
+    """Return the stages before this one; without those that are gone, see ``stage_is_gone``."""
     teachers = teachers_folder(folder)
     if not stage or stage["stage"] == TEACHERS or not SavedRun(teachers).is_done:
         return ()

@@ -438,16 +438,18 @@ def _cost_record(runs: Sequence[Run]) -> dict[str, Any]:
 def _costs(run: Run) -> dict[str, float | None]:
     """Return the seconds, in all and of optimizer steps, images and top-1 per second, and passes.
 
-    Times are None if the run began elsewhere, because its first part was not recorded here.
+    Times are None if the run began elsewhere, because its first part was not recorded here; passes,
+    too, if a stage before it is gone.
     """
     peers = run.results["peers"]
     top1 = sum(peer["test"]["top1"] for peer in peers) / len(peers)
-    training = None if run.began_elsewhere else run.training_seconds
+    lacks = run.began_elsewhere or run.stage_is_gone
+    training = None if lacks else run.training_seconds
     return {
-        "seconds": None if run.began_elsewhere else run.seconds,
+        "seconds": None if lacks else run.seconds,
         "training_seconds": training,
         "images_per_second": run.results["throughput"]["images_per_second"],
         "top1_per_training_second": top1 / training if training else None,
-        "passes_per_image": passes_per_image(run),
-        "million_passes": million_passes(run),
+        "passes_per_image": None if run.stage_is_gone else passes_per_image(run),
+        "million_passes": None if run.stage_is_gone else million_passes(run),
     }

@@ -188,7 +188,7 @@ def cost_table(record: dict[str, Any], style: str = "github") -> str:
     several = len(record["cohorts"]) > 1
 
     def cell(cost: dict[str, Any], name: str) -> str:
-        mean = cost[name]["mean"] if name in cost else None  # older records have no passes
+        mean = cost[name]["mean"]
         return "-" if mean is None else f"{mean:,.{digits[name]}f}"
 
     def accuracy(cost: dict[str, Any]) -> str:

@@ -792,11 +792,9 @@ def _refuse_conflicts(config: Config) -> None:
         f"{method.needs_labels} needs labels, but --kl-images all has a KL term on images without: "
         "add --kl-images labelled",
     )
-    peers = [name for word in words_of(config.cohort) for name in word.peers]
-    refuse(
-        schedule.pauses and len(peers) != 2,
-        f"--update {method.update} is made for two peers, not for {len(peers)}",
-    )
+    if schedule.pauses:
+        peers = sum(len(word.peers) for word in words_of(config.cohort))
+        refuse(peers != 2, f"--update {method.update} is made for two peers, not for {peers}")
     refuse(
         compute.exchange == "sum" and method.links != "full",
         "--links weighs every peer separately, but --exchange sum sends only their sum: use "

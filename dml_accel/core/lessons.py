@@ -4,12 +4,14 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dml_accel.core.assignments import assignment, number_of, refuse_repeated
 from dml_accel.core.errors import UsageError
 from dml_accel.core.flags import Range
+
+_NEAR = 1e-3  # a Renyi divergence of an order so near to 1 is lost in the rounding of float32
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class DivergenceFacts:
             so that a step costs O(K), and peers can exchange sums.
         needs_labels: it depends on the label of the image.
         own_temperature: it does not use ``--temperature``.
+        taught: how many numbers a teacher contributes per image of C classes.
         arguments: the numbers that it takes, by name.
     """
 
@@ -39,6 +42,7 @@ class DivergenceFacts:
     linear: bool = True
     needs_labels: bool = False
     own_temperature: bool = False
+    taught: Callable[[int], int] = lambda classes: classes + 1
     arguments: Mapping[str, Argument] = field(default_factory=dict)
 
     @property
@@ -67,8 +71,11 @@ class DivergenceFacts:
             if not (math.isfinite(value) and value in allowed):
                 raise UsageError(f"--divergence-args {name} is {text}; it must be {allowed}")
             found[name] = value
-        if self.name == "renyi" and found["alpha"] == 1:
-            raise UsageError("--divergence-args alpha=1 is the limit that --divergence kl is")
+        if self.name == "renyi" and abs(found["alpha"] - 1) < _NEAR:
+            raise UsageError(
+                f"--divergence-args alpha={found['alpha']:g} is within {_NEAR:g} of 1, the limit "
+                "that --divergence kl is: single precision cannot tell them apart"
+            )
         return found
 
 
@@ -78,7 +85,7 @@ _WEIGHT = Range(at_least=0)
 _DIVERGENCES = (
     DivergenceFacts("kl", "KL(p || q)"),
     DivergenceFacts("reverse-kl", "KL(q || p)"),
-    DivergenceFacts("jeffreys", "half the sum of both"),
+    DivergenceFacts("jeffreys", "half the sum of both", taught=lambda classes: 2 * (classes + 1)),
     DivergenceFacts(
         "jsd",
         "beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q",
@@ -95,6 +102,7 @@ _DIVERGENCES = (
         "dkd",
         "decoupled: alpha times the KL of label against the rest, beta times that among the rest",
         needs_labels=True,
+        taught=lambda classes: classes + 4,
         arguments={"alpha": Argument(1.0, _WEIGHT), "beta": Argument(8.0, _WEIGHT)},
     ),
     DivergenceFacts(

@@ -19,9 +19,7 @@ class MethodConfig(Section):
         "weight of the KL term; 0 skips it, so every network trains independently",
         Range(at_least=0),
     )
-    ce_weight: float = flag(
-        1.0, "weight of the cross-entropy with the labels, beside the KL term", Range(at_least=0)
-    )
+    ce_weight: float = flag(1.0, "weight of the cross-entropy with the labels", Range(at_least=0))
     temperature: float = flag(
         1.0, "softmax temperature T of the KL term, which is scaled by T^2", Range(above=0)
     )
@@ -169,6 +167,10 @@ class MethodConfig(Section):
     def one_target(self) -> TargetFacts:
         """What is known of the target."""
         return TARGETS[self.target]
+
+    def numbers_taught(self, classes: int) -> int:
+        """Return how many numbers a teacher contributes per image: W, and 1 to count it."""
+        return 1 + (classes if self.one_target.is_single else self.facts.taught(classes))
 
     @property
     def needs_labels(self) -> str:

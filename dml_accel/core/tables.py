@@ -12,7 +12,6 @@ from typing import Any
 import tabulate
 
 _USUAL_COLUMNS = 80
-_PADDING = 2  # letters beside headers: tabulate's own
 _HEADERS = ("network", "parameters", "top-1 %", "top-5 %", "NLL (nats)", "ECE %")
 _UNBALANCED = 1.5  # images of the largest class over those of the smallest
 
@@ -27,8 +26,12 @@ def table(rows: list[list[Any]], headers: Sequence[str], style: str, left: int) 
     # tabulate 0.9 cannot align the columns of a table without rows.
     given = {"colalign": align} if rows else {}
     # Markdown without room beside the headers: a table of methods then fits 100 columns.
-    tabulate.MIN_PADDING = 0 if style == "github" else _PADDING
-    text = str(tabulate.tabulate(rows, headers, tablefmt=style, disable_numparse=True, **given))
+    usual = tabulate.MIN_PADDING
+    tabulate.MIN_PADDING = 0 if style == "github" else usual
+    try:
+        text = str(tabulate.tabulate(rows, headers, tablefmt=style, disable_numparse=True, **given))
+    finally:
+        tabulate.MIN_PADDING = usual
     columns = terminal_columns(sys.stdout) if style == "simple" else None
     if columns is None or max(map(_width, text.splitlines()), default=0) <= columns:
         return text

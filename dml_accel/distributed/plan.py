@@ -65,6 +65,7 @@ class StepLoad:
     Attributes:
         micro_batches: images in each.
         classes: of the images.
+        contribution: numbers per image of a sum over peers.
         number_bytes: of one parameter or activation.
         logit_bytes: of one logit that is exchanged.
         spans_batch_norm: whether batch statistics span the processes of a peer.
@@ -81,6 +82,7 @@ class StepLoad:
 
     micro_batches: tuple[int, ...]
     classes: int
+    contribution: int
     number_bytes: int
     logit_bytes: int
     spans_batch_norm: bool
@@ -104,6 +106,7 @@ class StepLoad:
         return cls(
             micro_batches=tuple(stop - start for start, stop in cuts),
             classes=classes,
+            contribution=config.method.numbers_taught(classes),
             number_bytes=number_bytes,
             logit_bytes=2 if config.numerics.exchange_dtype == "bf16" else number_bytes,
             spans_batch_norm=config.numerics.batch_norm == "group",
@@ -334,7 +337,7 @@ def _exchange_bytes(
     if not apart or not load.mutual:
         return [losses] * world_size, messages
     if load.sums:
-        each = sum(_ring(world_size, part * (load.classes + 2) * item) for part in parts)
+        each = sum(_ring(world_size, part * load.contribution * item) for part in parts)
         return [losses + each] * world_size, messages * (1 + len(parts))
     held = [sum(rank in members for members in ranks.values()) for rank in range(world_size)]
     narrowest = min(len(members) for members in ranks.values())

@@ -69,7 +69,8 @@ def mutual_loss(
         mixed, label_smoothing, class_weights_C: see ``mutual_losses``.
 
     Raises:
-        UsageError: a value is unknown or out of its range, or values exclude each other.
+        UsageError: a name is unknown, a number of the divergence or the temperature is out of its
+            range, or values exclude each other.
     """
     given = tuple(f"{name}={value!r}" for name, value in (divergence_args or {}).items())
     lesson = _lesson(target, divergence, given, temperature, standardize, gate, kl_reduction)

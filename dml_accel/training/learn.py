@@ -41,6 +41,7 @@ from dml_accel.training.setup import (
     check_pauses,
     make_cohort,
     prepare_images,
+    refuse_idle,
     require_validation,
 )
 
@@ -138,6 +139,7 @@ def learn(
     refuse_shared({**modules, **teachers})
     refuse_twins(modules)
     links = read_links(config.method.links, list(modules), list(frozen))
+    refuse_idle(config, list(modules), list(frozen), links)
     return _records(modules, source, config, frozen, links)
 
 

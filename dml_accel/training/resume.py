@@ -140,7 +140,7 @@ def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str
     # A damaged newest checkpoint proves nothing about how far the run has come.
     newest = next(filter(_is_readable, checkpoint.named(path / CHECKPOINTS)), None)
     if newest and checkpoint.step_of(newest) > steps:
-        _refuse(path, config.refused_on_resume(saved.config), config)
+        _refuse(path, _compared_by_flags(config.refused_on_resume(saved.config)), config)
         return f"{path} has reached {newest.name}, beyond the {steps} steps asked for"
     # Compared only when the run is finished: else find_origin compares more than the flags.
     if not saved.is_done:
@@ -154,7 +154,7 @@ def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str
     early = saved.results.get("stopped_early") is True
     if taken < steps and not early:
         return ""
-    _refuse(path, config.refused_on_resume(saved.config), config)
+    _refuse(path, _compared_by_flags(config.refused_on_resume(saved.config)), config)
     refuse_other_images(saved, config, source)
     how = "stopped early after" if early else "taken all of its"
     return f"{path} has {how} {taken} steps: nothing to do"

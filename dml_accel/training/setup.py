@@ -166,6 +166,25 @@ def check_pauses(config: Config, peers: int) -> None:
         )
 
 
+def refuse_idle(config: Config, names: Sequence[str], frozen: Sequence[str], links: Any) -> None:
+    """Refuse a peer that learns neither from labels nor from anybody.
+
+    Args:
+        config: of the run.
+        names: of the peers, in the order of the command line.
+        frozen: names of the frozen peers.
+        links: from ``read_links``.
+    """
+    if config.method.ce_weight > 0:
+        return
+    teaching = Teaching(config.method, names, frozen, links)
+    idle = [name for name in names if not teaching.teachers_of(name)]
+    if idle:
+        raise UsageError(
+            f"--ce-weight 0 leaves {', '.join(idle)} nothing to learn, because nobody teaches there"
+        )
+
+
 def image_format(config: Config, device: torch.device) -> ImageFormat:
     """Return what the networks of a run are given on a device."""
     precision = launched_precision(config.numerics)
@@ -202,6 +221,7 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     check_pauses(config, len(specs))
     frozen = read_teachers(config.method.frozen_peers, classes, config.data.size)
     links = read_links(config.method.links, [spec.name for spec in specs], list(frozen))
+    refuse_idle(config, [spec.name for spec in specs], list(frozen), links)
     # Refused now if they cannot be built.
     teachers = {name: load_network(folder) for name, folder in frozen.items()}
     weights = {

@@ -88,6 +88,11 @@ def test_methods_that_are_asked_for_are_run_and_those_that_coincide_are_named(
     [
         (["okddip-leader"], {}, "--methods okddip-leader: it needs at least 3 networks in"),
         (["switokd"], {"cohort": TRIO}, "--methods switokd: --update switch is made for two peers"),
+        (
+            ["switokd"],
+            {"mixed_precision": "fp16"},
+            "--methods switokd: .* loss scaler of fp16 cannot",
+        ),
         (["ensemble-distill"], {"early_stop": 2, "val_fraction": 0.1}, "without --early-stop"),
         (["ensemble-distill"], {"epochs": 1}, "--epochs 1 leaves nothing for two stages at equal"),
         (["ensemble-distill"], {"max_steps": 1}, "--max-steps 1 leaves nothing for two stages"),

@@ -1,5 +1,6 @@
 """The whole family of methods in comparisons: what each run is, and the method of two stages."""
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from dml_accel.analysis.methods import METHODS
 from dml_accel.analysis.passes import million_passes
 from dml_accel.analysis.planned import plan_runs
 from dml_accel.analysis.runs import find_runs, group_comparable
+from dml_accel.analysis.statistics import comparison_record
 from dml_accel.core.config import Config
 from dml_accel.core.errors import DivergedError
 from tests.helpers import DIGITS, assert_same_state, events, load, train
@@ -185,6 +187,16 @@ def test_its_cost_is_that_of_both_stages(pair: Path) -> None:
     assert million_passes(both) == pytest.approx(passes / 1e6)
     assert million_passes(alone) == pytest.approx(4 * 8 * 6 / 1e6)
     assert passes <= 4 * 8 * 6
+    # Half of a cost is none.
+    costs = comparison_record(
+        alone.config,
+        [alone, dataclasses.replace(both, earlier=())],
+        methods=["independent", "ensemble-distill"],
+        seeds=[0],
+        cifar100=False,
+    )["cohorts"][0]["cost"]["ensemble-distill"]
+    for name in ("seconds", "training_seconds", "passes_per_image", "million_passes"):
+        assert costs[name]["mean"] is None
 
 
 def test_both_stages_are_listed_and_other_networks_have_no_number(pair: Path) -> None:

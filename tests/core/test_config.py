@@ -365,7 +365,7 @@ def test_a_value_of_another_type_is_refused(name: str, value: object, kind: str)
         ({"divergence": "dkd", "divergence_args": ("beta=1", "beta=2")}, "gives beta twice"),
         (
             {"divergence": "renyi", "divergence_args": ("alpha=1",)},
-            "the limit that --divergence kl",
+            "within 0.001 of 1, the limit",
         ),
         *(
             ({**changes, "exchange": "sum"}, "compares peers one by one, but --exchange sum sends")
