@@ -81,7 +81,7 @@ def compare(
     config, listed = list_and_size(config, cohorts, quiet=not first)
     plan, folder = plan_runs(config, cohorts, chosen.methods, seeds), None
     if first:
-        folder = ComparisonFolder(config.run.output_dir, plan, chosen.left_out)
+        folder = ComparisonFolder(config.run.output_dir, plan, chosen.left_out, chosen.notes)
         for line in chosen.lines:
             print(line, file=sys.stderr, flush=True)
     source = sources.read(config.data, not first, listed, config.compute)

@@ -35,6 +35,7 @@ class ComparisonFolder(LockedFolder):
         path: the folder; None for a new one.
         plan: the runs.
         left_out: methods that are not among them although all were asked for, and why.
+        notes: a line for each method that coincides with another one.
 
     Attributes:
         failed: runs that ended without results in this command, and why.
@@ -49,8 +50,9 @@ class ComparisonFolder(LockedFolder):
         path: str | None,
         plan: Sequence[PlannedRun],
         left_out: Mapping[str, str] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
-        self._plan, self._left_out = plan, dict(left_out or {})
+        self._plan, self._left_out, self._notes = plan, dict(left_out or {}), list(notes)
         self.failed: dict[str, str] = {}
         label = "-".join(["compare", *dict.fromkeys(planned.cohort for planned in plan)])[:80]
         super().__init__(path, label, folders_read(plan[0].config.data))
@@ -133,7 +135,7 @@ class ComparisonFolder(LockedFolder):
             failed=self.failed,
             command=command,
         )
-        record["left_out"] = self._left_out
+        record |= {"left_out": self._left_out, "notes": self._notes}
         self.write("results.json", record)
         for name, write in (
             ("results.csv", lambda path: write_text(path, self._csv(runs))),

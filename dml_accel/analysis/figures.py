@@ -226,7 +226,10 @@ def _matrices(
     """Return a figure for each method, all with the same scale of colours."""
     means = {method: _mean_matrix(runs) for method, runs in tables.items()}
     every = [value for values, _ in means.values() for row in values for value in row]
-    ends = (min(every, default=0.0), max(every, default=0.0))
+    # One method that has diverged would leave a single colour for all others.
+    most = max(every, default=0.0)
+    usual = 100 * statistics.median([value for value in every if value > 0] or [most])
+    ends = (min(every, default=0.0), min(most, usual))
     text += " All methods have the same colours."
     return [
         ReportFigure(f"{title}: {method}", text, partial(plots.matrix, values, names, unit, ends))

@@ -117,7 +117,11 @@ def _section(runs: Sequence[Run], analyses: Mapping[str, dict[str, Any]]) -> Sec
     named = MAY_DIFFER | {"dataset"}
     shared = {name: mine for name, (mine, _) in changed.items() if name not in named}
     if shared:
-        notes.append(f"All runs: {in_words(shared)}.")
+        stages = (
+            " (stages of a method may have fewer epochs)" if any(r.earlier for r in kept) else ""
+        )
+        notes.append(f"All runs{stages}: {in_words(shared)}.")
+    notes += _said_by_comparisons(kept)
     record = comparison_record(
         runs[0].config,
         sorted(kept, key=lambda run: (methods.index(run.method), run.config.seed)),
@@ -167,6 +171,20 @@ def _as_asked(runs: Sequence[Run]) -> list[str]:
     else:
         ordered = sorted(runs, key=lambda run: run.method != BASELINE)
     return list(dict.fromkeys(run.method for run in ordered))
+
+
+def _said_by_comparisons(runs: Sequence[Run]) -> list[str]:
+    """Return which methods the comparisons of runs have left out, or could not finish, and why."""
+    said: list[str] = []
+    for root in dict.fromkeys(parent for run in runs for parent in run.folder.parents[1:3]):
+        with contextlib.suppress(UsageError, AttributeError):  # none, or something else
+            record = read_json(root / "results.json")
+            said += [
+                f"Left out: {name}: {why}." for name, why in record.get("left_out", {}).items()
+            ]
+            said += [f"Failed: {name}: {why}." for name, why in record.get("failed", {}).items()]
+            said += [f"Note: {note}." for note in record.get("notes", [])]
+    return list(dict.fromkeys(said))
 
 
 def _recognise_cifar100(run: Run) -> tuple[bool, list[str]]:

@@ -172,10 +172,15 @@ def matrix(
             ink = "black" if value > (low + high) / 2 else "white"
             size = min(8, 40 / len(names))
             axes.text(
-                column, row, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=size
+                column, row, _number(value), ha="center", va="center", color=ink, fontsize=size
             )
     figure.colorbar(image, label=unit)
     return figure
+
+
+def _number(value: float) -> str:
+    """Return a number in few letters: with three decimals, or of two digits if it is large."""
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.1e}"
 
 
 # ---------------------------------------------------------------- differences
@@ -230,7 +235,8 @@ def _row_label(cohort: dict[str, Any], method: str, both: dict[str, dict[str, An
     n = next(iter(both.values()))["n"]
     seeds = {next(iter(other.values()))["n"] for _, other in _rows(cohort)}
     name = method if len(seeds) == 1 else f"{method} (n = {n})"
-    return textwrap.fill(name, _LETTERS_OF_LABEL)
+    # At most two lines, or they would cover those of other rows.
+    return "\n".join(textwrap.wrap(name, _LETTERS_OF_LABEL, max_lines=2, placeholder=" ..."))
 
 
 def _draw_difference(axes: Any, place: int, numbers: dict[str, Any], hollow: bool) -> None:

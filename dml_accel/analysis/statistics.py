@@ -370,24 +370,35 @@ def _summary_record(
 ) -> dict[str, Any]:
     """Summarise one method for one of the groups."""
 
-    def values(method: str, metric: str) -> dict[int, float | None]:
+    def values(method: str, metric: str, members: Sequence[str]) -> dict[int, float | None]:
         return {
             seed: _mean_of_members(run, members, metric)
             for seed, run in by_method.get(method, {}).items()
             if _has(run, members)
         }
 
+    # A method that trained one of equal networks is paired with that one.
+    trained = [
+        {peer["name"] for peer in run.results["peers"]} for run in by_method[method].values()
+    ]
+    shared = [one for one in members if all(one in names for names in trained)] or members
     difference = None
     if method != BASELINE and by_method.get(BASELINE):
         difference = {
-            metric: vars(paired_difference(values(method, metric), values(BASELINE, metric)))
+            metric: vars(
+                paired_difference(values(method, metric, members), values(BASELINE, metric, shared))
+            )
             for metric in METRICS
         }
     return {
         "method": method,
         "of": of,
         "name": name,
-        **{metric: vars(summarise([*values(method, metric).values()])) for metric in METRICS},
+        "only": list(shared) if len(shared) < len(members) else [],
+        **{
+            metric: vars(summarise([*values(method, metric, members).values()]))
+            for metric in METRICS
+        },
         "difference": difference,
     }
 

@@ -5,10 +5,11 @@ of the comparison's results.json.
 """
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis.methods import BASELINE
+from dml_accel.analysis.methods import BASELINE, METHODS
 from dml_accel.analysis.published import Published, all_published
 from dml_accel.core.config import OptimConfig
 from dml_accel.core.tables import is_unbalanced, percent, render, table
@@ -103,7 +104,7 @@ def comparison_table(record: dict[str, Any], style: str = "simple") -> str:
 
     Where there are several cohorts, each has a table of its own below its name.
     """
-    tables = [_comparison_of(cohort, style) for cohort in record["cohorts"]]
+    tables = [_comparison_of(cohort, record["methods"], style) for cohort in record["cohorts"]]
     if len(tables) < 2:
         return "".join(tables)
     name = {"github": "**{}**", "html": "<h4>{}</h4>"}.get(style, "{}:")
@@ -111,7 +112,7 @@ def comparison_table(record: dict[str, Any], style: str = "simple") -> str:
     return "\n\n".join(f"{one}\n\n{two}" for one, two in zip(titles, tables, strict=True))
 
 
-def _comparison_of(cohort: dict[str, Any], style: str) -> str:
+def _comparison_of(cohort: dict[str, Any], methods: Sequence[str], style: str) -> str:
     nets, several = _nets(cohort), len(cohort["peers"]) > 1
     archs = {peer["arch"]: net for peer, net in zip(cohort["peers"], nets, strict=True)}
     equal = several and len(archs) == 1
@@ -129,14 +130,24 @@ def _comparison_of(cohort: dict[str, Any], style: str) -> str:
         cells = [_mean(one, "top1", 100) for one in shown]
         cells += [_mean(found[("ensemble", "ensemble")], "top1", 100)] * several
         n = max(one["top1"]["n"] for one in shown)
-        rows.append([method, n, *cells, *_difference(mean, "top1", 100)])
+        # One that trained some of the equal networks says which.
+        only = f" ({', '.join(mean['only'])})" if equal and mean["only"] else ""
+        rows.append([method + only, n, *cells, *_difference(mean, "top1", 100)])
+    lacking = [method for method in methods if method not in by_method]
+    rows += [[method, 0, *["-"] * (len(headers) - 2)] for method in lacking]
     return table(rows, headers, style, left=1)
 
 
 def methods_table(record: dict[str, Any], style: str = "github") -> str:
-    """Return what each method is: the flags of its runs."""
-    rows = [[method, flags or "the defaults"] for method, flags in record["flags"].items()]
-    return table(rows, ("method", "flags of its runs"), style, left=2)
+    """Return what each method is, in words and as the flags of its runs."""
+    rows = []
+    for method in record["methods"]:
+        name, _, varied = method.partition(",")
+        text = METHODS[name].text if name in METHODS else ""
+        flags = record["flags"].get(method)
+        shown = "no finished run" if flags is None else flags or "the defaults"
+        rows.append([method, "a variant: see its flags" if varied else text, shown])
+    return table(rows, ("method", "what it is", "flags of its runs"), style, left=3)
 
 
 def metric_table(record: dict[str, Any], metric: str, scale: float, style: str = "github") -> str:

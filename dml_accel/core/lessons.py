@@ -68,7 +68,9 @@ class DivergenceFacts:
                 )
             value = number_of("--divergence-args", name, text)
             allowed = self.arguments[name].allowed
-            if not (math.isfinite(value) and value in allowed):
+            if not math.isfinite(value):
+                raise UsageError(f"--divergence-args {name} is {text}; it must be a finite number")
+            if value not in allowed:
                 raise UsageError(f"--divergence-args {name} is {text}; it must be {allowed}")
             found[name] = value
         if self.name == "renyi" and abs(found["alpha"] - 1) < _NEAR:

@@ -69,7 +69,7 @@ def make_divergence(name: str, arguments: Mapping[str, float] | None = None) -> 
     Raises:
         UsageError: an argument is unknown or out of its range.
     """
-    given = [f"{key}={value!r}" for key, value in (arguments or {}).items()]
+    given = [f"{key}={value}" for key, value in (arguments or {}).items()]
     return _DIVERGENCES[name](**DIVERGENCES[name].values(given))
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dml_accel.core.flags import require
 from dml_accel.core.method import MethodConfig
 from dml_accel.data.mixing import Mixed
 from dml_accel.mutual.targets import Lesson, Targets, at_least_single
@@ -69,10 +70,11 @@ def mutual_loss(
         mixed, label_smoothing, class_weights_C: see ``mutual_losses``.
 
     Raises:
-        UsageError: a name is unknown, a number of the divergence or the temperature is out of its
-            range, or values exclude each other.
+        UsageError: a value is unknown or out of its range, or values exclude each other.
     """
-    given = tuple(f"{name}={value!r}" for name, value in (divergence_args or {}).items())
+    for name, weight in (("kl_weight", kl_weight), ("ce_weight", ce_weight)):
+        require(weight >= 0, name, weight, "at least 0")
+    given = tuple(f"{name}={value}" for name, value in (divergence_args or {}).items())
     lesson = _lesson(target, divergence, given, temperature, standardize, gate, kl_reduction)
     if mixed is not None:
         lesson.refuse_mixed()

@@ -222,7 +222,8 @@ def run_one(
         session.display.begin(label, work, config.optim.epochs)
         if not label:
             print(_what_starts(ready, work.steps), file=sys.stderr, flush=True)
-        for note in _notes(ready, work.steps):
+        # The rate of a stage is that of the comparison, for which the other runs say it.
+        for note in _notes(ready, work.steps, about_rates=not about):
             if note not in session.said:  # once, for runs that differ in seed and method only
                 print(note, file=sys.stderr, flush=True)
                 session.said.add(note)
@@ -270,10 +271,10 @@ def _what_starts(ready: Prepared, steps: int) -> str:
     )
 
 
-def _notes(ready: Prepared, steps: int) -> list[str]:
+def _notes(ready: Prepared, steps: int, about_rates: bool) -> list[str]:
     """Return a line for each setting of the optimizers that may not be what was meant."""
     optim, device = ready.config.optim, ready.placement.device
-    notes = [what_never_falls(optim, steps, ready.cohort.steps_per_epoch)]
+    notes = [what_never_falls(optim, steps, ready.cohort.steps_per_epoch)] * about_rates
     used = {optim.of_peer(name).optimizer for name in ready.checked.names}
     looking = ", ".join(sorted(name for name in used if not has_fused(name)))
     if looking and device.type != "cpu":

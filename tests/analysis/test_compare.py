@@ -245,7 +245,7 @@ def test_the_document_has_a_row_for_each_method(finished: Path) -> None:
     assert title == "# Independent against mutual: resnet8 + resnet8 + test_efficientnet on digits"
     cells = " ".join(text.split())
     assert "| method | n | resnet8 | test_efficientnet | ensemble | minus independent |" in cells
-    assert "| ensemble | mutual | 3 |" in cells and "| independent | --kl-weight 0 |" in cells
+    assert "| ensemble | mutual | 3 |" in cells and "each alone | --kl-weight 0 |" in cells
     assert "Published results" not in text  # those are of another data set
     assert "`mutual/seed-5`" in text
 

@@ -356,7 +356,7 @@ def test_a_value_of_another_type_is_refused(name: str, value: object, kind: str)
         ({"divergence": "dkd", "divergence_args": ("beta=-1",)}, "beta is -1; it must be at least"),
         (
             {"divergence": "dkd", "divergence_args": ("beta=nan",)},
-            "beta is nan; it must be at leas",
+            "beta is nan; it must be a finit",
         ),
         (
             {"divergence": "jsd", "divergence_args": ("beta=1",)},
