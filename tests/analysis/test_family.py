@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dml_accel import cli
 from dml_accel.analysis import compare
-from dml_accel.analysis.methods import METHODS
+from dml_accel.analysis.methods import BASELINE, METHODS
 from dml_accel.analysis.passes import million_passes
 from dml_accel.analysis.planned import plan_runs
 from dml_accel.analysis.runs import find_runs, group_comparable
@@ -210,6 +210,13 @@ def test_both_stages_are_listed_and_other_networks_have_no_number(pair: Path) ->
     assert summaries["ensemble-distill", "resnet8-0"]["top1"]["n"] == 1
     for name in ("resnet8-1", "ensemble"):
         assert summaries["ensemble-distill", name]["top1"]["mean"] is None
+    # Equal networks are averaged, but this method has one: it is paired with the same one alone.
+    mean = summaries["ensemble-distill", "cohort mean"]
+    one, alone = (summaries[m, "resnet8-0"]["top1"]["mean"] for m in ("ensemble-distill", BASELINE))
+    assert mean["only"] == ["resnet8-0"]
+    assert mean["difference"]["top1"]["mean"] == pytest.approx(one - alone)
+    assert summaries[BASELINE, "cohort mean"]["top1"]["mean"] != pytest.approx(alone)
+    assert "| ensemble-distill (resnet8-0) " in text
 
 
 def test_report_puts_it_beside_the_methods_of_its_comparison(
