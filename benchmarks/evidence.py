@@ -69,10 +69,17 @@ class Comparison:
         return text.split()
 
     def missing(self, record: dict[str, Any]) -> list[str]:
-        """Return the runs that a results.json does not have yet."""
+        """Return the methods, with their seeds, that a results.json does not have yet."""
         done = {(run["method"], run["seed"]) for run in record["runs"]}
-        runs = ((method, seed) for seed in range(self.seeds) for method in self.methods)
-        return [f"{method}/seed-{seed}" for method, seed in runs if (method, seed) not in done]
+        lacking = {
+            method: [seed for seed in range(self.seeds) if (method, seed) not in done]
+            for method in self.methods
+        }
+        return [
+            f"{method} (seeds {' '.join(map(str, seeds))})"
+            for method, seeds in lacking.items()
+            if seeds
+        ]
 
 
 COMPARISONS = (
@@ -99,17 +106,25 @@ def train(one: Comparison, images: Path, folder: Path, threads: int) -> None:
         sys.exit(done.returncode)
 
 
-def keep_records(folder: Path, kept: Path) -> None:
-    """Copy tables and the records of every run, without weights and checkpoints."""
-    for file in [folder / name for name in TABLES]:
-        if file.exists():
-            kept.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, kept)
-    for results in folder.rglob("seed-*/results.json"):
-        to = kept / results.parent.relative_to(folder)
-        to.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copy(results.parent / name, to)
+def keep_records(folder: Path, kept: Path, images: Path) -> None:
+    """Copy tables and the records of every run, without weights, checkpoints and local paths.
+
+    Args:
+        folder: of the comparison.
+        kept: where they are kept.
+        images: the folder of images, which they call by its name.
+    """
+    finished = [results.parent for results in folder.rglob("seed-*/results.json")]
+    files = [folder / name for name in TABLES]
+    files += [run / name for run in finished for name in KEPT]
+    for file in filter(Path.exists, files):
+        to = kept / file.relative_to(folder)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".png":
+            shutil.copy(file, to)
+            continue
+        text = file.read_text(encoding="utf-8").replace(str(images), images.name)
+        write_text(to, text.replace(str(folder.parent), "runs/evidence"))
 
 
 def page(images: str) -> str:
@@ -117,7 +132,8 @@ def page(images: str) -> str:
     parts = [
         "# What the methods gain",
         f"Real images, {images}, at 16 x 16 pixels. Each comparison has its runs and tables in a "
-        "folder of [evidence](evidence), and goes on by `python -m benchmarks.evidence`.",
+        "folder of [evidence](evidence), and goes on by `python -m benchmarks.evidence`. Seconds are "
+        "those of a machine that did other work; passes are not.",
     ]
     folders: dict[str, Comparison] = {one.folder: one for one in COMPARISONS}
     for folder, one in folders.items():
@@ -147,13 +163,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--list", action="store_true", help="only write the page, train nothing")
     words = parser.parse_args()
+    images, runs = words.images.resolve(), words.runs.resolve()
     try:
         for one in COMPARISONS:
             if one.part in (words.part or ()) and not words.list:
-                folder = words.runs.resolve() / one.folder
-                train(one, words.images.resolve(), folder, words.threads)
-            keep_records(words.runs / one.folder, HERE / "evidence" / one.folder)
-        write_text(HERE / "evidence.md", page(words.images.resolve().name))
+                train(one, images, runs / one.folder, words.threads)
+            keep_records(runs / one.folder, HERE / "evidence" / one.folder, images)
+        write_text(HERE / "evidence.md", page(images.name))
     except UsageError as error:
         parser.error(str(error))
     print(HERE / "evidence.md")
