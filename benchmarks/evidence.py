@@ -132,8 +132,8 @@ def page(images: str) -> str:
     parts = [
         "# What the methods gain",
         f"Real images, {images}, at 16 x 16 pixels. Each comparison has its runs and tables in a "
-        "folder of [evidence](evidence), and goes on by `python -m benchmarks.evidence`. Seconds are "
-        "those of a machine that did other work; passes are not.",
+        "folder of [evidence](evidence), and goes on by `python -m benchmarks.evidence`. Seconds "
+        "are those of a machine that did other work; passes are not.",
     ]
     folders: dict[str, Comparison] = {one.folder: one for one in COMPARISONS}
     for folder, one in folders.items():
