@@ -15,6 +15,7 @@ def test_costs_by_hand(peers: int) -> None:
     assert cost["sequential"] == pytest.approx(3 + (peers - 1) / peers)
     # Each peer's batch is predicted by all peers.
     assert cost["official"] == pytest.approx(2 + peers)
+    assert cost["switch"] == 3.0
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,7 @@ def test_costs_by_hand(peers: int) -> None:
         ("simultaneous", [1, 3], [1, 1]),
         ("sequential", [1, 5], [1, 1]),
         ("official", [1, 9], [1, 3]),
+        ("switch", [1, 3], [1, 1]),
     ],
 )
 def test_forward_passes_and_batches_of_one_peer_and_of_three(
@@ -35,13 +37,14 @@ def test_forward_passes_and_batches_of_one_peer_and_of_three(
 
 def test_what_each_schedule_goes_with() -> None:
     facts = {
-        name: (one.takes_turns, one.splits_batches, one.sums_kl)
+        name: (one.takes_turns, one.splits_batches, one.sums_kl, one.pauses)
         for name, one in UPDATE_SCHEDULES.items()
     }
     assert facts == {
-        "simultaneous": (False, True, False),
-        "sequential": (True, False, False),
-        "official": (True, True, True),
+        "simultaneous": (False, True, False, False),
+        "sequential": (True, False, False, False),
+        "official": (True, True, True, False),
+        "switch": (False, True, False, True),
     }
     for name, one in UPDATE_SCHEDULES.items():
         method = Config(update=name).method
