@@ -18,7 +18,7 @@ from benchmarks.speed_tables import (
     seconds,
     series,
 )
-from dml_accel.analysis.plots import colours, save
+from dml_accel.analysis.plots import save, styles
 from dml_accel.core.files import write_text
 
 PAGE = HERE.parent / "docs" / "performance.md"
@@ -100,12 +100,12 @@ def plot(found: dict[str, Any]) -> Figure:
     measured = headline(found.get("others", {"readings": []})["readings"])
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
-    colour = colours(["ours", "pytorch-dml", "plain"])
+    style = styles(["ours", "pytorch-dml", "plain"])
     for place, one in enumerate(measured):
         rate = images_per_second(one)
         ends = [BATCH / max(seconds(one)), BATCH / min(seconds(one))]
         reach = [[rate - ends[0]], [ends[1] - rate]]
-        bars.barh(place, rate, xerr=reach, color=colour[one["about"]["whose"]], capsize=2)
+        bars.barh(place, rate, xerr=reach, color=style[one["about"].colour["whose"]], capsize=2)
     bars.set_yticks(range(len(measured)), [one["name"] for one in measured])
     bars.invert_yaxis()
     bars.set_xlabel("images/s of a ResNet-32 pair: median block, slowest to fastest")
