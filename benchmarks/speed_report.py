@@ -105,7 +105,7 @@ def plot(found: dict[str, Any]) -> Figure:
         rate = images_per_second(one)
         ends = [BATCH / max(seconds(one)), BATCH / min(seconds(one))]
         reach = [[rate - ends[0]], [ends[1] - rate]]
-        bars.barh(place, rate, xerr=reach, color=style[one["about"].colour["whose"]], capsize=2)
+        bars.barh(place, rate, xerr=reach, color=style[one["about"]["whose"]].colour, capsize=2)
     bars.set_yticks(range(len(measured)), [one["name"] for one in measured])
     bars.invert_yaxis()
     bars.set_xlabel("images/s of a ResNet-32 pair: median block, slowest to fastest")
