@@ -99,8 +99,8 @@ def _section(runs: Sequence[Run], analyses: Mapping[str, dict[str, Any]]) -> Sec
     # Reversed, so that the first run with a method and seed is the one that is kept.
     first_of_each = {(run.method, run.config.seed): run for run in reversed(runs)}
     kept = list(first_of_each.values())[::-1]
-    of_method = group_by_method(kept)
-    by_method = {method: of_method[method] for method in _as_asked(kept)}
+    of_method, comparisons = group_by_method(kept), _comparisons_of(kept)
+    by_method = {method: of_method[method] for method in _as_asked(kept, comparisons)}
     methods = list(by_method)
     cifar100, notes = _recognise_cifar100(runs[0])
     if len(kept) < len(runs):
@@ -121,7 +121,7 @@ def _section(runs: Sequence[Run], analyses: Mapping[str, dict[str, Any]]) -> Sec
             " (stages of a method may have fewer epochs)" if any(r.earlier for r in kept) else ""
         )
         notes.append(f"All runs{stages}: {in_words(shared)}.")
-    notes += _said_by_comparisons(kept)
+    notes += _said_by(comparisons)
     record = comparison_record(
         runs[0].config,
         sorted(kept, key=lambda run: (methods.index(run.method), run.config.seed)),
@@ -154,16 +154,25 @@ def _by_method(
     return {method: some for method, some in found.items() if some}
 
 
-def _as_asked(runs: Sequence[Run]) -> list[str]:
+def _comparisons_of(runs: Sequence[Run]) -> dict[Path, Any]:
+    """Return the results.json of the comparisons that runs are part of, by their folders."""
+    found = {}
+    for root in dict.fromkeys(parent for run in runs for parent in run.folder.parents[1:3]):
+        with contextlib.suppress(UsageError):  # there is none
+            found[root] = read_json(root / "results.json")
+    return found
+
+
+def _as_asked(runs: Sequence[Run], comparisons: Mapping[Path, Any]) -> list[str]:
     """Return the methods of runs in the order in which they were asked for.
 
     That of runs of a comparison is in its results.json. All others follow as they appear, or
     independent training first if there is no comparison.
     """
     places: dict[Path, int] = {}
-    for root in dict.fromkeys(parent for run in runs for parent in run.folder.parents[1:3]):
-        with contextlib.suppress(UsageError, KeyError, TypeError):  # none, or something else
-            for one in read_json(root / "results.json")["runs"]:
+    for root, record in comparisons.items():
+        with contextlib.suppress(KeyError, TypeError):  # something else
+            for one in record["runs"]:
                 places[root / one["folder"]] = len(places)
     last = len(places)
     if places:
@@ -173,12 +182,11 @@ def _as_asked(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(run.method for run in ordered))
 
 
-def _said_by_comparisons(runs: Sequence[Run]) -> list[str]:
-    """Return which methods the comparisons of runs have left out, or could not finish, and why."""
+def _said_by(comparisons: Mapping[Path, Any]) -> list[str]:
+    """Return which methods comparisons have left out, or could not finish, and why."""
     said: list[str] = []
-    for root in dict.fromkeys(parent for run in runs for parent in run.folder.parents[1:3]):
-        with contextlib.suppress(UsageError, AttributeError):  # none, or something else
-            record = read_json(root / "results.json")
+    for record in comparisons.values():
+        with contextlib.suppress(AttributeError):  # something else
             said += [
                 f"Left out: {name}: {why}." for name, why in record.get("left_out", {}).items()
             ]

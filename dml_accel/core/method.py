@@ -175,30 +175,25 @@ class MethodConfig(Section):
     @property
     def needs_labels(self) -> str:
         """The flag, with its value, by which a peer's lesson depends on the label; or nothing."""
-        for flag_, needs in (
-            (f"--target {self.target}", self.one_target.needs_labels),
-            (f"--divergence {self.divergence}", self.facts.needs_labels),
-            (f"--gate {self.gate}", self.gate == "correct"),
-            (f"--update {self.update}", self.schedule.pauses),
-        ):
-            if needs:
-                return flag_
-        return ""
+        return self._first_of(
+            target=self.one_target.needs_labels,
+            divergence=self.facts.needs_labels,
+            gate=self.gate == "correct",
+            update=self.schedule.pauses,
+        )
 
     @property
     def needs_pairs(self) -> str:
         """The flag, with its value, by which a peer needs each teacher's logits; or nothing."""
-        for flag_, needs in (
-            (f"--target {self.target}", self.one_target.needs_pairs),
-            (
-                f"--divergence {self.divergence}",
-                not self.one_target.is_single and not self.facts.linear,
-            ),
-            (f"--update {self.update}", self.schedule.pauses),
-        ):
-            if needs:
-                return flag_
-        return ""
+        return self._first_of(
+            target=self.one_target.needs_pairs,
+            divergence=not (self.one_target.is_single or self.facts.linear),
+            update=self.schedule.pauses,
+        )
+
+    def _first_of(self, **needs: bool) -> str:
+        """Return the first flag that is true, with its value; or nothing."""
+        return next((f"--{name} {getattr(self, name)}" for name in needs if needs[name]), "")
 
     @property
     def schedule(self) -> UpdateSchedule:

@@ -89,10 +89,20 @@ def test_matrices_of_all_methods_share_a_scale(tmp_path: Path) -> None:
 def test_methods_stand_as_they_were_asked_for(tmp_path: Path) -> None:
     alone = run(tmp_path / "other", "distill", "a", [])
     runs = [run(tmp_path / f"{m}/seed-0", m, "a", []) for m in ("dkd", "independent", "mutual")]
-    assert page._as_asked([alone, *runs]) == ["independent", "distill", "dkd", "mutual"]
+    assert page._as_asked([alone, *runs], page._comparisons_of([alone, *runs])) == [
+        "independent",
+        "distill",
+        "dkd",
+        "mutual",
+    ]
     asked = [{"folder": f"{method}/seed-0"} for method in ("mutual", "independent", "dkd")]
     (tmp_path / "results.json").write_text(json.dumps({"runs": asked}))
-    assert page._as_asked([alone, *runs]) == ["mutual", "independent", "dkd", "distill"]
+    assert page._as_asked([alone, *runs], page._comparisons_of([alone, *runs])) == [
+        "mutual",
+        "independent",
+        "dkd",
+        "distill",
+    ]
 
 
 def test_differences_are_sorted_by_effect() -> None:
