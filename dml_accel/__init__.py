@@ -8,6 +8,7 @@
     training     the loop, checkpoints, run folders, resuming; one run from top to bottom
     inference    trained networks: load, evaluate, predict, export
     analysis     methods, comparisons over seeds, statistics, tables, plots, the report
+    api          what Python users call: the commands as functions, methods of their own
     cli          flags and commands
 
 A package imports only from those above it in this list. ``import dml_accel`` imports neither torch
@@ -22,34 +23,71 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dml_accel.models import networks
-    from dml_accel.training.learn import Config, EvaluationRecord, StepRecord, UsageError, learn
+    from dml_accel.api.methods import register_divergence as register_divergence
+    from dml_accel.api.methods import register_method as register_method
+    from dml_accel.api.methods import register_target as register_target
+    from dml_accel.api.runs import Comparison as Comparison
+    from dml_accel.api.runs import Run as Run
+    from dml_accel.api.runs import compare as compare
+    from dml_accel.api.runs import train as train
+    from dml_accel.api.trained import Networks as Networks
+    from dml_accel.api.trained import evaluate as evaluate
+    from dml_accel.api.trained import export as export
+    from dml_accel.api.trained import load as load
+    from dml_accel.api.trained import predict as predict
+    from dml_accel.core.config import Config as Config
+    from dml_accel.core.errors import DivergedError as DivergedError
+    from dml_accel.core.errors import RunError as RunError
+    from dml_accel.core.errors import StoppedError as StoppedError
+    from dml_accel.core.errors import UsageError as UsageError
+    from dml_accel.models import networks as networks
+    from dml_accel.mutual.divergences import Divergence as Divergence
+    from dml_accel.mutual.gathering import gather_logits as gather_logits
+    from dml_accel.mutual.losses import Losses as Losses
+    from dml_accel.mutual.losses import mutual_loss as mutual_loss
+    from dml_accel.mutual.targets import Target as Target
+    from dml_accel.training.learn import learn as learn
+    from dml_accel.training.loop import EvaluationRecord as EvaluationRecord
+    from dml_accel.training.loop import StepRecord as StepRecord
 
-__all__ = [
-    "Config",
-    "EvaluationRecord",
-    "StepRecord",
-    "UsageError",
-    "__version__",
-    "learn",
-    "networks",
-]
+# Where each public name lies; its module is imported when the name is first used.
+_PUBLIC = {
+    "Comparison": "api.runs",
+    "Config": "core.config",
+    "DivergedError": "core.errors",
+    "Divergence": "mutual.divergences",
+    "EvaluationRecord": "training.loop",
+    "Losses": "mutual.losses",
+    "Networks": "api.trained",
+    "Run": "api.runs",
+    "RunError": "core.errors",
+    "StepRecord": "training.loop",
+    "StoppedError": "core.errors",
+    "Target": "mutual.targets",
+    "UsageError": "core.errors",
+    "compare": "api.runs",
+    "evaluate": "api.trained",
+    "export": "api.trained",
+    "gather_logits": "mutual.gathering",
+    "learn": "training.learn",
+    "load": "api.trained",
+    "mutual_loss": "mutual.losses",
+    "networks": "models",
+    "predict": "api.trained",
+    "register_divergence": "api.methods",
+    "register_method": "api.methods",
+    "register_target": "api.methods",
+    "train": "api.runs",
+}
+__all__ = ["__version__", *_PUBLIC]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name == "networks":
-        from dml_accel.models import networks
-
-        return networks
-    if name in ("Config", "UsageError"):
-        from dml_accel.core import config
-
-        return getattr(config, name)
-    if name in __all__:
-        from dml_accel.training import learn as module
-
-        return getattr(module, name)
+        return importlib.import_module("dml_accel.models.networks")
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"dml_accel.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

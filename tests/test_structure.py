@@ -8,7 +8,7 @@ from tests.helpers import ROOT
 
 PACKAGE = ROOT / "dml_accel"
 # A package imports only from itself and from those before it.
-ORDER = "core data models distributed mutual training inference analysis cli".split()
+ORDER = "core data models distributed mutual training inference analysis api cli".split()
 
 
 def modules() -> list[Path]:
@@ -30,7 +30,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_there_are_nine_packages_and_no_other_code() -> None:
+def test_there_are_ten_packages_and_no_other_code() -> None:
     assert {path.parent.name for path in modules()} == {"dml_accel", *ORDER}
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
 

@@ -1,0 +1,1 @@
+"""Divergences, targets and methods of one's own, registered by name."""

@@ -1,0 +1,1 @@
+"""A run, and a comparison of methods over seeds, as functions."""

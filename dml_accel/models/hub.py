@@ -1,0 +1,1 @@
+"""Folders on the Hugging Face Hub: downloaded where a folder is named, and pushed."""
