@@ -22,6 +22,7 @@ _TOP_PAD = 64 * 2**20  # bytes
 # machine and save on a busy one.
 SPINS = "1000"
 _HUB_CACHES = ("HF_HUB_CACHE", "HF_DATASETS_CACHE")
+HUB_PREFIX = "hf-hub:"
 
 
 def expanded(path: str | Path) -> Path:
@@ -34,6 +35,11 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{path}: there is no such home directory; write the path out") from error
+
+
+def is_on_hub(text: str) -> bool:
+    """Whether a text names a model of the hub, ``hf-hub:owner/name[@revision]``, and not a path."""
+    return text.startswith(HUB_PREFIX)
 
 
 def cache_dir() -> Path | None:

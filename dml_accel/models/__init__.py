@@ -5,8 +5,8 @@ In reading order:
     stems        timm's ResNets with a stem for small images
     networks     networks for small images, registered with timm
     spec         --cohort, parsed: one specification per peer
-    hub          folders on the Hugging Face Hub: downloaded, and pushed
     timm_config  config.json beside a network's weights, as timm writes it
+    hub          folders on the Hugging Face Hub: downloaded, and pushed
     pretrained   trained weights to start from: of the hub, a peer's folder or a file
     rehearsal    what a network does with a few images, tried without a trace
     build        a network from its specification, or an error that names what would fit
