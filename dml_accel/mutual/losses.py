@@ -15,13 +15,14 @@ Shape letters: K peers, B rows of the batch, C classes.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dml_accel.core.errors import UsageError
 from dml_accel.core.flags import require
 from dml_accel.core.method import MethodConfig
 from dml_accel.data.mixing import Mixed
@@ -35,10 +36,18 @@ class Losses(NamedTuple):
     cross_entropy: Tensor
     kl: Tensor
 
+    @property
+    def loss(self) -> Tensor:
+        """What to go backward from, a scalar: the mean over the rows, summed over the peers.
+
+        The sum gives every network the gradient of its own mean, because none reaches another.
+        """
+        return self.total.mean(1).sum()
+
 
 def mutual_loss(
-    logits_KBC: Tensor,
-    labels_B: Tensor,
+    logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
     *,
     kl_weight: float = 1.0,
     ce_weight: float = 1.0,
@@ -55,12 +64,18 @@ def mutual_loss(
 ) -> Losses:
     """Return the loss of K peers that all learn from each other, on every row.
 
-    ``mutual_loss(torch.stack(logits), labels).total.mean(1).sum().backward()`` gives every network
-    the gradient of its own loss and of no other.
+    In a training loop of your own::
+
+        logits = [net(images) for net in nets]
+        mutual_loss(logits, labels).loss.backward()
+
+    gives every network the gradient of its own loss and of no other: what a peer teaches is a
+    constant. Where each process has another network, ``gather_logits`` comes between the two.
 
     Args:
-        logits_KBC: logits of K peers for the same B images.
-        labels_B: classes, int64.
+        logits: of K peers for the same B images: one [B, C] each, or [K, B, C]. Half precision is
+            converted to single.
+        labels: classes, [B], whole numbers.
         kl_weight: w; at 0 the KL term is not computed.
         ce_weight: of the cross-entropy.
         temperature: T.
@@ -70,8 +85,21 @@ def mutual_loss(
         mixed, label_smoothing, class_weights_C: see ``mutual_losses``.
 
     Raises:
-        UsageError: a value is unknown or out of its range, or values exclude each other.
+        UsageError: logits and labels do not fit each other, a value is unknown or out of its range,
+            or values exclude each other.
     """
+    logits_KBC, labels_B = _stacked(logits), _checked(labels)
+    if labels_B.shape != logits_KBC.shape[1:2]:
+        raise UsageError(
+            f"mutual_loss: logits are {list(logits_KBC.shape)} (peers, images, classes), but "
+            f"labels {list(labels_B.shape)}: each image needs one label"
+        )
+    _refuse_classes(labels_B, logits_KBC.shape[2])
+    if divergence_args is not None and not isinstance(divergence_args, Mapping):
+        raise UsageError(
+            f"divergence_args is {divergence_args!r}; it must map names to numbers, as "
+            '{"alpha": 2.0} does'
+        )
     for name, weight in (("kl_weight", kl_weight), ("ce_weight", ce_weight)):
         require(weight >= 0, name, weight, "at least 0")
     given = tuple(f"{name}={value}" for name, value in (divergence_args or {}).items())
@@ -95,6 +123,59 @@ def mutual_loss(
         label_smoothing=label_smoothing,
         class_weights_C=class_weights_C,
     )
+
+
+def _stacked(logits: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return logits [K, B, C], from those of each peer.
+
+    Raises:
+        UsageError: their shapes differ, or are none of logits.
+    """
+    if not isinstance(logits, Tensor):
+        shapes = [list(one.shape) for one in logits]
+        if not shapes or any(shape != shapes[0] for shape in shapes):
+            raise UsageError(
+                f"mutual_loss: the peers' logits are {shapes}; all must be [images, classes] of "
+                "the same batch"
+            )
+        logits = torch.stack(list(logits))
+    if logits.dim() != 3:
+        raise UsageError(
+            f"mutual_loss: logits are {list(logits.shape)}; give one [images, classes] per peer, "
+            "or [peers, images, classes]"
+        )
+    return logits
+
+
+def _checked(labels: Tensor) -> Tensor:
+    """Return labels as int64.
+
+    Raises:
+        UsageError: they are no class numbers.
+    """
+    if not isinstance(labels, Tensor):
+        raise UsageError(
+            f"mutual_loss: labels are a {type(labels).__name__}; give a tensor of class numbers, "
+            "as torch.as_tensor(labels)"
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise UsageError(
+            f"mutual_loss: labels are {list(labels.shape)} of {labels.dtype}; they must be class "
+            "numbers [images]: of one-hot labels, labels.argmax(1)"
+        )
+    return labels.long()
+
+
+def _refuse_classes(labels: Tensor, classes: int) -> None:
+    """Refuse classes that do not exist, where looking at them does not wait for a device."""
+    if labels.device.type != "cpu" or not len(labels):
+        return
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= classes:
+        raise UsageError(
+            f"mutual_loss: labels are from {least} to {most}, but the logits have {classes} "
+            f"classes, 0 to {classes - 1}"
+        )
 
 
 @functools.lru_cache  # because it is asked for in every step of a loop
