@@ -1,4 +1,4 @@
-"""Networks that start from trained weights: from the hub, a peer's folder or a file.
+"""Networks that start from trained weights: of the hub, a peer's folder or a file.
 
 Files are untrusted: only safetensors and a size-limited config.json beside them are read, and
 neither can execute code. timm adapts the weights to the network, and every weight must have its
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from dml_accel.core.errors import UsageError, one_line
 from dml_accel.core.files import in_utf8
-from dml_accel.core.host import require_hub_cache
+from dml_accel.core.host import is_on_hub, require_hub_cache
 from dml_accel.data.arrow import hub_answers
+from dml_accel.models.hub import local_folder, name_of
 from dml_accel.models.spec import HUB
 from dml_accel.models.timm_config import FILE, TimmConfig, read_timm_config
 
@@ -61,7 +62,8 @@ def read_weights(arch: str, start: str) -> PretrainedWeights:
 
     Args:
         arch: timm's name of the network.
-        start: ``HUB``, a folder with model.safetensors, or a safetensors file.
+        start: ``HUB``, a folder with model.safetensors, a safetensors file, or a model of the hub
+            as ``hf-hub:owner/name[@revision]``.
 
     Raises:
         UsageError: they cannot be downloaded or read, belong to another network, or are pickled.
@@ -73,7 +75,7 @@ def read_weights(arch: str, start: str) -> PretrainedWeights:
         tensors, sha256 = _tensors(path)
         return PretrainedWeights(source, sha256, classes, tensors, {}, {})
     try:
-        path = _file(Path(start).expanduser())
+        path = _file(local_folder(start) if is_on_hub(start) else Path(start).expanduser())
     except (OSError, RuntimeError) as error:  # no permission; no such user's home
         raise UsageError(f"pretrained={start} cannot be read: {error}") from error
     config = _config_beside(path, arch)
@@ -87,7 +89,7 @@ def read_weights(arch: str, start: str) -> PretrainedWeights:
     # A file holds the classifier as this network has it, without the offset of timm's original.
     overlay = {"label_offset": None}
     arguments = config.arguments if config else {}
-    return PretrainedWeights(str(path), sha256, classes, tensors, overlay, arguments)
+    return PretrainedWeights(name_of(path), sha256, classes, tensors, overlay, arguments)
 
 
 def _known(arch: str) -> Any:
@@ -214,8 +216,13 @@ def _file(path: Path) -> Path:
         )
     if not path.exists():
         raise UsageError(f"pretrained={path}: this file or folder does not exist")
-    peers = sorted(one.parent.name for one in path.glob(f"peers/*/{_WEIGHTS}"))
-    hint = f"; it is a run: name one of its peers, {path}/peers/{peers[0]}" if peers else ""
+    hint = ""
+    for below, what in (
+        ("peers/*", "a run: name one of its peers"),
+        ("*", "an ensemble: name one"),
+    ):
+        peers = sorted(path.glob(f"{below}/{_WEIGHTS}"))
+        hint = hint or (f"; it is {what}, {peers[0].parent}" if peers else "")
     raise UsageError(
         f"pretrained={path} is neither a .safetensors file nor a folder with {_WEIGHTS}{hint}"
     )

@@ -1,7 +1,6 @@
 """Frozen peers: trained networks that teach and are not updated."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import ImageFormat, Normalisation
 from dml_accel.distributed.processes import Processes
 from dml_accel.models.build import set_memory_format
+from dml_accel.models.hub import local_folder, name_of
 from dml_accel.models.peer_folder import PeerFolder, find_peers, load_network, read_peer
 
 
@@ -51,29 +51,30 @@ def read_teachers(
     """Read the folders of the frozen peers of a run: frozen-0, frozen-1, ... in the order given.
 
     Args:
-        paths: ``--frozen-peers``.
+        paths: ``--frozen-peers``: folders, or models of the hub, which are downloaded.
         classes: class names of the run.
         image_size: pixels per side of the run's images.
 
     Raises:
-        UsageError: a folder cannot be read, or has other classes or another image size.
+        UsageError: a folder cannot be read or downloaded, or has other classes or another image
+            size.
     """
-    folders = [read_peer(found) for path in paths for found in find_peers(Path(path).expanduser())]
+    folders = [read_peer(found) for path in paths for found in find_peers(local_folder(path))]
     for folder in folders:
+        named = f"--frozen-peers {name_of(folder.path)}"
         if folder.number_of_classes != len(classes):
             raise UsageError(
-                f"--frozen-peers {folder.path} has {folder.number_of_classes} classes; these "
-                f"images have {len(classes)}"
+                f"{named} has {folder.number_of_classes} classes; these images have {len(classes)}"
             )
         if folder.classes and folder.classes != tuple(classes):
             differing = next((a, b) for a, b in zip(folder.classes, classes, strict=True) if a != b)
             raise UsageError(
-                f"--frozen-peers {folder.path} was trained on other classes: {differing[0]!r} "
+                f"{named} was trained on other classes: {differing[0]!r} "
                 f"where these images have {differing[1]!r}"
             )
         if folder.image_size != image_size:
             raise UsageError(
-                f"--frozen-peers {folder.path} takes images of {folder.image_size} pixels, not "
+                f"{named} takes images of {folder.image_size} pixels, not "
                 f"{image_size}: use --image-size {folder.image_size}"
             )
     return {f"frozen-{index}": folder for index, folder in enumerate(folders)}

@@ -157,6 +157,7 @@ def run_description(ready: Prepared, command: str, recipe: str = "") -> dict[str
         ],
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "teachers": checked.teachers,
+        **checked.hub_commits,
         "classes": len(images.classes),
         "class_names": list(images.classes),
         "normalisation": dataclasses.asdict(images.normalisation),

@@ -22,7 +22,7 @@ from torch import nn
 
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
-from dml_accel.core.host import cores
+from dml_accel.core.host import cores, is_on_hub
 from dml_accel.data import sources
 from dml_accel.data.augment import parse_augment
 from dml_accel.data.batches import ImageFormat
@@ -60,6 +60,7 @@ from dml_accel.models.build import (
     refuse_twins,
     require_learning,
 )
+from dml_accel.models.hub import name_of
 from dml_accel.models.optim import check_optimizers, make_optimizer, state_per_parameter
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights, trained_size
@@ -114,6 +115,16 @@ class Checked:
             for name, folder in self.frozen.items()
         }
         return {"frozen": frozen, "links": self.links}
+
+    @property
+    def hub_commits(self) -> dict[str, Any]:
+        """The commits of frozen peers that are models of the hub, as they are recorded.
+
+        They are no part of ``teachers``, because their sha256 alone says whether they changed.
+        """
+        named = {name: name_of(folder.path) for name, folder in self.frozen.items()}
+        commits = {name: text for name, text in named.items() if is_on_hub(text)}
+        return {"teachers_on_the_hub": commits} if commits else {}
 
 
 @dataclass(frozen=True)
