@@ -5,16 +5,15 @@ Nothing here imports torch, timm or datasets: ``--help`` and usage errors are pr
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dml_accel.analysis.methods import ALL, DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
 from dml_accel.cli.inference_flags import add_evaluation, add_export, add_prediction
-from dml_accel.core.config import flag_groups, flag_types
+from dml_accel.core.config import flag_groups, flag_types, near
 from dml_accel.core.errors import UsageError
 from dml_accel.core.recipes import LIST, RECIPES
 
@@ -24,11 +23,6 @@ _ELSEWHERE = {
     **{("compare", f"--{name.replace('_', '-')}"): "use --methods" for name in SET_BY_METHODS},
     ("compare", "--kl-images"): "with --labelled-fraction, the method semi has KL on all images",
 }
-
-
-# Of two names, from 0 to 1 as ``difflib`` counts it: above this one is a slip of the other.
-_ALIKE = 0.82
-_MOST_HINTS = 3
 
 
 # What says where images are, of the flags of ``train``.
@@ -69,25 +63,12 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         positive = f"--{name.removeprefix('--no-')}"
         if name != positive and positive in flags:
             raise UsageError(f"unknown argument {name}: {positive} is never off, give it a value")
-        near = _near(name, flags)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"see {command} --help"
+        meant = near(name, flags)
+        hint = f"did you mean {' or '.join(meant)}?" if meant else f"see {command} --help"
         raise UsageError(f"unknown argument {unknown[0]}: {hint}")
     if "--no-peer-opt" in arguments and vars(parsed).get("peer_opt"):
         raise UsageError("--no-peer-opt and --peer-opt exclude each other: drop one")
     return vars(parsed)
-
-
-def _near(name: str, flags: Iterable[str]) -> list[str]:
-    """Return the flag that a name misspells, or the few that it begins.
-
-    A flag that merely shares letters with it would mislead.
-    """
-    # Compared without dashes, or any two short flags would look alike.
-    bare = name.strip("-").replace("_", "-")
-    known = {flag.strip("-"): flag for flag in flags}
-    misspelt = difflib.get_close_matches(bare, known, n=1, cutoff=_ALIKE)
-    begun = [flag for flag in known if flag.startswith(bare)]
-    return [known[flag] for flag in misspelt or (begun if len(begun) <= _MOST_HINTS else ())]
 
 
 def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:

@@ -15,6 +15,7 @@ in ``config.optim.lr``.
 """
 
 import dataclasses
+import difflib
 import functools
 import itertools
 import math
@@ -689,10 +690,9 @@ class Config:
     def __init__(self, /, **values: Any) -> None:
         known = flag_types()
         unknown = sorted(set(values) - set(known))
-        refuse(
-            bool(unknown),
-            f"unknown configuration {', '.join(unknown)}; known are: {', '.join(known)}",
-        )
+        meant = near(unknown[0], known) if unknown else []
+        hint = f"did you mean {' or '.join(meant)}?" if meant else f"known are: {', '.join(known)}"
+        refuse(bool(unknown), f"unknown configuration {', '.join(unknown)}; {hint}")
         values = {name: typed(name, value) for name, value in values.items()}
         for field in dataclasses.fields(type(self)):
             value = values.get(field.name, field.default)
@@ -861,6 +861,35 @@ def flag_types() -> Mapping[str, Any]:
     return {field.name: hints[field.name] for group in flag_groups() for field in group.fields}
 
 
+# Of two names, from 0 to 1 as ``difflib`` counts it: above this one is a slip of the other.
+_ALIKE = 0.82
+_MOST_HINTS = 3
+
+
+def near(name: str, known: Iterable[str]) -> list[str]:
+    """Return the flag that a name misspells, or the few that it begins.
+
+    A flag that merely shares letters with it would mislead.
+
+    Args:
+        name: as it was written.
+        known: names of flags, with dashes before and within them or as keywords.
+    """
+
+    # Compared without dashes before them, or any two short flags would look alike.
+    def bare(one: str) -> str:
+        return one.strip("-").replace("_", "-")
+
+    flags = {bare(flag): flag for flag in known}
+    misspelt = difflib.get_close_matches(bare(name), flags, n=1, cutoff=_ALIKE)
+    begun = [flag for flag in flags if flag.startswith(bare(name))]
+    return [flags[flag] for flag in misspelt or (begun if len(begun) <= _MOST_HINTS else ())]
+
+
+# Flags whose words may be whole numbers: 4 networks, every 500 steps.
+_WORDS_OR_NUMBERS = ("cohort", "eval_every", "save_every")
+
+
 def _plain(value: Any, accepted: Iterable[Any]) -> Any:
     """Return the plain value of a path, or of a number of numpy's; 1 is 1.0 if that is accepted."""
     if isinstance(value, os.PathLike):
@@ -875,8 +904,25 @@ def _plain(value: Any, accepted: Iterable[Any]) -> Any:
     return value
 
 
+def _several(value: Any) -> Any:
+    """Return the values of a flag that takes several, where they are written in another way.
+
+    A single one may stand alone, and words that are key=value may be a mapping.
+    """
+    if isinstance(value, Mapping):
+        return tuple(f"{name}={one}" for name, one in value.items())
+    alone = isinstance(value, (str, os.PathLike, numbers.Real)) and not isinstance(value, bool)
+    return (value,) if alone else value
+
+
+def _word(name: str, value: Any) -> Any:
+    """Return a whole number as the word that it is on the command line, where a flag takes both."""
+    fits = name in _WORDS_OR_NUMBERS and type(value) is int and abs(value) < 2**63
+    return str(value) if fits else value
+
+
 def typed(name: str, value: Any) -> Any:
-    """Return the value of a flag, with lists made tuples.
+    """Return the value of a flag: lists are made tuples, and paths text.
 
     Raises:
         UsageError: it does not have the type of the flag.
@@ -884,17 +930,16 @@ def typed(name: str, value: Any) -> Any:
     hint = flag_types()[name]
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     several = next((one for one in accepted if typing.get_origin(one) is tuple), None)
-    if several and type(None) in accepted and isinstance(value, str):
-        value = (value,)  # as a single word was once written
-    if several and isinstance(value, (list, tuple)):
+    found = _several(value) if several else value
+    if several and isinstance(found, (list, tuple)):
         kind = typing.get_args(several)[0]
-        value = tuple(_plain(one, (kind,)) for one in value)
-        if all(type(one) is kind for one in value):
-            return value
+        found = tuple(_word(name, _plain(one, (kind,))) for one in found)
+        if all(type(one) is kind for one in found):
+            return found
     else:
-        value = _plain(value, accepted)
-        if type(value) in accepted:
-            return value
+        found = _word(name, _plain(found, accepted))
+        if type(found) in accepted:
+            return found
     words = hint.__name__ if isinstance(hint, type) else str(hint)  # int, or tuple[str, ...]
     raise UsageError(f"configuration {name} is {reprlib.repr(value)}; its type must be {words}")
 

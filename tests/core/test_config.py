@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import typing
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dml_accel.core.config import (
@@ -12,6 +14,7 @@ from dml_accel.core.config import (
     differences_text,
     flag_groups,
     flag_types,
+    typed,
 )
 from dml_accel.core.errors import UsageError
 from dml_accel.core.flags import Section
@@ -179,8 +182,8 @@ def test_a_configuration_cannot_be_changed_in_place() -> None:
 def test_changes_are_checked_as_the_whole_is() -> None:
     with pytest.raises(UsageError, match="--lr is -1.0; it must be at least 0"):
         Config().changed(lr=-1)
-    with pytest.raises(UsageError, match="unknown configuration lrr; known are: cohort, seed"):
-        Config().changed(lrr=1)
+    with pytest.raises(UsageError, match="unknown configuration zzz; known are: cohort, seed"):
+        Config().changed(zzz=1)
 
 
 # ---------------------------------------------------------------- ranges
@@ -295,8 +298,11 @@ def test_every_choice_is_accepted_and_any_other_word_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "kind"),
     [
-        ("cohort", "resnet8", "tuple[str, ...]"),
-        ("cohort", (3,), "tuple[str, ...]"),
+        ("cohort", None, "tuple[str, ...]"),
+        ("cohort", (3.0,), "tuple[str, ...]"),
+        ("cohort", True, "tuple[str, ...]"),
+        ("eval_every", 0.5, "str"),
+        ("dataset", 5, "str"),
         ("seed", 1.0, "int"),
         ("epochs", True, "int"),
         ("lr_gamma", "0.1", "float"),
@@ -308,13 +314,47 @@ def test_every_choice_is_accepted_and_any_other_word_refused() -> None:
         ("dataset", None, "str"),
         ("timeout", None, "float"),
         ("max_steps", "5", "int | None"),
-        ("log_with", "wandb", "tuple[str, ...]"),
+        ("log_with", ("wandb", 1), "tuple[str, ...]"),
     ],
 )
 def test_a_value_of_another_type_is_refused(name: str, value: object, kind: str) -> None:
     with pytest.raises(UsageError) as refusal:
         Config(**{name: value})
     assert str(refusal.value) == f"configuration {name} is {value!r}; its type must be {kind}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("cohort", "resnet8*2", ("resnet8*2",)),
+        ("cohort", 4, ("4",)),
+        ("cohort", ["resnet8", np.int64(2)], ("resnet8", "2")),
+        ("frozen_peers", Path("runs/a"), ("runs/a",)),
+        ("output_dir", Path("runs/a"), "runs/a"),
+        ("eval_every", 500, "500"),
+        ("lr", np.float32(0.5), 0.5),
+        ("lr_milestones", 75, (75.0,)),
+        ("augment", "crop", ("crop",)),
+        (
+            "opt_args",
+            {"nesterov": True, "betas": (0.9, 0.95)},
+            ("nesterov=True", "betas=(0.9, 0.95)"),
+        ),
+        ("divergence_args", {"alpha": 2}, ("alpha=2",)),
+        ("log_with", "wandb", ("wandb",)),
+    ],
+)
+def test_values_may_be_written_as_python_writes_them(
+    name: str, value: object, meant: object
+) -> None:
+    assert typed(name, value) == meant and type(typed(name, value)) is type(meant)
+
+
+def test_a_slip_in_a_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(
+        UsageError, match=r"unknown configuration batchsize; did you mean batch_size\?$"
+    ):
+        Config(**{"batchsize": 3})
 
 
 # ---------------------------------------------------------------- conflicts

@@ -354,8 +354,8 @@ def test_interval_ends() -> None:
 
 
 def test_unknown_configuration_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="unknown configuration batchsize; known are: cohort"):
-        Config(**{"batchsize": 3})
+    with pytest.raises(UsageError, match="unknown configuration zzz; known are: cohort"):
+        Config(**{"zzz": 3})
 
 
 def test_a_value_of_the_wrong_type_is_refused() -> None:
