@@ -1,7 +1,7 @@
 """One run from its configuration to its folder, from top to bottom.
 
     train      validate, find what to resume from, open the folder, form the process group
-    run_one    prepare, take all steps, write the results
+    run_one    prepare, take all steps (take_all_steps), write the results (conclude)
     prepare    place, compile and load what this process trains with
 
 ``compare`` calls ``run_one`` for each of its runs.
@@ -43,7 +43,7 @@ from dml_accel.training import (
     setup,
     trackers,
 )
-from dml_accel.training.loop import CheckpointRecord, EvaluationRecord
+from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, Record
 from dml_accel.training.progress import Display
 from dml_accel.training.record import Recorder, stopped_early, write_peers
 from dml_accel.training.repeat import compare_with_original
@@ -231,7 +231,31 @@ def run_one(
             setup.print_starts(checked)
         recorder = Recorder(folder, ready, session.command, session.recipe, session.display, about)
     resumes = "--resume auto" if not label else f"--output-dir {path.parent}"
-    last = _take_all_steps(ready, recorder, session.stop, resumes)
+    last: EvaluationRecord | None = None
+    for record in take_all_steps(ready, recorder, session.stop, resumes):
+        last = record if isinstance(record, EvaluationRecord) else last
+    assert last is not None, "the last step is evaluated"
+    return conclude(ready, recorder, last, label)
+
+
+def conclude(
+    ready: Prepared, recorder: Recorder | None, last: EvaluationRecord, label: str = ""
+) -> dict[str, Any] | None:
+    """Write the results and the peers of a run that has taken all of its steps.
+
+    Args:
+        ready: the run.
+        recorder: in the first process.
+        last: the last evaluation.
+        label: see ``run_one``.
+
+    Returns:
+        The content of results.json in the first process.
+
+    Raises:
+        OSError: peers could not be written; raised in all processes.
+    """
+    processes, config = ready.placement.processes, ready.config
     met: list[str] = []
     if config.data.bad_images == "skip":
         met = bad_images.list_met(ready, leads=recorder is not None)
@@ -246,7 +270,7 @@ def run_one(
     failed = processes.failed_rank(error is not None)  # waits for the files of all peers
     memory = processes.all_reduce_max(progress.peak_memory(processes.device))
     if failed is not None:
-        raise error or OSError(f"rank {failed} could not write its peers to {path}")
+        raise error or OSError(f"rank {failed} could not write its peers to {ready.path}")
     return recorder.conclude(last, memory) if recorder else None
 
 
@@ -299,10 +323,10 @@ def _why_early(config: Config, last: EvaluationRecord) -> str:
     )
 
 
-def _take_all_steps(
+def take_all_steps(
     ready: Prepared, recorder: Recorder | None, stop: Stop, resumes: str
-) -> EvaluationRecord:
-    """Train to the end and write checkpoints; return the last evaluation.
+) -> Iterator[Record]:
+    """Train to the end, write checkpoints, and yield every record after it was written.
 
     Args:
         ready: the run.
@@ -312,7 +336,6 @@ def _take_all_steps(
     """
     config, cohort, saved = ready.config, ready.cohort, ready.start.step
     state = resume.checkpoint_state(config, ready.checked, ready.placement, ready.compiled)
-    last: EvaluationRecord | None = None
     try:
         with _explaining_out_of_memory(_smaller_steps(config, cohort.one_at_a_time)):
             for record in loop.fit(cohort, ready.images, config.run, ready.start, stop):
@@ -321,7 +344,7 @@ def _take_all_steps(
                     saved = record.step
                 if recorder:
                     recorder.take(record)
-                last = record if isinstance(record, EvaluationRecord) else last
+                yield record
     except DamagedImagesError as error:  # raised in all processes
         met = bad_images.list_met(ready, leads=recorder is not None)
         raise bad_images.refusal(ready, met, saved, resumes) from error
@@ -332,8 +355,6 @@ def _take_all_steps(
             recorder.stop(str(stopped))
         ready.placement.processes.barrier()  # a launcher may end all once the first has ended
         raise
-    assert last is not None, "the last step is evaluated"
-    return last
 
 
 def _save(ready: Prepared, record: CheckpointRecord, state: dict[str, Any]) -> None:
