@@ -23,7 +23,7 @@ from dml_accel.models.spec import parse_cohort
 from tests.marks import needs_onnx_exporter
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = "core data models distributed mutual training inference analysis cli".split()
+PACKAGES = "core data models distributed mutual training inference analysis api cli".split()
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md"),
     "benchmarks/compare/README.md",
