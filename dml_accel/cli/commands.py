@@ -23,6 +23,7 @@ from dml_accel.core.host import (
     expanded,
     forget_empty_variables,
     ignoring_hangup,
+    is_on_hub,
     name_user,
     wait_briefly,
 )
@@ -293,9 +294,9 @@ def _use(command: str) -> Callable[[dict[str, Any]], int]:
     def run(values: dict[str, Any]) -> int:
         if launched_processes() > 1:
             raise UsageError(f"{command} runs in a single process; start it without a launcher")
-        path = Path(values["source"])
-        if not path.is_dir():
-            raise UsageError(f"{path} is not a folder; name a run, or peers/<name> of one")
+        source = values["source"]
+        if not is_on_hub(source) and not Path(source).is_dir():
+            raise UsageError(f"{source} is not a folder; name a run, or peers/<name> of one")
         from dml_accel.cli import inference
 
         return inference.run(command, values)

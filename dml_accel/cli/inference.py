@@ -11,6 +11,7 @@ from typing import Any
 from dml_accel.core.config import ComputeConfig, Config, DataConfig
 from dml_accel.core.errors import UsageError
 from dml_accel.core.files import can_be_made, read_json
+from dml_accel.core.host import expanded, is_on_hub
 from dml_accel.core.tables import printable
 from dml_accel.core.versions import command_line, require_packages
 from dml_accel.data import sources
@@ -23,8 +24,9 @@ from dml_accel.inference import evaluate as evaluation
 from dml_accel.inference import onnx
 from dml_accel.inference import predict as prediction
 from dml_accel.inference.checkpoints import read_checkpoint_peers
-from dml_accel.inference.export import check_target, export, select_peers
+from dml_accel.inference.export import deliver, export, select_peers
 from dml_accel.inference.load import BEST, LAST, Networks, TrainedPeers, read_trained_peers
+from dml_accel.models.hub import local_folder, name_of
 from dml_accel.training.run_folder import SavedRun
 
 # What selects the images of a run beside the flags of evaluate.
@@ -43,7 +45,9 @@ def run(command: str, values: dict[str, Any]) -> int:
     Raises:
         UsageError: the input does not allow it; the text says why.
     """
-    path, asked = Path(values["source"]).expanduser(), values["checkpoint"]
+    if command == "evaluate" and is_on_hub(values["source"]) and not values["to"]:
+        raise UsageError(f"evaluate {values['source']} needs --to, a folder for its results")
+    path, asked = local_folder(values["source"]), values["checkpoint"]
     use = {"evaluate": _evaluate, "predict": _predict, "export": _export}[command]
     weights = _which_weights(command, path, values)
     if asked is None:
@@ -85,7 +89,7 @@ def _evaluate(peers: TrainedPeers, values: dict[str, Any]) -> int:
     split, images = _read_images(peers, data, compute, bool(values["dataset"]))
     _refuse_other_evaluation(folder, data, images)
     origin = {
-        "of": str(peers.path),
+        "of": name_of(peers.path),
         "dataset": data.dataset,
         "split": data.test_split,
         "images": vars(images),
@@ -278,10 +282,16 @@ class _Files:
 
 
 def _export(peers: TrainedPeers, values: dict[str, Any]) -> int:
-    target = Path(values["to"]).expanduser()
     if values["format"] == "onnx":
         require_packages("--format onnx", *onnx.PACKAGES)
     chosen, name = select_peers(peers, values["peer"])
-    check_target(target)
-    print(f"{target}: {export(chosen, name, values['format'], target)}")
+    made = deliver(
+        lambda folder: export(chosen, name, values["format"], folder),
+        expanded(values["to"]) if values["to"] else None,
+        values["push_to"],
+        values["private"],
+    )
+    print(f"{made.folder or made.address}: {made.text}")
+    if made.address:
+        print("\n".join((made.address, *made.notes)))
     return 0

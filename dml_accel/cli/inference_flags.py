@@ -54,7 +54,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         "--to",
         metavar="DIR",
         help="folder for evaluation.json, confusion.csv and confusion.png (default: "
-        "evaluations/<dataset>-<split> in RUN or PEER)",
+        "evaluations/<dataset>-<split> in RUN or PEER; needed with hf-hub:)",
     )
     _add_cpu(parser)
 
@@ -95,11 +95,13 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     normalised float32 images [batch, 3, size, size] to logits, or to the log of the ensemble's
     mean posterior; its outputs are compared with torch's before it is kept. config.json holds
     the class names, the input size, mean and standard deviation; README.md is a model card.
+    With --push-to these files become a commit of a model repository on the Hugging Face Hub.
 
     examples:
       %(prog)s runs/pair --peer resnet8-0 --to resnet8
       %(prog)s runs/pair --peer best --to best          # needs a run with --val-fraction
       %(prog)s runs/pair --peer ensemble --format onnx --to ensemble
+      %(prog)s runs/pair --peer best --push-to owner/name --private
     """
     _add_source(parser, "RUN")
     parser.add_argument(
@@ -110,7 +112,21 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     kept = "the best ones if RUN has them"
     _add_weights(parser, f"last; with --peer best and no --checkpoint, {kept}")
-    parser.add_argument("--to", metavar="DIR", required=True, help="a new or empty folder")
+    parser.add_argument(
+        "--to", metavar="DIR", help="a new or empty folder; optional with --push-to"
+    )
+    parser.add_argument(
+        "--push-to",
+        metavar="OWNER/NAME",
+        help="a model repository on the hub, which is created if it is missing. Files of an "
+        "earlier export are replaced by a new commit; a repository of something else is refused. "
+        "The token is that of HF_TOKEN or hf auth login",
+    )
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        help="create the repository of --push-to as a private one",
+    )
     parser.add_argument(
         "--format",
         choices=("safetensors", "onnx"),
@@ -120,7 +136,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser, name: str) -> None:
-    text = "a run folder, or peers/<name> of one"
+    text = "a run folder, peers/<name> of one, or hf-hub:owner/name[@revision]"
     parser.add_argument("source", metavar=name, help=text)
 
 

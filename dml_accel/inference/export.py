@@ -1,26 +1,30 @@
-"""Export of a network, or of all peers as an ensemble, into a new folder: for timm, or as ONNX."""
+"""Export of a network or an ensemble, for timm or as ONNX: into a new folder, and to the hub."""
 
 import contextlib
 import math
 import os
 import shutil
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 from torch import nn
 
-from dml_accel.core.errors import UnreadableError, UsageError
+from dml_accel.core.errors import RunError, UnreadableError, UsageError
 from dml_accel.core.files import can_be_made, read_at_most, read_json, write_json, write_text
 from dml_accel.inference import onnx
 from dml_accel.inference.load import TrainedPeers
-from dml_accel.models.model_card import model_card, own_networks, public_name
+from dml_accel.models.hub import check_push, push_folder
+from dml_accel.models.model_card import model_card, own_networks, public_name, training_text
 from dml_accel.models.peer_folder import CARD, WEIGHTS, PeerFolder, load_network
 from dml_accel.models.timm_config import FILE, GREY_BITS, OURS, input_entries
 from dml_accel.training.choosing import best_of
+from dml_accel.training.run_folder import SavedRun
 
 BEST, ENSEMBLE = "best", "ensemble"
 FORMATS = ("safetensors", "onnx")
@@ -123,6 +127,67 @@ def _filling(target: Path) -> Iterator[Path]:
             temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- to a folder, and to the hub
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written, and where.
+
+    Attributes:
+        folder: that was written; None if the files are only on the hub.
+        text: one line: which files, and how they were checked.
+        address: of the repository on the hub; empty if nothing was pushed.
+        commit: of the files there.
+        notes: lines about the repository that its owner should know.
+    """
+
+    folder: Path | None
+    text: str
+    address: str = ""
+    commit: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def deliver(
+    write: Callable[[Path], str],
+    to: Path | None,
+    push_to: str | None = None,
+    private: bool = False,
+) -> Exported:
+    """Write a folder, and push it to the hub if that is asked for; check both before.
+
+    Args:
+        write: writes the files of an export into the folder that it is given, which does not exist
+            or is empty; returns a line about them.
+        to: that folder; None for one that is removed once it is pushed.
+        push_to: ``owner/name`` on the hub; None to push nothing.
+        private: whether the repository is created as a private one.
+
+    Raises:
+        UsageError: neither is named, the folder cannot be written, or ``check_push`` refuses.
+        RunError: the hub fails; the text says where the files are kept.
+    """
+    if to is None and push_to is None:
+        raise UsageError("say where to: --to names a folder, --push-to a repository of the hub")
+    if private and push_to is None:
+        raise UsageError("--private has no effect without --push-to: drop it")
+    if to is not None:
+        check_target(to)
+    repository = None if push_to is None else check_push(push_to, private)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "export" if to is None else to
+        text = write(folder)
+        if repository is None:
+            return Exported(to, text)
+        try:
+            pushed = push_folder(repository, folder)
+        except RunError as error:
+            kept = "" if to is None else f"; the files are in {to}"
+            raise RunError(f"{error}{kept}") from error
+        return Exported(to, text, pushed.address, pushed.commit, pushed.notes)
 
 
 # ---------------------------------------------------------------- writing
@@ -259,11 +324,26 @@ def _card(peers: TrainedPeers, name: str, usage: str) -> ModelCard:
         metrics=metrics if is_complete else None,
         dataset=dataset,
         steps=steps if isinstance(steps, int) else None,
+        training=_training(peers),
         geometry=peers.geometry,
         usage=usage,
         peers=list(peers.folders),
         archs=list(nets),
         split=_test_split(peers),
+    )
+
+
+def _training(peers: TrainedPeers) -> str:
+    """Return how a run was trained, for a card; empty if there is no record of it."""
+    if not peers.config:
+        return ""
+    description = SavedRun(peers.path).description
+    versions, commit = description.get("versions"), description.get("commit")
+    return training_text(
+        peers.config,
+        list(peers.results_by_peer) or list(peers.folders),
+        versions if isinstance(versions, dict) else {},
+        commit if isinstance(commit, str) else None,
     )
 
 

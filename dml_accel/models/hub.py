@@ -5,23 +5,27 @@ repository only the files of a peer are downloaded, into the cache of the hub's 
 
     model.safetensors, config.json, README.md      of a peer, or
     */ those, and README.md                        of an ensemble
+
+The token is whatever the hub's library finds in the environment or in a login. It goes to that
+library and nowhere else: no file, message or commit holds it.
 """
 
 import os
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import Any
 
-from dml_accel.core.errors import UsageError, one_line
-from dml_accel.core.files import LARGEST_JSON
+from dml_accel.core.errors import RunError, UsageError, one_line
+from dml_accel.core.files import LARGEST_JSON, read_at_most
 from dml_accel.core.host import HUB_PREFIX, expanded, is_on_hub, require_hub_cache
 from dml_accel.data.arrow import hub_answers
 from dml_accel.models.timm_config import FILE
 
-WEIGHTS, CARD = "model.safetensors", "README.md"
+WEIGHTS, CARD, ONNX = "model.safetensors", "README.md", "model.onnx"
+TAG = "dml_accel"  # in the metadata of every card of ours; the hub lists models by their tags
 _SECONDS = 10.0  # that the hub may take to answer a question
 _LONGEST_REASON = 300  # characters
 _OWNER_AND_NAME = re.compile(r"(?=.{3,96}$)[\w.-]+/[\w.-]+", re.ASCII)
@@ -29,6 +33,8 @@ _REVISION = re.compile(r"[\w][\w./+-]{0,250}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SNAPSHOT = re.compile(r"models--(.+)--(.+)")
 _LARGEST_TEXT = {FILE: LARGEST_JSON, CARD: LARGEST_JSON}  # bytes, of files beside the weights
+# Files that a repository may have besides a model.
+_OF_ANYBODY = re.compile(r"\.git\w+|README\.md|(LICEN[SC]E|NOTICE)[^/]*", re.ASCII)
 _LOG_IN = "set HF_TOKEN to a token, or run: hf auth login"
 
 
@@ -90,7 +96,7 @@ def local_folder(text: str) -> Path:
         if cached and (status is None or status == 429 or status >= 500):
             _say_cached(cached, f"the hub fails ({_reason(error)})")
             return cached
-        _refuse(model, error, status)
+        raise _not_downloaded(model, error, status) from error
 
 
 def name_of(path: Path) -> str:
@@ -198,43 +204,247 @@ def _files_of_peers(model: _Model, files: Iterable[str]) -> list[str]:
     raise UsageError(f"{model} holds no trained peer: {reason}")
 
 
+# ---------------------------------------------------------------- pushing
+
+
+@dataclass(frozen=True)
+class PushTarget:
+    """A repository of the hub that may be pushed to.
+
+    Attributes:
+        repository: ``owner/name``.
+        private: whether it is to be created as a private one.
+        commit: its newest one; None if it is yet to be created.
+        files: that it holds.
+        licence: what its card says of a licence, which a new card keeps.
+    """
+
+    repository: str
+    private: bool
+    commit: str | None = None
+    files: frozenset[str] = frozenset()
+    licence: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"--push-to {self.repository}"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push has done.
+
+    Attributes:
+        address: of the repository.
+        commit: of the files.
+        notes: a line for each thing that its owner should know.
+    """
+
+    address: str
+    commit: str
+    notes: tuple[str, ...]
+
+
+def check_push(repository: str, private: bool = False) -> PushTarget:
+    """Check all that can be checked before files are written and pushed; the hub is only asked.
+
+    Args:
+        repository: ``owner/name``, which may exist.
+        private: whether to create it as a private one.
+
+    Raises:
+        UsageError: the name is malformed, there is no token, the token is refused, or the
+            repository holds something else or is public where it is to be private.
+        RunError: the hub cannot be reached, or fails.
+    """
+    import huggingface_hub.constants as hub
+    from huggingface_hub import HfApi
+
+    target = PushTarget(repository, private)
+    if not is_repository(repository):
+        raise UsageError(f"{target}: write owner/name")
+    token = _token()
+    if not token:
+        raise UsageError(f"{target} needs a token of the hub that may write: {_LOG_IN}")
+    if hub.HF_HUB_OFFLINE:
+        raise UsageError(f"{target}: HF_HUB_OFFLINE is set: unset it to push")
+    if not hub_answers():
+        raise RunError(f"{target}: the hub ({hub.ENDPOINT}) cannot be reached")
+    try:
+        info = HfApi(token=token).model_info(repository, timeout=_SECONDS)
+    except Exception as error:  # from the hub's library, or what it is built on
+        if _status(error) == 404:
+            return target
+        raise _not_pushed(target, error, asked=True) from error
+    files = frozenset(one.rfilename for one in info.siblings or ())
+    others = sorted(name for name in files if not _OF_ANYBODY.fullmatch(name))
+    if others and TAG not in (info.tags or ()):
+        raise UsageError(
+            f"{target}: it holds {others[0]}, and its card has no tag {TAG}, so that it is not of "
+            "an earlier push: name another repository"
+        )
+    if private and not info.private:
+        raise UsageError(
+            f"{target}: it is public, and --private does not change that: make it private in its "
+            "settings on the hub, or name another one"
+        )
+    card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}
+    licence = {name: value for name, value in card.items() if name.startswith("license") and value}
+    return PushTarget(repository, private, info.sha, files, licence)
+
+
+def push_folder(target: PushTarget, folder: Path) -> Pushed:
+    """Push the files of an exported folder in one commit; create the repository if it is missing.
+
+    Files of an earlier export are replaced or removed. The hub keeps them in the history.
+
+    Args:
+        target: as ``check_push`` returns it.
+        folder: as ``inference.export`` writes it.
+
+    Raises:
+        RunError: the hub refuses or fails. Its files are then as they were, because a commit is
+            whole or not made.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    files = {file.relative_to(folder).as_posix(): file for file in _files_in(folder)}
+    contents: dict[str, str | bytes] = {name: str(file) for name, file in files.items()}
+    if CARD in files:
+        contents[CARD] = _card_of(target, files[CARD])
+    stale = sorted(name for name in target.files - files.keys() if _is_exported(name, target.files))
+    api = HfApi(token=_token())
+    try:
+        if target.commit is None:
+            api.create_repo(target.repository, private=target.private or None)
+        commit = api.create_commit(
+            target.repository,
+            [
+                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationAdd(name, content) for name, content in contents.items()),
+            ],
+            commit_message="Export of a trained network",
+            parent_commit=target.commit,
+        ).oid
+        info = api.model_info(target.repository, revision=commit, timeout=_SECONDS)
+    except Exception as error:  # from the hub's library, or what it is built on
+        raise _not_pushed(target, error, asked=False) from error
+    # A .gitignore of the repository makes the hub leave files out without a word.
+    missing = sorted(files.keys() - {one.rfilename for one in info.siblings or ()})
+    if missing:
+        raise RunError(
+            f"{target}: the hub has left out {', '.join(missing)}; is there a .gitignore?"
+        )
+    return Pushed(
+        f"{api.endpoint}/{target.repository}", commit, _notes(target, bool(info.private), stale)
+    )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _is_exported(name: str, files: Iterable[str]) -> bool:
+    """Whether a file of a repository is one that an export writes."""
+    folder, _, file = name.rpartition("/")
+    if not folder:
+        return file in (WEIGHTS, ONNX, FILE, CARD)
+    return "/" not in folder and f"{folder}/{WEIGHTS}" in files and file in (WEIGHTS, FILE, CARD)
+
+
+def _card_of(target: PushTarget, path: Path) -> bytes:
+    """Return the card as it is pushed: with our tag, an earlier licence and the hub's name."""
+    from huggingface_hub import ModelCard
+
+    text = read_at_most(path, LARGEST_JSON).decode(errors="replace")
+    name = f"{HUB_PREFIX}{target.repository}"
+    text = text.replace("local-dir:path/to/this/folder", name).replace("path/to/this/folder", name)
+    card = ModelCard(text, ignore_metadata_errors=True)
+    if TAG not in (card.data.tags or ()):
+        card.data.tags = [*(card.data.tags or ()), TAG]
+    for key, value in target.licence.items():
+        setattr(card.data, key, value)
+    return str(card).encode()
+
+
+def _notes(target: PushTarget, private: bool, stale: list[str]) -> tuple[str, ...]:
+    kind = "private" if private else "public"
+    notes = [f"a new {kind} repository"]
+    if target.commit is not None:
+        removed = f"; {', '.join(stale)} of an earlier export is removed" if stale else ""
+        notes = [f"a new commit of a {kind} repository, whose history keeps earlier files{removed}"]
+    if target.licence:
+        kept = ", ".join(f"{key}: {value}" for key, value in target.licence.items())
+        return (*notes, f"the card keeps its licence ({kept})")
+    return (*notes, f"the card names no licence: add one (license: ... at the top of {CARD})")
+
+
 # ---------------------------------------------------------------- errors of the hub
 
 
-def _status(error: BaseException) -> int | None:
-    """Return the HTTP status that an error of the hub's library stands for, if it does."""
-    found = getattr(getattr(error, "response", None), "status_code", None)
-    return found if isinstance(found, int) else None
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    try:
+        return get_token()
+    except Exception as error:  # a login that has expired and cannot be renewed
+        raise UsageError(f"the login to the hub fails ({one_line(error)}): {_LOG_IN}") from error
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the HTTP status that an error of the hub's library comes from, if it does."""
+    while error is not None:
+        found = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(found, int):
+            return found
+        error = error.__cause__
+    return None
 
 
 def _reason(error: BaseException) -> str:
     """Return an error on one line, without a token that it might quote."""
-    from huggingface_hub import get_token
-
-    text = one_line(error)
-    token = get_token()
-    if token:
-        text = text.replace(token, "***")
-    return f"{type(error).__name__}: {text[:_LONGEST_REASON]}"
+    text, token = f"{type(error).__name__}: {one_line(error)}", _token()
+    return (text.replace(token, "***") if token else text)[:_LONGEST_REASON]
 
 
-def _refuse(model: _Model, error: Exception, status: int | None) -> NoReturn:
-    """Raise the one line that says why a model cannot be downloaded."""
-    from huggingface_hub import errors, get_token
+def _not_downloaded(model: _Model, error: Exception, status: int | None) -> UsageError:
+    """Return the one line that says why a model cannot be downloaded."""
+    from huggingface_hub import errors
 
     if isinstance(error, UsageError):
-        raise error
-    login = (
-        "the token that is set may not read it" if get_token() else f"it may be private: {_LOG_IN}"
-    )
+        return error
+    login = "the token that is set may not read it" if _token() else f"it may be private: {_LOG_IN}"
     if isinstance(error, errors.GatedRepoError):
         text = f"access to it is gated: accept its terms on its page, and {_LOG_IN}"
     elif isinstance(error, errors.RevisionNotFoundError):
         text = f"it has no revision {model.revision}: name a branch, a tag or a commit"
-    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
+    elif status in (401, 403, 404):
         text = f"the hub has no such model that can be read; check the name ({login})"
     elif status == 429:
         text = "the hub asks to wait, because there were too many requests: try again later"
     else:
         text = f"it cannot be downloaded: {_reason(error)}"
-    raise UsageError(f"{model}: {text}") from error
+    return UsageError(f"{model}: {text}")
+
+
+def _not_pushed(target: PushTarget, error: Exception, asked: bool) -> UsageError | RunError:
+    """Return the one line that says why nothing is pushed.
+
+    Args:
+        target: of the push.
+        error: from the hub's library.
+        asked: whether the hub was only asked, before anything was written.
+    """
+    owner, status = target.repository.partition("/")[0], _status(error)
+    text = {
+        401: f"the hub does not accept the token: {_LOG_IN}",
+        403: f"the token may not do that: it needs write access to {owner}",
+        404: "the repository is not there any more: start again",
+        409: "the repository exists and cannot be read, or is being changed: name another one",
+        412: "the repository has been changed meanwhile: start again",
+        413: "the files are too large for the hub",
+        429: "the hub asks to wait, because there were too many requests: try again later",
+    }.get(status or 0, "the hub fails: try again")
+    said = getattr(error, "server_message", None) if status else None
+    reason = _reason(error) if said is None else _reason(RuntimeError(said)).partition(": ")[2]
+    text = f"{target}: {text} ({reason})" if reason else f"{target}: {text}"
+    return UsageError(text) if asked and status in (401, 403) else RunError(text)

@@ -231,6 +231,7 @@ def write_peer(
     weights: Mapping[str, Tensor] | None = None,
     note: str = "",
     split: str = "test",
+    training: str = "",
 ) -> None:
     """Write the three files of a trained peer.
 
@@ -251,6 +252,7 @@ def write_peer(
         weights: what is written (default: those of ``module``).
         note: which weights these are, for the model card; empty if they are the last.
         split: what the test split is called.
+        training: how it was trained, for the model card; see ``model_card.training_text``.
     """
     write_network(
         folder,
@@ -263,7 +265,7 @@ def write_peer(
         weights=weights,
     )
     card = peer_card(
-        module, spec, metrics, dataset, steps, teachers, distilled, geometry, note, split
+        module, spec, metrics, dataset, steps, teachers, distilled, geometry, note, split, training
     )
     write_text(folder / CARD, str(card))
 

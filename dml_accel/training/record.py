@@ -19,6 +19,7 @@ from dml_accel.data.selection import SplitNames, split_names
 from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.plan import StepLoad, predict, this_machine
 from dml_accel.models.build import memory_format
+from dml_accel.models.model_card import training_text
 from dml_accel.models.peer_folder import write_peer
 from dml_accel.mutual.peer import Peer
 from dml_accel.training import trackers
@@ -272,6 +273,7 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
     """Write the folders of the peers that this process leads; return the error, if there is one."""
     archs = {name: folder.arch for name, folder in ready.checked.frozen.items()}
     images, data = ready.images, ready.config.data
+    training = training_text(ready.config.as_dict(), ready.checked.names, versions(), commit())
     for peer in filter(lambda peer: ready.placement.leads(peer.name), ready.cohort.peers):
         teachers = ready.cohort.teaching.teachers_of(peer.name)
         for kind, weights, metrics, steps, note in _written(ready.config, peer, last):
@@ -293,6 +295,7 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
                     teachers=[archs.get(name, name) for name in teachers],
                     distilled=set(teachers) <= archs.keys(),
                     note=note,
+                    training=training,
                 )
             except OSError as error:
                 return error
