@@ -16,6 +16,7 @@ from dml_accel.core.errors import UsageError, one_line
 from dml_accel.core.files import read_json, write_text
 from dml_accel.data.catalogue import folders_read
 from dml_accel.distributed.launch import launched_precision, launched_processes, restarts
+from dml_accel.training.resume import refuse_other_source
 from dml_accel.training.run_folder import (
     LockedFolder,
     RunFolder,
@@ -202,6 +203,8 @@ def _refuse_other_flags(saved: SavedRun, config: Config) -> None:
     if not saved.has_description:
         return
     wrong = config.differences(saved.config)
+    if not wrong:  # else the flags tell more
+        refuse_other_source(saved.path, config, saved.description)
     wrong.pop("dataset", None)  # what counts is what it holds: see ``compare``
     wrong.pop("bad_images", None)  # none was met up to now
     wrong.pop("mixed_precision", None)  # if it is not given, the launcher decides

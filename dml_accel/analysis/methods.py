@@ -24,6 +24,7 @@ class Method:
         changes: the flags that it sets, by name, with the defaults of its source.
         warmup: the share of the epochs over which the KL weight grows; None if the flags say it.
         least: the fewest networks with which it is a method of its own.
+        is_own: whether a user has registered it.
     """
 
     text: str
@@ -31,6 +32,7 @@ class Method:
     changes: Mapping[str, Any] = field(default_factory=dict)
     warmup: Fraction | None = None
     least: int = 2
+    is_own: bool = False
 
     def flags(self, epochs: int) -> dict[str, Any]:
         """Return the flags that it sets in runs of so many epochs."""
@@ -43,7 +45,8 @@ class Method:
         return found
 
 
-# With few labels, all methods but ``semi`` learn from the labelled images only.
+# With few labels, all methods but ``semi`` learn from the labelled images only. Users add their own
+# behind these.
 METHODS = {
     "independent": Method(
         "the same networks, each alone",
@@ -178,6 +181,14 @@ SET_BY_METHODS = (
 MAY_DIFFER = frozenset({"cohort", "seed", *MethodConfig.names()})
 # Of these, what is not part of a method's name: it is named elsewhere.
 _NAMED_ELSEWHERE = frozenset({"cohort", "seed", "frozen_peers"})
+
+
+def settable() -> set[str]:
+    """Return the flags that a method of a user's own may set: those of its section.
+
+    Not the frozen peers, which belong to ``distill``, and not ``kl_images``, which ``semi`` sets.
+    """
+    return {*MethodConfig.names()} - {"frozen_peers", "kl_images"}
 
 
 # ---------------------------------------------------------------- the method of a run

@@ -11,7 +11,7 @@ from typing import Any
 
 from dml_accel.analysis.methods import MAY_DIFFER, METHODS, PUPIL, TEACHERS, method_of
 from dml_accel.core.cohort import words_of
-from dml_accel.core.config import Config
+from dml_accel.core.config import Config, saved_config
 from dml_accel.core.errors import UsageError
 from dml_accel.models.peer_folder import find_peers
 from dml_accel.models.spec import cohort_label, parse_cohort
@@ -128,7 +128,7 @@ def read_run(folder: Path, name: str | None = None, method: str | None = None) -
     name = str(folder) if name is None else name
     try:
         description = saved.description
-        config, stage = Config(**description["config"]), description.get("comparison") or {}
+        config, stage = saved_config(description), description.get("comparison") or {}
         teachers = description.get("teachers", {}).get("frozen", {})
         config = config.changed(**stage.get("shared", {}))
         peers = len(description["peers"])

@@ -15,6 +15,7 @@ from dml_accel.analysis.methods import ALL, DEFAULT_METHODS, METHODS, PRESETS, S
 from dml_accel.cli.inference_flags import add_evaluation, add_export, add_prediction
 from dml_accel.core.config import flag_groups, flag_types, near
 from dml_accel.core.errors import UsageError
+from dml_accel.core.flags import help_of, own_hint
 from dml_accel.core.recipes import LIST, RECIPES
 
 # Flags of other commands, and what to use instead.
@@ -35,6 +36,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(" ".join(message.split()))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += own_hint(action.dest)
+            raise
 
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
@@ -297,7 +305,7 @@ def _add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) 
     """Add the flag of one field: its type, default and help come from the field."""
     options = dict(field.metadata["argparse"])
     kind = _plain_type(flag_types()[field.name])
-    text = field.metadata["help"]
+    text = help_of(field)
     if kind is bool:
         options["action"] = "store_true"
     else:

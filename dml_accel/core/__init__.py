@@ -7,6 +7,7 @@ In reading order:
     cohort       the words of --cohort: which peers they ask for
     flags        what a flag is: default, help, range; intervals; sections
     assignments  words that are key=value: --opt-args and --peer-opt
+    source_code  a hash of functions and classes that users register
     lessons      the targets and divergences: their arguments, and what they go with
     method       the section of the configuration that says who learns what from whom
     config       the configuration: cohort, seed and six sections; every field is one flag

@@ -43,6 +43,7 @@ from dml_accel.core.flags import (
     refuse,
     require,
 )
+from dml_accel.core.lessons import allow_recorded
 from dml_accel.core.method import MethodConfig
 
 # The words of ``--augment``, in the order in which they are applied.
@@ -942,6 +943,16 @@ def typed(name: str, value: Any) -> Any:
             return found
     words = hint.__name__ if isinstance(hint, type) else str(hint)  # int, or tuple[str, ...]
     raise UsageError(f"configuration {name} is {reprlib.repr(value)}; its type must be {words}")
+
+
+def saved_config(description: Mapping[str, Any]) -> Config:
+    """Return the configuration of a run from a file that the run has written.
+
+    Raises:
+        UsageError: it is of another version.
+    """
+    allow_recorded(description.get("registered"))
+    return Config(**description["config"])
 
 
 def differences_text(differences: Differences) -> str:

@@ -22,6 +22,7 @@ import yaml
 from dml_accel.core.config import flag_groups, flag_types, typed
 from dml_accel.core.errors import UsageError, one_line
 from dml_accel.core.files import LARGEST_JSON, read_at_most, text_of
+from dml_accel.core.lessons import allow_recorded
 
 RECIPE = "recipe"  # the key that names one
 _LONGEST_REASON = 200  # characters
@@ -69,6 +70,7 @@ def read_config_file(path: Path) -> ConfigFile:
     if not isinstance(found, dict):
         raise UsageError(f"{path} must hold flags by name, such as lr: 0.1")
     if isinstance(found.get("config"), dict):  # no flag is called so
+        allow_recorded(found.get("registered"))
         flags, _ = _flags(path, found["config"])
         recipe = found.get(RECIPE)
         return ConfigFile(path, flags, recipe if isinstance(recipe, str) else None, found)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -31,12 +31,15 @@ class Range:
         return " and ".join(f"{name.replace('_', ' ')} {end:,}" for name, end in ends.items())
 
 
-def flag(default: Any, text: str, allowed: Range | None = None, **argparse: Any) -> Any:
+def flag(
+    default: Any, text: str | Callable[[], str], allowed: Range | None = None, **argparse: Any
+) -> Any:
     """Return a dataclass field that is one flag of the command line.
 
     Args:
         default: its value where it is not given.
-        text: its help, with the unit.
+        text: its help, with the unit; or a function that returns it when it is shown, for what
+            users may add choices to.
         allowed: the range of a number (default: any finite number).
         argparse: further arguments of ``add_argument``, such as ``choices``.
     """
@@ -78,11 +81,18 @@ class Interval:
         return period > 0 and step % period == 0
 
 
+def help_of(field: dataclasses.Field[Any]) -> str:
+    """Return the help of a flag."""
+    text = field.metadata["help"]
+    return str(text() if callable(text) else text)
+
+
 def check_value(field: dataclasses.Field[Any], value: Any) -> None:
     """Refuse a value that is out of its range, or not one of its choices."""
     choices = field.metadata["argparse"].get("choices")
     if choices and value is not None:
-        require(value in choices, field.name, value, "one of " + ", ".join(choices))
+        hint = own_hint(field.name)
+        require(value in choices, field.name, value, f"one of {', '.join(choices)}{hint}")
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, (int, float)) and not isinstance(one, bool):
             require(abs(one) < math.inf, field.name, one, "a finite number")
@@ -96,6 +106,13 @@ def differences_of(mine: object, other: object, names: Iterable[str]) -> Differe
     """Return the attributes that differ, {name: (mine, the other's)}."""
     pairs = ((name, getattr(mine, name), getattr(other, name)) for name in names)
     return {name: (one, two) for name, one, two in pairs if one != two}
+
+
+def own_hint(name: str) -> str:
+    """Return how a flag takes more values than those of the package; empty if it does not."""
+    if name not in ("divergence", "target", "methods"):
+        return ""
+    return " (for one of your own, start from the file that registers it: python FILE.py ...)"
 
 
 def require(holds: bool, name: str, value: object, allowed: object) -> None:

@@ -4,13 +4,16 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dml_accel.core.assignments import assignment, number_of, refuse_repeated
 from dml_accel.core.errors import UsageError
-from dml_accel.core.flags import Range
+from dml_accel.core.flags import Range, refuse
 
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
 _NEAR = 1e-3  # a Renyi divergence of an order so near to 1 is lost in the rounding of float32
 
 
@@ -35,6 +38,8 @@ class DivergenceFacts:
         own_temperature: it does not use ``--temperature``.
         taught: how many numbers a teacher contributes per image of C classes.
         arguments: the numbers that it takes, by name.
+        own: the function or class that a user has registered; None for those of the package.
+        missing: only the record of a run names it: nothing can be trained with it here.
     """
 
     name: str
@@ -44,6 +49,8 @@ class DivergenceFacts:
     own_temperature: bool = False
     taught: Callable[[int], int] = lambda classes: classes + 1
     arguments: Mapping[str, Argument] = field(default_factory=dict)
+    own: Callable[..., Any] | None = None
+    missing: bool = False
 
     @property
     def usual(self) -> str:
@@ -58,6 +65,8 @@ class DivergenceFacts:
         """
         pairs = [assignment("--divergence-args", text) for text in given]
         refuse_repeated("--divergence-args", [name for name, _ in pairs])
+        if self.missing:  # they were checked when it was trained
+            return {name: number_of("--divergence-args", name, text) for name, text in pairs}
         found = {name: one.default for name, one in self.arguments.items()}
         for name, text in pairs:
             if name not in found:
@@ -142,6 +151,8 @@ class TargetFacts:
         is_shared: all peers have the same one, which they are part of themselves.
         needs_pairs: a sum over the peers is not enough to make it.
         needs_labels: it depends on the label of the image.
+        contributed: how many numbers a peer contributes per image of C classes; not for ``peers``.
+        own, missing: as for a divergence.
     """
 
     name: str
@@ -150,6 +161,9 @@ class TargetFacts:
     is_shared: bool = False
     needs_pairs: bool = False
     needs_labels: bool = False
+    contributed: Callable[[int], int] = lambda classes: classes
+    own: Callable[..., Any] | None = None
+    missing: bool = False
 
 
 _TARGETS = (
@@ -179,3 +193,46 @@ _TARGETS = (
     ),
 )
 TARGETS = {one.name: one for one in _TARGETS}
+
+
+# ---------------------------------------------------------------- of the user's own
+
+
+def refuse_name(kind: str, name: object, ours: Collection[str]) -> None:
+    """Refuse a name that cannot be registered.
+
+    Args:
+        kind: what is registered, for the message: ``divergence``.
+        name: see above.
+        ours: names that are taken.
+    """
+    allowed = isinstance(name, str) and _NAME.fullmatch(name)
+    refuse(
+        not allowed,
+        f"{kind} {name!r}: a name has letters, digits, - and _, at most 40, and begins with a "
+        "letter",
+    )
+    taken = {one.lower() for one in ours}
+    refuse(
+        str(name).lower() in taken,
+        f"{kind} {name!r} is one of the package: choose another name",
+    )
+
+
+def allow_recorded(record: object) -> None:
+    """Let configurations have what the record of a run names, though nobody has registered it here.
+
+    Such a run can be read, evaluated and reported; ``MethodConfig.refuse_missing`` is for training.
+
+    Args:
+        record: ``registered`` of a file of a run, which anybody may have written.
+    """
+    for flag in ("divergence", "target"):
+        one = record.get(flag) if isinstance(record, dict) else None
+        name = one.get("name") if isinstance(one, dict) else None
+        if not (isinstance(name, str) and _NAME.fullmatch(name)):
+            continue
+        if flag == "divergence":
+            DIVERGENCES.setdefault(name, DivergenceFacts(name, "not registered here", missing=True))
+        else:
+            TARGETS.setdefault(name, TargetFacts(name, "not registered here", missing=True))

@@ -1,10 +1,16 @@
 """The section *method* of the configuration: who learns what from whom. No torch here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dml_accel.core.flags import Range, Section, flag, refuse
 from dml_accel.core.lessons import DIVERGENCES, TARGETS, DivergenceFacts, TargetFacts
+from dml_accel.core.source_code import source_sha256
 from dml_accel.core.updates import UPDATE_SCHEDULES, UpdateSchedule
+
+
+def _in_words(known: Mapping[str, DivergenceFacts] | Mapping[str, TargetFacts]) -> str:
+    return "; ".join(f"{one.name}: {one.text}" for one in known.values() if not one.missing)
 
 
 @dataclass(frozen=True)
@@ -25,16 +31,19 @@ class MethodConfig(Section):
     )
     divergence: str = flag(
         "kl",
-        "what a peer minimises towards its teachers, whose posterior is p, its own q. "
-        + "; ".join(f"{one.name}: {one.text}" for one in DIVERGENCES.values())
-        + ". The KL term is this divergence, whatever it is",
-        choices=tuple(DIVERGENCES),
+        lambda: (
+            "what a peer minimises towards its teachers, whose posterior is p, its own q. "
+            f"{_in_words(DIVERGENCES)}. The KL term is this divergence, whatever it is"
+        ),
+        choices=DIVERGENCES,
     )
     divergence_args: tuple[str, ...] = flag(
         (),
-        "numbers that the divergence takes, as alpha=1 beta=8 (default: "
-        + "; ".join(f"{one.name}: {one.usual}" for one in DIVERGENCES.values() if one.arguments)
-        + ")",
+        lambda: (
+            "numbers that the divergence takes, as alpha=1 beta=8 (default: "
+            + "; ".join(f"{one.name}: {one.usual}" for one in DIVERGENCES.values() if one.arguments)
+            + ")"
+        ),
         nargs="+",
         metavar="KEY=VALUE",
     )
@@ -67,9 +76,8 @@ class MethodConfig(Section):
     )
     target: str = flag(
         "peers",
-        "what a peer learns from. "
-        + "; ".join(f"{one.name}: {one.text}" for one in TARGETS.values()),
-        choices=tuple(TARGETS),
+        lambda: f"what a peer learns from. {_in_words(TARGETS)}",
+        choices=TARGETS,
     )
     links: str = flag(
         "full",
@@ -170,7 +178,34 @@ class MethodConfig(Section):
 
     def numbers_taught(self, classes: int) -> int:
         """Return how many numbers a teacher contributes per image: W, and 1 to count it."""
-        return 1 + (classes if self.one_target.is_single else self.facts.taught(classes))
+        target = self.one_target
+        return 1 + (target.contributed if target.is_single else self.facts.taught)(classes)
+
+    @property
+    def registered(self) -> dict[str, dict[str, str]]:
+        """Name and hash of the source of what the user has registered, by flag; empty for none.
+
+        Raises:
+            UsageError: a source cannot be read.
+        """
+        return {
+            flag: {"name": one.name, "sha256": source_sha256(one.own)}
+            for flag, one in (("divergence", self.facts), ("target", self.one_target))
+            if one.own is not None
+        }
+
+    def refuse_missing(self) -> None:
+        """Refuse to train with what only the record of a run names.
+
+        Raises:
+            UsageError: the text says what to start.
+        """
+        for flag, one in (("divergence", self.facts), ("target", self.one_target)):
+            refuse(
+                one.missing,
+                f"--{flag} {one.name} is not registered: start from the file that registers it, "
+                "python FILE.py ...",
+            )
 
     @property
     def needs_labels(self) -> str:

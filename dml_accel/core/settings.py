@@ -78,6 +78,7 @@ def settle(
         if "peer_opt" in of_recipe:
             values["peer_opt"] = (*of_recipe["peer_opt"], *chosen.get("peer_opt", ()))
         config = Config(**values)
+        config.method.refuse_missing()
     except UsageError as error:
         raise UsageError(f"{error}{_whence(str(error), origins, given)}") from error
     return Settings(config, name or "", file, frozenset(given), chosen, left_out)

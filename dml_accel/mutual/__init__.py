@@ -4,6 +4,7 @@ In reading order:
 
     divergences  what a peer minimises towards a teacher, as pure functions
     targets      what peers learn from their teachers, from the logits of all
+    own          divergences and targets of the user's own: adapted, and checked once
     losses       the losses as pure functions
     gathering    logits of peers that are in different processes, for a loop of one's own
     reference    the same losses and steps as plain loops, for tests only

@@ -17,7 +17,8 @@ both, which broadcast.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +30,21 @@ from dml_accel.core.lessons import DIVERGENCES
 class Divergence(ABC):
     """A divergence D(p || q), or any other function of two posteriors.
 
+    Users derive their own from it; see ``dml_accel.register_divergence``.
+
     Args:
         arguments: numbers that it takes, by name; see ``core.lessons``.
 
     Attributes:
         linear: see the module.
         needs_labels: whether it depends on the label of the row.
+        defaults: the numbers that one of the user's own takes, and their defaults.
         arguments: see above.
     """
 
     linear = True
     needs_labels = False
+    defaults: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, **arguments: float) -> None:
         self.arguments = arguments
@@ -70,7 +75,7 @@ def make_divergence(name: str, arguments: Mapping[str, float] | None = None) -> 
         UsageError: an argument is unknown or out of its range.
     """
     given = [f"{key}={value}" for key, value in (arguments or {}).items()]
-    return _DIVERGENCES[name](**DIVERGENCES[name].values(given))
+    return MAKERS[name](**DIVERGENCES[name].values(given))
 
 
 # ---------------------------------------------------------------- of posteriors
@@ -242,7 +247,43 @@ class WTTM(TTM):
     weighted = True
 
 
-_DIVERGENCES: dict[str, type[Divergence]] = {
+PairFunction = Callable[[Tensor, Tensor, Tensor, Mapping[str, float]], Tensor]
+
+
+class OfPairs(Divergence):
+    """A divergence that is one function of a teacher and a peer, [N, C] each: the user's own.
+
+    Args:
+        function: of log p and log q, [N, C], labels [N], and the arguments; returns [N].
+        needs_labels: whether it uses the labels.
+        arguments: see ``Divergence``.
+    """
+
+    linear = False
+
+    def __init__(self, function: PairFunction, needs_labels: bool, **arguments: float) -> None:
+        super().__init__(**arguments)
+        self._function, self.needs_labels = function, needs_labels
+
+    def teach(self, log_p: Tensor, labels: Tensor) -> Tensor:
+        """Return the log-posterior, [..., B, C]."""
+        return log_p
+
+    def learn(self, log_q: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
+        """See ``Divergence``."""
+        # Zeros stand for a teacher that does not count. They are no posterior, of which the
+        # function may make infinity, and 0 times that is not a number.
+        is_left_out = (taught == 0).all(-1, keepdim=True)
+        log_p = torch.where(is_left_out, -math.log(taught.shape[-1]), taught)
+        log_p, log_q = torch.broadcast_tensors(log_p, log_q)
+        shape = log_q.shape
+        flat = labels.expand(shape[:-1]).reshape(-1)
+        pairs = log_p.reshape(-1, shape[-1]), log_q.reshape(-1, shape[-1])
+        return self._function(*pairs, flat, self.arguments).reshape(shape[:-1])
+
+
+# How each is made from its arguments; users add their own.
+MAKERS: dict[str, Callable[..., Divergence]] = {
     "kl": KL,
     "reverse-kl": ReverseKL,
     "jeffreys": Jeffreys,

@@ -201,6 +201,11 @@ def _lesson(
     )
 
 
+def forget_lessons() -> None:
+    """Forget lessons that were made, because a divergence or target is registered."""
+    _lesson.cache_clear()
+
+
 _KL = Lesson()
 
 

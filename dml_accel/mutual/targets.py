@@ -8,6 +8,8 @@ Shape letters: K peers that learn, L teachers, B rows of the batch, C classes, W
 taught (see ``divergences``).
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,40 @@ class Targets(NamedTuple):
         )
 
 
+class Target(ABC):
+    """A target of the user's own that can be made of a sum over the teachers; see ``register_target``.
+
+    Logits are those of the run over T. Nothing here has gradients.
+
+    Attributes:
+        shared: whether all peers have the same target, of which they are part themselves.
+        needs_labels: whether it depends on the label of the row.
+    """
+
+    shared = False
+    needs_labels = False
+
+    @abstractmethod
+    def contribute(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return what teachers contribute, [..., B, W], from logits [..., B, C] and labels [B]."""
+
+    @abstractmethod
+    def combine(self, mean: Tensor, labels: Tensor) -> Tensor:
+        """Return the logits over T of targets, [..., B, C].
+
+        Args:
+            mean: of what the teachers of each peer contribute, [..., B, W]. It is a difference of
+                sums, known up to their rounding: one of positive numbers may be just below 0.
+            labels: classes, int64, [B]; a row whose label must not be used has any class.
+        """
+
+
+# Of the logits over T of all teachers, [L, B, C], their weights, [L, B], which are 0 where a
+# teacher does not count, and labels, [B]: the logits over T of a target, [B, C].
+TargetFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+OWN_TARGETS: dict[str, Target | TargetFunction] = {}  # of users, by name
+
+
 class Lesson:
     """How peers learn: a target, a divergence from it, and what is done to logits before.
 
@@ -70,11 +106,17 @@ class Lesson:
         gate: str = "none",
     ) -> None:
         self.target, self.divergence = TARGETS[target], divergence or KL()
+        self._own = OWN_TARGETS.get(target)
         self.temperature, self.standardize, self.gated = temperature, standardize, gate == "correct"
 
     @classmethod
     def of(cls, method: MethodConfig) -> "Lesson":
-        """Return the lesson that a configuration asks for."""
+        """Return the lesson that a configuration asks for.
+
+        Raises:
+            UsageError: its divergence or target is not registered.
+        """
+        method.refuse_missing()
         return cls(
             method.target,
             make_divergence(method.divergence, method.facts.values(method.divergence_args)),
@@ -87,6 +129,12 @@ class Lesson:
     def by_pairs(self) -> bool:
         """Whether every teacher is compared with every peer."""
         return not (self.target.is_single or self.divergence.linear)
+
+    @property
+    def weighs_each(self) -> bool:
+        """Whether the weight of every teacher for every peer must be known, not only a sum."""
+        makes_each = self.target.needs_pairs and not self.target.is_shared
+        return self.by_pairs or makes_each
 
     def refuse_mixed(self) -> None:
         """Refuse images that were mixed with others, if a label decides what is learned.
@@ -119,6 +167,8 @@ class Lesson:
         return torch.cat([found, finite.to(found.dtype)], dim=-1)
 
     def _contributed(self, logits: Tensor, scaled: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+        if isinstance(self._own, Target):
+            return self._own.contribute(scaled, self._known(labels))
         if self.target.name == "best":
             log_1 = F.log_softmax(at_least_single(logits), dim=-1)
             return torch.cat([scaled, -of_label(log_1, self._known(labels))], dim=-1)
@@ -157,13 +207,15 @@ class Lesson:
                 targets that all peers share.
         """
         if self.target.is_shared:
-            one = self._single(*self._shared(everyone_LBW), labels_B)
+            one = self._single(*self._shared(everyone_LBW, labels_B), labels_B)
             learners = len(own_KBW)
             return Targets(one.taught.expand(learners, -1, -1), one.teachers.expand(learners, -1))
-        if self.by_pairs:
+        if self.weighs_each:
             if links_KL is None:
                 links_KL = 1 - torch.eye(len(own_KBW), dtype=own_KBW.dtype, device=own_KBW.device)
-            return self._pairs(everyone_LBW, links_KL)
+            if self.by_pairs:
+                return self._pairs(everyone_LBW, links_KL)
+            return self._single(*self._each(everyone_LBW, links_KL, labels_B), labels_B)
         if links_KL is None:
             # O(K): one sum serves every peer, each subtracts itself.
             mean, teachers = _mean(everyone_LBW.sum(0) - own_KBW)
@@ -183,10 +235,20 @@ class Lesson:
             shares = shares * gates
         return Targets(taught, teachers, shares)
 
-    def _shared(self, everyone: Tensor) -> tuple[Tensor, Tensor]:
+    def _each(self, everyone: Tensor, links: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return targets made by a function, as logits over T, [K, B, C], and weights [K, B]."""
+        assert callable(self._own)
+        logits, known = everyone[..., :-1], self._known(labels)
+        weights = links[..., None] * everyone[..., -1]  # [K, L, B]
+        found = [self._own(logits, one, known) for one in weights]
+        return torch.stack(found), weights.sum(1)
+
+    def _shared(self, everyone: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the one target of all peers as logits over T, [1, B, C], and how many made it."""
         if not self.target.needs_pairs:
             return _mean(everyone.sum(0, keepdim=True))
+        if self._own is not None:
+            return self._each(everyone, everyone.new_ones(1, len(everyone)), labels)
         content, counts = everyone[..., :-1], everyone[..., -1]  # [L, B, W], [L, B]
         # A teacher that does not count is never the smallest.
         content = content.masked_fill((counts == 0)[..., None], torch.inf)
@@ -200,7 +262,9 @@ class Lesson:
 
     def _single(self, mean: Tensor, teachers: Tensor, labels: Tensor) -> Targets:
         """Return the targets of peers that have one each, [K, B, C]: a posterior, or logits / T."""
-        if isinstance(self.divergence, KL):
+        if isinstance(self._own, Target):
+            mean = self._own.combine(mean, self._known(labels))
+        if type(self.divergence) is KL:  # not one that a user derives from it
             # A difference of sums may be just below 0.
             by_posterior = self.target.name == "mean-prob"
             p = mean.clamp(min=0) if by_posterior else F.softmax(mean, dim=-1)

@@ -58,7 +58,7 @@ class Teaching:
         self._exchange_dtype = torch.bfloat16 if exchange_dtype == "bf16" else None
         self._teachers = [*names, *frozen]
         self.lesson = Lesson.of(method)
-        if links is None and self.lesson.by_pairs:
+        if links is None and self.lesson.weighs_each:
             # Each teacher has a share of its own, so that all weights are written out.
             links = {k: {one: 1.0 for one in self._teachers if one != k} for k in names}
         self._links: Tensor | None = None

@@ -158,6 +158,7 @@ def run_description(ready: Prepared, command: str, recipe: str = "") -> dict[str
         ],
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "teachers": checked.teachers,
+        **({"registered": checked.registered} if checked.registered else {}),
         **checked.hub_commits,
         "classes": len(images.classes),
         "class_names": list(images.classes),

@@ -27,7 +27,7 @@ from dml_accel.distributed.device import device_versions, own_device
 from dml_accel.distributed.launch import launched_processes
 from dml_accel.distributed.plan import Ranks
 from dml_accel.training import checkpoint
-from dml_accel.training.resume import is_a_placement, resumes_in_place
+from dml_accel.training.resume import changed_sources, is_a_placement, resumes_in_place
 from dml_accel.training.run_folder import SavedRun
 from dml_accel.training.setup import Checked, Modules
 
@@ -243,6 +243,9 @@ def _differences(
     ):
         if not same:
             yield f"the files of its {name} have changed: {_ANOTHER}"
+    if not {"divergence", "target"} & changed.keys():
+        for name in changed_sources(checked.registered, description):
+            yield f"the source of its {name} has changed: {_ANOTHER}"
     origin = _continued(description)
     if origin and config.run.resume is None:
         yield f"its run continued {origin}, and this one starts untrained: results may differ"

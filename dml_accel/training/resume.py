@@ -11,14 +11,15 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dml_accel.core.config import Config, differences_text
+from dml_accel.core.config import Config, differences_text, saved_config
 from dml_accel.core.errors import UnreadableError, UsageError
 from dml_accel.core.flags import Differences
+from dml_accel.core.tables import printable
 from dml_accel.core.versions import versions
 from dml_accel.data.sources import Source
 from dml_accel.distributed.device import device_versions, own_device
@@ -43,6 +44,7 @@ _STATE_TYPES = {
     "classes": int,
     "teachers": dict,
     "data": dict,
+    "registered": dict,
     "compiled": list,
     "starts": dict,
 }
@@ -141,6 +143,7 @@ def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str
     newest = next(filter(_is_readable, checkpoint.named(path / CHECKPOINTS)), None)
     if newest and checkpoint.step_of(newest) > steps:
         _refuse(path, _compared_by_flags(config.refused_on_resume(saved.config)), config)
+        refuse_other_source(path, config, saved.description)
         return f"{path} has reached {newest.name}, beyond the {steps} steps asked for"
     # Compared only when the run is finished: else find_origin compares more than the flags.
     if not saved.is_done:
@@ -155,6 +158,7 @@ def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str
     if taken < steps and not early:
         return ""
     _refuse(path, _compared_by_flags(config.refused_on_resume(saved.config)), config)
+    refuse_other_source(path, config, saved.description)
     refuse_other_images(saved, config, source)
     how = "stopped early after" if early else "taken all of its"
     return f"{path} has {how} {taken} steps: nothing to do"
@@ -264,6 +268,7 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     state.setdefault("starts", {})  # absent from older checkpoints
     state.setdefault("compiled", [])
     state.setdefault("data", {})
+    state.setdefault("registered", {})  # also absent where nothing is
     # An untrusted file can have a matching sha256 as well, so every type is checked.
     wrong = [name for name, kind in _STATE_TYPES.items() if not isinstance(state.get(name), kind)]
     if not wrong:
@@ -319,10 +324,11 @@ def _refuse_newer(given: Path, peers: Sequence[str]) -> None:
 
 def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
     try:
-        saved = Config(**origin.state["config"])
+        saved = saved_config(origin.state)
     except (UsageError, TypeError) as error:
         raise UsageError(f"{origin.path} was written by another version: {error}") from error
     _refuse(origin.path, _compared_by_flags(config.refused_on_resume(saved)), config)
+    refuse_other_source(origin.path, config, origin.state)
     _refuse_images(origin.path, config, checked.source, saved, origin.state["data"])
     ours, theirs = run_facts(config, checked), origin.state
     # Files that flags name may have changed although the flags have not.
@@ -344,6 +350,47 @@ def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
             "the last bits",
             file=sys.stderr,
         )
+
+
+def refuse_other_source(path: Path | None, config: Config, saved: Mapping[str, Any]) -> None:
+    """Refuse a divergence or target of the user's whose source has changed since a run began.
+
+    Args:
+        path: of the run or its checkpoint.
+        config: of this command.
+        saved: what it has recorded.
+
+    Raises:
+        UsageError: the text says what has changed.
+    """
+    changed = changed_sources(config.method.registered, saved)
+    if changed:
+        raise UsageError(
+            f"{path} was started with another source of {' and '.join(changed)}: restore it, or "
+            "use a new --output-dir"
+        )
+
+
+def changed_sources(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Return in words what has another source than a run has recorded, with both hashes.
+
+    Args:
+        ours: ``registered`` of this command.
+        saved: what the run has recorded.
+    """
+    found = saved.get("registered")
+    theirs = found if isinstance(found, dict) else {}
+    return [
+        f"--{flag} {(ours.get(flag) or theirs.get(flag))['name']} (sha256 "
+        f"{_short(theirs.get(flag))}, now {_short(ours.get(flag))})"
+        for flag in ("divergence", "target")
+        if ours.get(flag) != theirs.get(flag)
+    ]
+
+
+def _short(record: Any) -> str:
+    found = record.get("sha256") if isinstance(record, dict) else None
+    return printable(str(found))[:12] if found else "none"
 
 
 def refuse_other_images(saved: SavedRun, config: Config, source: Source) -> None:
@@ -473,6 +520,7 @@ def checkpoint_state(
         "versions": versions() | device_versions(placement.device),
         "compiled": compiled,
         "starts": checked.starts,
+        **({"registered": checked.registered} if checked.registered else {}),
         **run_facts(config, checked),
         "data": checked.fingerprint,
     }

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
-from dml_accel.core.config import Config
+from dml_accel.core.config import Config, saved_config
 from dml_accel.core.errors import StoppedError, UnreadableError, UsageError, one_line
 from dml_accel.core.files import parse_json, read_json, write_json, write_text
 from dml_accel.core.locks import Lock, lock
@@ -318,7 +318,7 @@ class SavedRun:
         Raises:
             UsageError: config.json cannot be read, or is of another version.
         """
-        return Config(**self.description["config"])
+        return saved_config(self.description)
 
     @property
     def results(self) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class Checked:
         frozen: folders of the frozen peers, by name.
         links: who learns from whom; None if all learn from all alike.
         starts: the trained weights that peers start from, by name, as they are recorded.
+        registered: name and hash of the user's own divergence and target, as they are recorded.
     """
 
     specs: list[PeerSpec]
@@ -96,6 +97,7 @@ class Checked:
     frozen: dict[str, PeerFolder]
     links: LinkWeights | None
     starts: dict[str, Any]
+    registered: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -226,6 +228,8 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     Raises:
         UsageError: see the text.
     """
+    config.method.refuse_missing()
+    registered = config.method.registered
     check_batch_size(source, config.data, config.optim.batch_size)
     specs, classes = parse_cohort(config.cohort), source.classes
     check_optimizers(config.optim, [spec.name for spec in specs])
@@ -253,7 +257,7 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
         ranks, _ = _choose(config, costs, world_size, load, this_machine())
         _check_batch_norm(config, modules, ranks, len(classes))
     recorded = {name: one.record() for name, one in weights.items()}
-    return Checked(specs, source, costs, frozen, links, recorded), modules
+    return Checked(specs, source, costs, frozen, links, recorded, registered), modules
 
 
 def require_validation(config: Config, has_split: bool) -> None:
@@ -305,7 +309,7 @@ def _count_all(config: Config, modules: Modules) -> dict[str, Cost]:
 
 
 def refuse_other_files(checked: Checked, processes: Processes) -> None:
-    """Refuse images, weights, teachers or links that differ from those that rank 0 has read.
+    """Refuse images, weights, teachers, links or sources that differ from those of rank 0.
 
     Raises:
         UsageError: raised in all processes; the text names a rank.
@@ -328,6 +332,12 @@ def refuse_other_files(checked: Checked, processes: Processes) -> None:
         raise UsageError(
             f"rank {rank} reads other files than rank 0 for pretrained=, --frozen-peers or "
             "--links; all machines need the same files"
+        )
+    other = _rank_that_differs(checked.registered, processes)
+    if other is not None:
+        raise UsageError(
+            f"rank {other} has another source of the registered divergence or target than rank 0: "
+            "all machines need the same file"
         )
 
 

@@ -354,7 +354,7 @@ def on(name: str) -> tuple[list[str], Any]:
     if "bool" in hint:
         return [], True
     if choices:
-        return [choices[-1]], choices[-1]
+        return [[*choices][-1]], [*choices][-1]
     if name in ("mean", "std"):
         return ["0.5", "0.25", "1"], [0.5, 0.25, 1.0]
     if "tuple" in hint:

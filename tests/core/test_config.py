@@ -281,7 +281,7 @@ def test_every_choice_is_accepted_and_any_other_word_refused() -> None:
     chosen = 0
     for group in flag_groups():
         for field in group.fields:
-            choices = field.metadata["argparse"].get("choices", ())
+            choices = [*field.metadata["argparse"].get("choices", ())]
             for choice in choices:
                 needs = dict(NEEDS.get(field.name, {}))
                 if choice == "milestones":
