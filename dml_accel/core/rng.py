@@ -5,8 +5,12 @@ was drawn before. Draws are made on the CPU, so that every device gets the same 
 stable within one torch version, which config.json records.
 """
 
+import contextlib
 import hashlib
+import random
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +24,29 @@ def key(*parts: object) -> int:
 def generator(*parts: object) -> torch.Generator:
     """Return a fresh CPU generator keyed by ``parts``."""
     return torch.Generator().manual_seed(key(*parts))
+
+
+@contextlib.contextmanager
+def keeping_random_states() -> Iterator[None]:
+    """Put back at the end the states that code of others draws from: torch (CPU), numpy, Python."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def seed_random_states(*parts: object) -> None:
+    """Seed what code of others draws from by ``parts``; generators of accelerators are left alone.
+
+    Call it within ``keeping_random_states``.
+    """
+    seed = key(*parts)
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def stratified(labels: Tensor, count: int, *parts: object) -> Tensor:

@@ -32,5 +32,8 @@ In reading order:
     mixing         mixup and CutMix: how each batch is mixed with itself
     batches        sets of images: order, crop, flip and normalisation
     loader         a set whose images workers read and cut
+    items          a Dataset of the caller's: order and draws are ours
+    stream         batches of the caller's: a DataLoader, or what yields them
+    given          what a caller of learn gives: looked at, or refused
     images         the images of a run, as training and evaluation are given them
 """

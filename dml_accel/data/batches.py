@@ -68,20 +68,23 @@ class ImageFormat:
         dtype: of images and parameters.
         layout: memory layout of images and weights.
         device: of both.
+        shape: of an image that is not [3, S, S].
     """
 
     size: int
     dtype: torch.dtype
     layout: torch.memory_format
     device: torch.device
+    shape: tuple[int, ...] | None = None
 
     def zeros(self, rows: int) -> Tensor:
-        """Return black images [rows, 3, S, S]."""
-        images = torch.zeros(rows, 3, self.size, self.size, dtype=self.dtype, device=self.device)
-        return images.contiguous(memory_format=self.layout)
+        """Return black images [rows, 3, S, S], or of ``shape``."""
+        shape = (3, self.size, self.size) if self.shape is None else self.shape
+        images = torch.zeros(rows, *shape, dtype=self.dtype, device=self.device)
+        return images if len(shape) != 3 else images.contiguous(memory_format=self.layout)
 
     def noise(self, rows: int) -> Tensor:
-        """Return random images [rows, 3, S, S]."""
+        """Return random images of the same shape."""
         return self.zeros(rows).normal_()
 
 
@@ -121,12 +124,14 @@ class ImageSet:
         home: where images and labels are kept, if not on ``device``.
 
     Attributes:
+        shape: of an image that is not [3, S, S]; None for those.
         waited: seconds for which ``batch`` has waited for images; None if they are in memory.
         damage: of images that were met and cannot be read, by row of their listing.
         meets_damage: whether a batch to come needs such an image, or an evaluation that is not to
             skip it.
     """
 
+    shape: tuple[int, ...] | None = None
     waited: float | None = None
     meets_damage: bool = False
 
@@ -230,6 +235,23 @@ class ImageSet:
         """Yield the images from ``lo`` to ``hi`` of each of the bounds, as ``rows`` does."""
         for lo, hi in bounds:
             yield self.rows(lo, hi)
+
+    def in_chunks(
+        self, most: int, ours: Callable[[int], tuple[int, int]]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield all images to evaluate: how many there are in a chunk, our rows of it, and labels.
+
+        Args:
+            most: images of a chunk.
+            ours: returns which rows of so many are ours.
+        """
+        counts = [min(most, len(self) - first) for first in range(0, len(self), most)]
+        bounds = [
+            (most * chunk + lo, most * chunk + hi)
+            for chunk, (lo, hi) in enumerate(map(ours, counts))
+        ]
+        for count, (x, y) in zip(counts, self.in_order(bounds), strict=True):
+            yield count, x, y
 
     def rows(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Return images ``lo`` to ``hi`` in stored order, not augmented, and their labels."""
@@ -474,6 +496,7 @@ class TensorSet(ImageSet):
     def __init__(self, split: Split, **options: Any) -> None:
         super().__init__(split.labels, **options)
         self._images = split.held.to(self._device, self._dtype)
+        self.shape = tuple(self._images.shape[1:])
 
     @property
     def _sides(self) -> tuple[int, int]:

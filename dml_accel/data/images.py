@@ -105,7 +105,8 @@ def prepare(
     """Split the images of ``source``, measure their mean and deviation, and put them on a device.
 
     Args:
-        source: uint8 images; or floating ones, which are neither augmented nor normalised.
+        source: uint8 images; or floating ones and those of the caller's, which are neither
+            augmented nor normalised.
         data: splits, augmentation and mixing; images that are evaluated have neither.
         seed: of the run.
         images: what the networks are given.
@@ -123,6 +124,8 @@ def prepare(
         options |= {"device": images.device, "dtype": images.dtype, "seed": seed}
         if isinstance(split.images, torch.Tensor) and split.images.is_floating_point():
             return TensorSet(split, **options)
+        if not isinstance(split.images, torch.Tensor | Pictures):
+            return split.images.image_set(split.labels, reading.workers, **options)
         options |= {"augment": augment, "memory_format": images.layout, "home": home}
         if isinstance(split.images, Pictures):
             return LoaderSet(
@@ -154,7 +157,7 @@ def _normalisation(source: Source, train: Split, data: DataConfig) -> Normalisat
         measured = Normalisation(*source.measured)
     elif source.level_counts is not None:
         measured = Normalisation.from_counts(source.level_counts)
-    elif train.held.is_floating_point():
+    elif not isinstance(train.images, torch.Tensor) or train.held.is_floating_point():
         return Normalisation.identity()
     else:
         rows = measured_rows(len(train), train.held.shape[1])

@@ -6,7 +6,7 @@ Shape letters: N images of a split, M decoded ones, S pixels per side.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,19 @@ from dml_accel.data.pictures import Pictures
 _NAMED = 5  # differences in one message
 
 
+class OwnImages(Protocol):
+    """Images of the caller's that no array holds: a data set or batches, read when needed."""
+
+    def image_set(self, labels: Tensor, workers: int, **options: Any) -> Any:
+        """Return an ``ImageSet``.
+
+        Args:
+            labels: -1 for each image: they are read with the images.
+            workers: processes that may read them.
+            options: of ``ImageSet``.
+        """
+
+
 @dataclass(frozen=True)
 class Split:
     """Images and labels.
@@ -24,12 +37,12 @@ class Split:
     Attributes:
         images: [M, S, S, 3] uint8, in the order of ``decoded``; or what reads N images when they
             are needed.
-        labels: [N] int64.
+        labels: [N] int64; -1 throughout where they are read with the images.
         decoded: the rows that ``images`` holds, ascending, [M] int64; None for all.
         unread: whether an image cannot be read, [N] bool; None if that is not known, or none is.
     """
 
-    images: Tensor | Pictures
+    images: Tensor | Pictures | OwnImages
     labels: Tensor
     decoded: Tensor | None = None
     unread: Tensor | None = None
@@ -47,6 +60,7 @@ class Split:
         """Return the given rows, shape [n] int64, in that order; they must be decoded."""
         unread = None if self.unread is None else self.unread[rows]
         places = rows if self.decoded is None else torch.searchsorted(self.decoded, rows)
+        assert isinstance(self.images, Tensor | Pictures), "others are used whole"
         if isinstance(self.images, Pictures):
             return Split(self.images.select(places), self.labels[rows], unread=unread)
         return Split(self.images[places], self.labels[rows], unread=unread)

@@ -459,10 +459,7 @@ def evaluate(
     placement.broadcast_buffers(modules)
     sums = no_sums(len(placement.names), classes, placement.device)
     chunk = _EVALUATION_ROWS * placement.slices
-    counts = [min(chunk, len(images) - first) for first in range(0, len(images), chunk)]
-    ours = [placement.rows(count) for count in counts]
-    bounds = [(chunk * i + lo, chunk * i + hi) for i, (lo, hi) in enumerate(ours)]
-    for count, (x, y) in zip(counts, images.in_order(bounds), strict=True):
+    for count, x, y in images.in_chunks(chunk, placement.rows):
         if looks and stop:
             stops = bool(processes.all_reduce_max(stop.requested or images.meets_damage))
         if stops:
