@@ -11,6 +11,7 @@ In reading order:
     rehearsal    what a network does with a few images, tried without a trace
     build        a network from its specification, or an error that names what would fit
     optim        the optimizer of a peer
+    own_optim    the optimizer that a caller of learn makes
     schedules    the learning rate of a step
     model_card   README.md of a trained network
     peer_folder  the folder of a trained peer: one reader, one writer

@@ -65,7 +65,7 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         **arguments,
     )
     if is_fused(optimizer):
-        _start_state(optimizer)
+        start_state(optimizer)
     return optimizer
 
 
@@ -77,6 +77,11 @@ def has_fused(name: str) -> bool:
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer skips a step by itself when the device says so."""
     return bool(optimizer.defaults.get("fused"))
+
+
+def skips_when_told(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer is one that skips a step without a trace."""
+    return type(optimizer) in _FUSED
 
 
 @functools.cache
@@ -104,7 +109,7 @@ def _step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def _start_state(optimizer: torch.optim.Optimizer) -> None:
+def start_state(optimizer: torch.optim.Optimizer) -> None:
     """Give a fused optimizer the state that its first step would start from."""
     # It is zero in any case; the kernel of SGD would leave it undefined if the first step is
     # skipped.

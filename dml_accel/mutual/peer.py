@@ -30,6 +30,8 @@ class Peer:
             is reused by the next network's, as with CUDA graphs.
         average: the average of its weights, with ``--ema``.
         best: with ``--keep best``, its weights at its best evaluation up to now, on the host.
+        rates: learning rates of the groups of an optimizer of the caller's, which the rate of a
+            step multiplies; empty where the rate of a step is that of all groups.
     """
 
     spec: PeerSpec
@@ -40,6 +42,7 @@ class Peer:
     keeps_gradients: bool = False
     average: Average | None = None
     best: dict[str, Tensor] | None = None
+    rates: tuple[float, ...] = ()
     _buffers: Buffers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,13 +54,17 @@ class Peer:
         return self.spec.name
 
     def begin_step(self, lr: float) -> None:
-        """Clear the gradients, set the learning rate, and copy the buffers."""
+        """Clear the gradients, set the learning rate, and copy the buffers.
+
+        Args:
+            lr: of all groups of parameters; or the factor of ``rates``.
+        """
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         if self.keeps_gradients:
             for weight in self.module.parameters():
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = self.rates[index] * lr if self.rates else lr
         # A step that is skipped must leave no trace, but the forward pass moves running statistics
         # before anybody knows whether the loss is finite.
         self._buffers.begin_step()

@@ -3,6 +3,7 @@
 In reading order:
 
     choosing         the best weights of each peer by validation, and when to stop early
+    rates            the learning rates of a step: by flags, or by the caller's schedule
     loop             the loop over steps, and evaluation
     optimizer_state  the state of any optimizer as tensors and JSON
     checkpoint       all state that a run carries: written, verified and read

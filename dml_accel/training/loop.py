@@ -23,11 +23,11 @@ from dml_accel.data.decode import DamagedImagesError
 from dml_accel.data.images import Data
 from dml_accel.distributed.launch import Stop
 from dml_accel.distributed.placement import Placement
-from dml_accel.models.schedules import learning_rate
 from dml_accel.mutual.metrics import batch_sums, finish, no_sums
 from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import PARTS, Cohort, reads, train_step
 from dml_accel.training.choosing import Choosing, is_over
+from dml_accel.training.rates import Rates, Schedule
 
 _EVALUATION_ROWS = 256
 STEPS_BETWEEN_LOOKS = 10
@@ -147,6 +147,7 @@ def fit(
     run: RunConfig,
     start: Start | None = None,
     stop: Stop | None = None,
+    schedule: Schedule | None = None,
 ) -> Iterator[Record]:
     """Train the cohort: a record per step, checkpoint and evaluation; the last step is evaluated.
 
@@ -164,6 +165,7 @@ def fit(
         start: what the peers have behind them.
         stop: checked after each step and during evaluation; with several accelerators every few
             steps. A stop that one process is asked for is obeyed by all.
+        schedule: of the learning rates; None: by the flags.
 
     Raises:
         DivergedError: a peer lost ``--max-nonfinite`` steps in a row, or its predictions are not
@@ -177,14 +179,18 @@ def fit(
         steps = range(start.step, steps_to_take(cohort.optim, len(data.train)))
         per_step = sum(1 for _ in reads(cohort, range(1)))
         images.begin(cohort.optim.batch_size, reads(cohort, steps), per_step)
-        yield from _fit(cohort, data, run, start, stop or Stop())
+        rates = Rates.of(
+            cohort.optim, cohort.placement.names, cohort.peers, cohort.steps_per_epoch, schedule
+        )
+        yield from _fit(cohort, data, run, start, stop or Stop(), rates)
     finally:
         images.close()
 
 
-def _fit(cohort: Cohort, data: Data, run: RunConfig, start: Start, stop: Stop) -> Iterator[Record]:
+def _fit(
+    cohort: Cohort, data: Data, run: RunConfig, start: Start, stop: Stop, rates: Rates
+) -> Iterator[Record]:
     placement, optim, per_epoch = cohort.placement, cohort.optim, cohort.steps_per_epoch
-    optims = {name: optim.of_peer(name) for name in placement.names}
     agenda = Agenda(optim, run, placement, data.train, start, stop)
     bound = _DIVERGED * math.log(len(data.classes)) * cohort.largest_weight
     streaks = Streaks(placement, bound, start, run.max_nonfinite)
@@ -218,15 +224,15 @@ def _fit(cohort: Cohort, data: Data, run: RunConfig, start: Start, stop: Stop) -
             raise StoppedError(f"stopped by {stop.signal or 'a signal to another process'}")
         if agenda.is_done(step):
             break
-        lr = learning_rate(optim, step, per_epoch)
-        lrs = {name: learning_rate(one, step, per_epoch) for name, one in optims.items()}
+        of_step = rates(step)
         before = data.train.waited
-        losses, requested = train_step(cohort, step, lrs, agenda.requests)
+        losses, requested = train_step(cohort, step, of_step.set, agenda.requests)
         step += 1
         streaks.count(losses)
         looks = agenda.advance(step, requested, streaks)
         waited = None if before is None else (data.train.waited or 0.0) - before
-        yield StepRecord(step, (step - 1) // per_epoch, lr, agenda.pauses, losses, lrs, waited)
+        epoch, lr = (step - 1) // per_epoch, of_step.lr
+        yield StepRecord(step, epoch, lr, agenda.pauses, losses, of_step.lrs, waited)
         if looks:
             streaks.refuse_diverged(step)
     assert evaluation is not None, "the last step is evaluated"

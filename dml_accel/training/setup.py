@@ -62,6 +62,7 @@ from dml_accel.models.build import (
 )
 from dml_accel.models.hub import name_of
 from dml_accel.models.optim import check_optimizers, make_optimizer, state_per_parameter
+from dml_accel.models.own_optim import OptimizerOf, make_own_optimizer, rates_of
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights, trained_size
 from dml_accel.models.spec import PeerSpec, parse_cohort
@@ -559,6 +560,7 @@ def make_cohort(
     frozen: Mapping[str, PeerFolder] | None = None,
     links: LinkWeights | None = None,
     to_compile: Collection[str] = (),
+    optimizer: OptimizerOf | None = None,
 ) -> Cohort:
     """Return the peers of this process, and what they are trained with.
 
@@ -571,9 +573,11 @@ def make_cohort(
         frozen: folders of the frozen peers, by name.
         links: who learns from whom; None if all learn from all alike.
         to_compile: names of the peers to compile.
+        optimizer: makes that of each network, in place of the flags.
     """
     frozen, processes = frozen or {}, placement.processes
     format_, mode = image_format(config, placement.device), config.compute.compile_mode
+    format_ = dataclasses.replace(format_, shape=images.train.shape)
     wrapper = Wrapper(placement, config.optim, format_, mode)
     peers = []
     for spec in sorted(specs, key=lambda spec: spec.name):
@@ -582,8 +586,12 @@ def make_cohort(
             copy = None if config.optim.ema is None else copy_of(module, spec.name)
             net = wrapper.wrap(module, spec.name, spec.name in to_compile)
             keeps = is_compiled_module(net) and mode != "default"
-            optimizer = make_optimizer(module, config.optim.of_peer(spec.name))
-            peer = Peer(spec, module, net, optimizer, processes.loss_scaler(), keeps)
+            if optimizer is None:
+                own = make_optimizer(module, config.optim.of_peer(spec.name))
+            else:
+                own = make_own_optimizer(optimizer, module)
+            peer = Peer(spec, module, net, own, processes.loss_scaler(), keeps)
+            peer.rates = () if optimizer is None else rates_of(own)
             if copy is not None and config.optim.ema is not None:
                 peer.average = Average(wrapper.place(copy), module, config.optim.ema)
             peers.append(peer)
