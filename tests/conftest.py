@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from benchmarks.measuring import device
+from dml_accel.analysis.methods import METHODS
+from dml_accel.api import methods
+from dml_accel.core.lessons import DIVERGENCES, TARGETS
 from dml_accel.data import sources
+from dml_accel.mutual.divergences import MAKERS
+from dml_accel.mutual.losses import forget_lessons
+from dml_accel.mutual.targets import OWN_TARGETS
 from tests.helpers import Training, free_port, tiny_config
 
 if device().type == "cpu":  # also where there is a GPU, and in the processes that tests start
@@ -89,6 +95,18 @@ def real_images() -> Path:
 def digits() -> sources.Source:
     """The digits at 16 x 16."""
     return sources.read(tiny_config().data)
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Forget at the end what a test has registered."""
+    tables = (DIVERGENCES, MAKERS, TARGETS, OWN_TARGETS, METHODS, methods._IMPLIED)
+    before = [dict(one) for one in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)  # type: ignore[arg-type]
+    forget_lessons()
 
 
 @pytest.fixture
