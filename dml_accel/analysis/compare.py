@@ -18,6 +18,7 @@ from dml_accel.analysis.published import is_cifar100
 from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
 from dml_accel.core.errors import DivergedError, UsageError
+from dml_accel.core.versions import Caller
 from dml_accel.data import sources
 from dml_accel.data.catalogue import located
 from dml_accel.data.selection import training_sizes
@@ -51,9 +52,9 @@ def compare(
     cohorts: Sequence[tuple[str, ...]],
     methods: Sequence[str],
     seeds: int,
-    command: str,
+    caller: Caller,
     recipe: str = "",
-) -> tuple[Path, dict[str, Any]] | None:
+) -> tuple[Path, dict[str, Any] | None]:
     """Train every cohort by every method with every seed; write the tables after each run.
 
     Args:
@@ -61,11 +62,12 @@ def compare(
         cohorts: each as ``Config.cohort``.
         methods: names in ``METHODS``, or ``all`` that can be had.
         seeds: how many.
-        command: the command line, for the record.
+        caller: who asks for the comparison.
         recipe: the name of the one behind ``config``, for the record; empty for none.
 
     Returns:
-        The folder and the content of its results.json; None in all processes but the first.
+        The folder, in every process once its tables are written, and the content of its
+        results.json; None in all processes but the first, and if there was nothing to do.
 
     Raises:
         UsageError: the input does not allow one of the runs, or the folder holds runs that were
@@ -86,17 +88,21 @@ def compare(
             print(line, file=sys.stderr, flush=True)
     source = sources.read(config.data, not first, listed, config.compute)
     operations = _check_cohorts(plan, source, config.run.output_dir)
-    with explaining_stop(folder), Stop() as stop, folder or contextlib.nullcontext():
+    with (
+        explaining_stop(folder, caller),
+        Stop(caller.in_python) as stop,
+        folder or contextlib.nullcontext(),
+    ):
         unfinished = plan
         if folder:  # rank 0 decides, and broadcasts what it decides
             unfinished = folder.unfinished()
             folder.set_done()
             print(sources.describe(config.data, source), file=sys.stderr, flush=True)
             folder.say_what_differs()
+            again = caller.again_with(output_dir=str(folder.path))
             print(
                 f"comparison: {folder.path}, {len(plan) - len(unfinished)} of {len(plan)} runs are "
-                "finished; after an interruption, the same command with this --output-dir resumes "
-                "it",
+                f"finished; after an interruption, {again} resumes it",
                 file=sys.stderr,
             )
         loads = [workload(one.config, source, _image_cost(one, operations)) for one in unfinished]
@@ -104,17 +110,23 @@ def compare(
         display = Display(work, quiet=not first, many=True)
         processes = Processes(config.numerics, config.compute)
         stop.listen()
-        with contextlib.closing(display), processes.watching():
+        with (
+            contextlib.closing(display),
+            processes.leaving_on_error(caller.in_python),
+            processes.watching(),
+        ):
             record = None
             if not processes.broadcast_flag(bool(folder and folder.was_stopped)):
-                session = Session(processes, display, stop, command, recipe)
+                session = Session(processes, display, stop, caller.text, recipe)
                 trainer = _Trainer(session, config, plan, source, operations, folder)
                 record = trainer.train_all(unfinished)
             elif folder:
-                text = "was stopped on request; the same command resumes it"
-                print(f"{folder.path} {text}", file=sys.stderr)
+                again = caller.again_with(output_dir=str(folder.path))
+                print(f"{folder.path} was stopped on request; {again} resumes it", file=sys.stderr)
+            # The others wait here for the tables, which a caller in Python may read.
+            path = Path(processes.broadcast_text(str(folder.path.resolve()) if folder else ""))
             processes.close()
-        return (folder.path, record) if folder and record else None
+        return folder.path if folder else path, record
 
 
 def _resuming(config: Config, path: Path) -> Config:

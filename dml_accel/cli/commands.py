@@ -11,25 +11,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dml_accel.analysis.methods import PRESETS, SET_BY_METHODS
+from dml_accel.api.runs import settled, start_comparison, start_training
 from dml_accel.cli.parser import parse
 from dml_accel.core import recipes, streams
-from dml_accel.core.config import Config, flag_types, typed
-from dml_accel.core.config_file import read_config_file
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
 from dml_accel.core.flags import require
 from dml_accel.core.host import (
-    cores,
-    expanded,
     forget_empty_variables,
     ignoring_hangup,
     is_on_hub,
     name_user,
     wait_briefly,
 )
-from dml_accel.core.settings import Settings, settle, with_resolved
+from dml_accel.core.settings import with_homes
 from dml_accel.core.streams import choose_encodings, drain, only_displayed
-from dml_accel.core.versions import command_line, require_packages
+from dml_accel.core.versions import Caller, command_line, require_packages
 from dml_accel.distributed import environment
 from dml_accel.distributed.launch import launched_processes, launched_rank
 
@@ -39,8 +35,6 @@ _INTERRUPTED = 130  # as shells report SIGINT
 # Their results are what they print; those of the other commands are in files.
 _PRINT_RESULTS = ("cache", "check-data", "evaluate", "plan", "predict")
 _TRAIN = ("train", "compare")
-# Flags that name files or folders, beside --dataset, which may name one of the hub.
-_PATHS = {"config", "folders", "frozen_peers", "links", "output_dir", "resume", "source", "to"}
 # What tables and figures over seeds need.
 _ANALYSIS = ("scipy", "matplotlib")
 
@@ -104,21 +98,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the values of all flags that are given."""
-    return _with_homes(parse(arguments))
-
-
-def _with_homes(values: dict[str, Any]) -> dict[str, Any]:
-    """Put home directories in place; a shell leaves ``--to=~/x`` to us, and so does a file."""
-    for name in _PATHS & values.keys():
-        if isinstance(values[name], str):
-            values[name] = _without_tilde(values[name])
-        elif values[name]:
-            values[name] = [_without_tilde(path) for path in values[name]]
-    return values
-
-
-def _without_tilde(path: str) -> str:
-    return str(expanded(path)) if path.startswith("~") else path
+    return with_homes(parse(arguments))
 
 
 def _leave(code: int) -> int:
@@ -145,81 +125,27 @@ def _print_for_all(message: str) -> None:
 # ---------------------------------------------------------------- the commands
 
 
-def _settled(values: dict[str, Any], lacks: str = "", base: Any = None) -> Settings:
-    """Return what the flags, a file and a recipe say together; ``values`` keeps all else.
-
-    Args:
-        values: of all flags that are given.
-        lacks: the command, where it has not all flags of ``train``.
-        base: what a preset sets.
-    """
-    given = {name: values.pop(name) for name in list(values) if name in flag_types()}
-    recipe, path, file = values.pop("recipe", None), values.pop("config", None), None
-    if path is not None:
-        file = read_config_file(Path(path))
-        _with_homes(file.flags)
-        if file.description is not None:
-            file = with_resolved(file, given, launched_processes(), cores())
-        usual = Config().as_dict()
-        for name in SET_BY_METHODS if lacks == "compare" else ():
-            found = file.flags.pop(name, usual[name])
-            if typed(name, found) != typed(name, usual[name]):
-                raise UsageError(f"{path}: compare has no {name.replace('_', '-')}: use --methods")
-        if lacks and file.flags.pop("resume", None) and file.description is None:
-            raise UsageError(f"{path}: {lacks} has no resume")
-    asked = settle(given, recipe, file, base)
-    if asked.left_out and launched_rank() == 0:
-        print(
-            f"{path}: left out, as it is meant for another optimizer than "
-            f"{asked.config.optim.optimizer}: {recipes.in_words(asked.left_out)}",
-            file=sys.stderr,
-            flush=True,
-        )
-    return asked
-
-
 def _train(values: dict[str, Any]) -> int:
-    asked = _settled(values)
-    config = asked.config
     from dml_accel.core.tables import results_table
-    from dml_accel.training.train import train
 
-    finished = train(config, command_line(), asked)
-    if finished is not None:
-        folder, results = finished
+    run, results = start_training(values, Caller(command_line()))
+    if results is not None:
         images, split = results["ensemble"]["n"], results["splits"]["test"]
         print(f"on the {images:,} images of the split {split}:\n")
         print(results_table(results))
-        print(f"\nrun folder: {folder}\npeers:      {folder}/peers/<name>/model.safetensors")
+        print(f"\nrun folder: {run.path}\npeers:      {run.path}/peers/<name>/model.safetensors")
     return 0
 
 
 def _compare(values: dict[str, Any]) -> int:
-    methods, seeds = values.pop("methods"), values.pop("seeds")
-    preset = PRESETS.get(values.pop("preset") or "")
-    asked = _settled(values, "compare", preset.changes if preset else None)
-    config, several = asked.config, preset if preset and "cohort" not in asked.chosen else None
-    by_cohort = several.cohorts if several and asked.recipe else ()
-    if any(
-        "peer_opt" in recipes.flags_of(asked.recipe, asked.chosen | {"cohort": cohort})
-        for cohort in by_cohort
-    ):
-        raise UsageError(
-            f"--recipe {asked.recipe} sets --peer-opt by the names of a cohort, and the preset has "
-            "cohorts of its own: name one with --cohort"
-        )
-    require(seeds >= 1, "seeds", seeds, "at least 1")  # also here, before torch is imported
-    require_packages("compare", *_ANALYSIS)
-    cohorts = several.cohorts if several else (config.cohort,)
-    from dml_accel.analysis.compare import compare
+    methods, seeds, preset = (values.pop(name) for name in ("methods", "seeds", "preset"))
+    found, record = start_comparison(values, methods, seeds, preset, Caller(command_line()))
+    if record is None:
+        return 0
     from dml_accel.analysis.tables import comparison_table, comparison_title
 
-    finished = compare(config, cohorts, methods, seeds, command_line(), asked.recipe)
-    if finished is None:
-        return 0
-    folder, record = finished
     print(f"{comparison_title(record)}\n\n{comparison_table(record)}")
-    print(f"\ntables and plot: {folder}/results.md\nruns:            {folder}/*/seed-<n>/")
+    print(f"\ntables and plot: {found.path}/results.md\nruns:            {found.path}/*/seed-<n>/")
     for name, reason in record["failed"].items():
         print(f"error: {name} failed: {reason}", file=sys.stderr)
     return 1 if record["failed"] else 0
@@ -228,7 +154,7 @@ def _compare(values: dict[str, Any]) -> int:
 def _plan(values: dict[str, Any]) -> int:
     names = ("world", "classes", "bandwidth", "latency")
     world, classes, bandwidth, latency = (values.pop(name) for name in names)
-    config = _settled(values, "plan").config
+    config = settled("plan", values).config
     for name, value in (("world", world), ("classes", classes)):
         require(value >= 1, name, value, "at least 1")
     for name, value in (("bandwidth", bandwidth), ("latency", latency)):

@@ -14,10 +14,10 @@ In reading order:
     recipes      --recipe: how the literature trains, by name
     files        write files whole or not at all; read untrusted files up to a limit
     config_file  --config: files of flags
+    host         the surroundings of a process: folders for caches, C and OpenMP libraries
     settings     what flags, files and recipes say together
     locks        locks on files, and file systems that have none
     streams      standard streams that are closed, gone or full, or lack letters
-    host         the surroundings of a process: folders for caches, C and OpenMP libraries
     rng          draws that depend on their key only; stratified choice
     tables       tables of results for terminals, Markdown and HTML
     versions     package versions, commit and command line; packages that some commands need

@@ -9,12 +9,31 @@ from dml_accel.core.assignments import peer_settings, peer_text
 from dml_accel.core.config import Config, same_family
 from dml_accel.core.config_file import ConfigFile
 from dml_accel.core.errors import UsageError
+from dml_accel.core.host import expanded
 from dml_accel.core.recipes import Flags, flags_of
 
 # Of a run that is repeated: where it was is not where it is repeated.
 _OF_ONE_RUN = ("output_dir", "resume")
 # What a peer has with any optimizer.
 _OF_ANY_OPTIMIZER = ("momentum", "weight_decay")
+
+
+# Flags that name files or folders, beside --dataset, which may name one of the hub.
+_PATHS = {"config", "folders", "frozen_peers", "links", "output_dir", "resume", "source", "to"}
+
+
+def with_homes(values: dict[str, Any]) -> dict[str, Any]:
+    """Put home directories in place; a shell leaves ``--to=~/x`` to us, and so does a file."""
+    for name in _PATHS & values.keys():
+        if isinstance(values[name], str):
+            values[name] = _without_tilde(values[name])
+        elif isinstance(values[name], (list, tuple)):
+            values[name] = type(values[name])(map(_without_tilde, values[name]))
+    return values
+
+
+def _without_tilde(path: str) -> str:
+    return str(expanded(path)) if path.startswith("~") else path
 
 
 @dataclass(frozen=True)

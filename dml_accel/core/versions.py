@@ -5,6 +5,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -80,6 +82,31 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks for a run: a command, or a function called in Python.
+
+    Attributes:
+        text: the command line or the call, for the record.
+        in_python: whether it is a call. Then this process goes on after the run, whatever happens.
+    """
+
+    text: str
+    in_python: bool = False
+
+    def again_with(self, **flags: str) -> str:
+        """Return how to say the same again with other flags, for messages."""
+        if self.in_python:
+            return "the same call with " + ", ".join(f"{n}={value!r}" for n, value in flags.items())
+        words = (f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+        return "the same command with " + " ".join(words)
+
+
+def call_text(function: str, arguments: Mapping[str, object]) -> str:
+    """Return a call in Python, for the record: ``dml_accel.train(cohort='resnet8*2', lr=0.05)``."""
+    return f"dml_accel.{function}({', '.join(f'{n}={one!r}' for n, one in arguments.items())})"
 
 
 def command_line() -> str:

@@ -28,7 +28,13 @@ class Stop:
     Within the context the first signal is recorded, and the run acts on it between two steps; a
     second signal ends the process at once. So does the first one while one of several processes
     waits for the others, which it does in native code, where no handler of Python runs: signals are
-    recorded after ``listen``.
+    recorded after ``listen``. In a call in Python a second SIGINT raises KeyboardInterrupt instead,
+    or a notebook would lose all that it holds.
+
+    A thread that is not the main one cannot handle signals: there the context does nothing.
+
+    Args:
+        in_python: whether a function was called in Python, not a command.
 
     Attributes:
         signal: the name of the signal that was received; empty if there was none.
@@ -37,8 +43,9 @@ class Stop:
     _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     _OF_LAUNCHERS = (signal.SIGHUP,)
 
-    def __init__(self) -> None:
+    def __init__(self, in_python: bool = False) -> None:
         self.signal = ""
+        self._in_python = in_python
         self._received = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -62,13 +69,17 @@ class Stop:
 
     def __exit__(self, *_: object) -> None:
         for one, handler in self._handlers.items():
-            signal.signal(one, handler)
+            if handler is not None:  # of a C library, which Python cannot set
+                signal.signal(one, handler)
 
     def _receive(self, number: int, _: object) -> None:
+        alone = launched_processes() == 1
         if not self.signal:
             self.signal, self._received = signal.Signals(number).name, time.monotonic()
         # A launcher forwards a signal that the system may already have sent to its processes.
-        elif launched_processes() == 1 or time.monotonic() - self._received > _SAME_SIGNAL_SECONDS:
+        elif alone and self._in_python and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        elif alone or time.monotonic() - self._received > _SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 
 

@@ -96,7 +96,7 @@ class Liveness:
         self._main: int | None = None  # the thread that is watched over, while it is
         self._record: Record | None = None
         self._deciding = threading.RLock()  # contexts may be nested
-        self._closing = threading.Event()
+        self._closing, self._in_order = threading.Event(), True
         self._threads = [
             threading.Thread(target=run, daemon=True) for run in (self._beat, self._judge)
         ]
@@ -142,8 +142,13 @@ class Liveness:
             self._deciding.release()
         return found
 
-    def close(self) -> None:
-        """End the threads: a process must not exit while they use the store."""
+    def close(self, in_order: bool = True) -> None:
+        """End the threads: a process must not exit while they use the store.
+
+        Args:
+            in_order: whether the others wait for nothing from this process; else they find it lost.
+        """
+        self._in_order = in_order
         self._closing.set()
         for thread in self._threads:
             thread.join(_SECONDS_TO_ANSWER)
@@ -162,8 +167,9 @@ class Liveness:
                     looked = time.monotonic()
                     self._announced = self._store.check([_LOST])
                     self._seen = self._read(self._watched)
-        with contextlib.suppress(RuntimeError):
-            self._store.set(_key(self._rank), _ENDED.decode())
+        if self._in_order:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(_key(self._rank), _ENDED.decode())
 
     def _judge(self) -> None:
         """Judge what was received; in a thread of its own, because the store may not answer."""

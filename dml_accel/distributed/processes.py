@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from dml_accel.core.config import ComputeConfig, NumericsConfig
-from dml_accel.core.errors import ProcessLostError, UsageError
+from dml_accel.core.errors import DivergedError, ProcessLostError, StoppedError, UsageError
 from dml_accel.distributed.accelerator import OwnAccelerator
 from dml_accel.distributed.device import own_device
 from dml_accel.distributed.environment import shown_to_accelerate
@@ -204,10 +205,12 @@ class Processes:
                 if not _is_communication(error):
                     raise
                 # The launcher is about to stop the remaining processes: first say who is missing.
-                before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                handles = threading.current_thread() is threading.main_thread()
+                before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if handles else None
                 lost = self._liveness.why_it_failed(cause(error))
                 if lost is None:
-                    signal.signal(signal.SIGTERM, before)
+                    if handles:
+                        signal.signal(signal.SIGTERM, before)
                     raise
                 raise lost from error
 
@@ -238,6 +241,29 @@ class Processes:
         """Send no more heartbeats: this process has ended in order."""
         if self._liveness:
             self._liveness.close()
+
+    @contextlib.contextmanager
+    def leaving_on_error(self, in_python: bool) -> Iterator[None]:
+        """Leave the process group if an error ends the context.
+
+        A command ends its process then. A call in Python leaves the group: where not all processes
+        have the error, the others find this one lost, as if it had died.
+
+        Args:
+            in_python: whether a function was called in Python, not a command.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not in_python:
+                raise
+            if self.world_size == 1 or isinstance(error, (DivergedError, StoppedError)):
+                self.close()
+            else:
+                assert self._liveness
+                self._liveness.close(in_order=False)
+                self.accelerator.release()
+            raise
 
 
 def _leave() -> None:

@@ -32,6 +32,7 @@ from dml_accel.core.errors import StoppedError, UnreadableError, UsageError, one
 from dml_accel.core.files import parse_json, read_json, write_json, write_text
 from dml_accel.core.locks import Lock, lock
 from dml_accel.core.tables import printable
+from dml_accel.core.versions import Caller
 from dml_accel.training import checkpoint
 from dml_accel.training.status import FILE as STATUS
 from dml_accel.training.status import (
@@ -513,13 +514,15 @@ class RunFolder(LockedFolder):
 
 
 @contextlib.contextmanager
-def explaining_stop(folder: LockedFolder | None, *words: str) -> Iterator[None]:
+def explaining_stop(folder: LockedFolder | None, caller: Caller, **flags: str) -> Iterator[None]:
     """Add to the text of a stop which flags resume the run in the folder."""
     try:
         yield
     except StoppedError as stopped:
-        where = " ".join(("--output-dir", str(folder.path), *words)) if folder else ""
-        raise StoppedError(f"{stopped}; the same command with {where} resumes it") from None
+        if folder is None:  # another process prints
+            raise
+        again = caller.again_with(output_dir=str(folder.path), **flags)
+        raise StoppedError(f"{stopped}; {again} resumes it") from None
 
 
 def _is_before(line: str, step: int, again: bool) -> bool:

@@ -22,6 +22,7 @@ from dml_accel.core.errors import OutOfMemoryError, StoppedError, UsageError
 from dml_accel.core.host import keep_memory
 from dml_accel.core.settings import Settings
 from dml_accel.core.tables import printable
+from dml_accel.core.versions import Caller
 from dml_accel.data import sources
 from dml_accel.data.catalogue import folders_read, located
 from dml_accel.data.decode import DamagedImagesError
@@ -45,6 +46,7 @@ from dml_accel.training import (
 )
 from dml_accel.training.loop import CheckpointRecord, EvaluationRecord, Record
 from dml_accel.training.progress import Display
+from dml_accel.training.rates import Schedule
 from dml_accel.training.record import Recorder, stopped_early, write_peers
 from dml_accel.training.repeat import compare_with_original
 from dml_accel.training.resume import Origin
@@ -55,18 +57,18 @@ _NAMED = 6
 
 
 def train(
-    config: Config, command: str, asked: Settings | None = None
-) -> tuple[Path, dict[str, Any]] | None:
+    config: Config, caller: Caller, asked: Settings | None = None
+) -> tuple[Path, dict[str, Any] | None]:
     """Train a cohort as ``config`` says, in this process or as one of several.
 
     Args:
         config: of the run.
-        command: the command line, for the record.
+        caller: who asks for the run.
         asked: what lies behind ``config``: a recipe, or the run that this one repeats.
 
     Returns:
-        The run folder and the content of its results.json; None in all processes but the first,
-        which writes the records.
+        The run folder, in every process once its records are written, and the content of its
+        results.json; None in all processes but the first, and if there was nothing to do.
 
     Raises:
         UsageError: the input does not allow the run; nothing has been written.
@@ -99,8 +101,8 @@ def train(
     display = Display(work.total, quiet=not first)
     # From here on files are written, and processes wait for each other.
     with (
-        explaining_stop(folder, "--resume auto"),
-        Stop() as stop,
+        explaining_stop(folder, caller, resume="auto"),
+        Stop(caller.in_python) as stop,
         contextlib.closing(display),
         folder if folder and not nothing else contextlib.nullcontext(),
     ):
@@ -116,11 +118,14 @@ def train(
         stop.listen()
         if folder and not nothing:
             folder.set_running((origin or Origin()).state.get("step", 0))
-        with processes.watching(folder.fail if folder and not nothing else None):
+        with (
+            processes.leaving_on_error(caller.in_python),
+            processes.watching(folder.fail if folder and not nothing else None),
+        ):
             results = None
             if not processes.broadcast_flag(bool(nothing)):
                 recipe = asked.recipe if asked else ""
-                session = Session(processes, display, stop, command, recipe)
+                session = Session(processes, display, stop, caller.text, recipe)
                 results = run_one(
                     session,
                     config,
@@ -130,11 +135,13 @@ def train(
                     origin or Origin(),
                     recorded=recorded,
                 )
+            # The others wait here for the records, which a caller in Python may read.
+            path = Path(processes.broadcast_text(str(folder.path.resolve()) if folder else ""))
             processes.close()
     if folder and nothing:
         folder.set_done()
         print(nothing, file=sys.stderr)
-    return (folder.path, results) if folder and results else None
+    return folder.path if folder else path, results
 
 
 def _refuse_to_shorten(origin: Origin, steps: int) -> None:
@@ -324,7 +331,11 @@ def _why_early(config: Config, last: EvaluationRecord) -> str:
 
 
 def take_all_steps(
-    ready: Prepared, recorder: Recorder | None, stop: Stop, resumes: str
+    ready: Prepared,
+    recorder: Recorder | None,
+    stop: Stop,
+    resumes: str,
+    schedule: Schedule | None = None,
 ) -> Iterator[Record]:
     """Train to the end, write checkpoints, and yield every record after it was written.
 
@@ -333,12 +344,13 @@ def take_all_steps(
         recorder: in the first process.
         stop: requests to stop.
         resumes: flags that resume the run, for messages.
+        schedule: of the learning rates; None: by the flags.
     """
     config, cohort, saved = ready.config, ready.cohort, ready.start.step
     state = resume.checkpoint_state(config, ready.checked, ready.placement, ready.compiled)
     try:
         with _explaining_out_of_memory(_smaller_steps(config, cohort.one_at_a_time)):
-            for record in loop.fit(cohort, ready.images, config.run, ready.start, stop):
+            for record in loop.fit(cohort, ready.images, config.run, ready.start, stop, schedule):
                 if isinstance(record, CheckpointRecord):
                     _save(ready, record, state)
                     saved = record.step

@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from dml_accel import cli
-from dml_accel.cli.commands import _parsed, _settled
-from dml_accel.core.config import Config
+from dml_accel.api.runs import settled as settle
+from dml_accel.cli.commands import _parsed
+from dml_accel.core.config import Config, flag_types
 from dml_accel.core.config_file import _Loader, read_config_file
 from dml_accel.core.errors import UsageError
 from tests.helpers import DIGITS, ROOT, load, train
@@ -26,8 +27,8 @@ RUN = ["--cohort", "resnet8*2", *DIGITS, "--max-steps", "4"]
 def settled(*words: str, command: str = "train") -> Config:
     """What a command line and what stands behind it say together."""
     values = _parsed([command, *words])
-    values.pop("subcommand")
-    return _settled(values, "" if command == "train" else command).config
+    flags = {n: one for n, one in values.items() if n in (*flag_types(), "config", "recipe")}
+    return settle(command, flags).config
 
 
 def write(folder: Path, content: str | bytes, name: str = "mine.yaml") -> str:
@@ -190,7 +191,8 @@ def test_the_cohort_of_a_file_takes_the_place_of_a_presets(
 ) -> None:
     cohorts: list[Any] = []
     monkeypatch.setattr(
-        "dml_accel.analysis.compare.compare", lambda _, found, *__: cohorts.append(found)
+        "dml_accel.analysis.compare.compare",
+        lambda _, found, *__: (tmp_path, cohorts.append(found)),
     )
     path = write(tmp_path, "cohort: [mobilenet]\nrecipe: crd")
     assert cli.main(["compare", "--preset", "paper-table2", "--config", path]) == 0
