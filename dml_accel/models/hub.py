@@ -10,10 +10,12 @@ The token is whatever the hub's library finds in the environment or in a login. 
 library and nowhere else: no file, message or commit holds it.
 """
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -169,12 +171,13 @@ def _download(model: _Model) -> Path:
             raise UsageError(
                 f"{model}: {name} has {sizes[name]:,} bytes, more than the allowed {most:,}"
             )
-    for name in names[:-1]:
-        hf_hub_download(model.repository, name, revision=info.sha)
-    # The last one says which commit the branch stands for, so that a copy which is not complete is
-    # never found by its name.
-    last = Path(hf_hub_download(model.repository, names[-1], revision=model.revision))
-    folder = last.parent
+    with _bars_on_terminals():
+        for name in names[:-1]:
+            hf_hub_download(model.repository, name, revision=info.sha)
+        # The last one says which commit the branch stands for, so that a copy which is not complete
+        # is never found by its name.
+        last = hf_hub_download(model.repository, names[-1], revision=model.revision)
+    folder = Path(last).parent
     if folder.name != info.sha:
         raise UsageError(f"{model} was changed on the hub while it was downloaded: start again")
     return folder
@@ -312,19 +315,25 @@ def push_folder(target: PushTarget, folder: Path) -> Pushed:
     if CARD in files:
         contents[CARD] = _card_of(target, files[CARD])
     stale = sorted(name for name in target.files - files.keys() if _is_exported(name, target.files))
+    operations = [
+        *(CommitOperationDelete(name) for name in stale),
+        *(CommitOperationAdd(name, content) for name, content in contents.items()),
+    ]
     api = HfApi(token=_token())
     try:
         if target.commit is None:
             api.create_repo(target.repository, private=target.private or None)
-        commit = api.create_commit(
-            target.repository,
-            [
-                *(CommitOperationDelete(name) for name in stale),
-                *(CommitOperationAdd(name, content) for name, content in contents.items()),
-            ],
-            commit_message="Export of a trained network",
-            parent_commit=target.commit,
-        ).oid
+        # What the library warns of is its own use of what it is built on.
+        with (
+            _bars_on_terminals(),
+            warnings.catch_warnings(action="ignore", category=DeprecationWarning),
+        ):
+            commit = api.create_commit(
+                target.repository,
+                operations,
+                commit_message="Export of a trained network",
+                parent_commit=target.commit,
+            ).oid
         info = api.model_info(target.repository, revision=commit, timeout=_SECONDS)
     except Exception as error:  # from the hub's library, or what it is built on
         raise _not_pushed(target, error, asked=False) from error
@@ -337,6 +346,28 @@ def push_folder(target: PushTarget, folder: Path) -> Pushed:
     return Pushed(
         f"{api.endpoint}/{target.repository}", commit, _notes(target, bool(info.private), stale)
     )
+
+
+@contextlib.contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Let the hub's library draw its progress on terminals only, and end the line of a bar."""
+    from huggingface_hub import constants, utils
+
+    draws = not utils.are_progress_bars_disabled()
+    is_free = constants.HF_HUB_DISABLE_PROGRESS_BARS is None  # else the user decides
+    if draws and is_free and not sys.stderr.isatty():
+        utils.disable_progress_bars()
+        try:
+            yield
+        finally:
+            utils.enable_progress_bars()
+        return
+    try:
+        yield
+    except Exception:
+        if draws:
+            print(file=sys.stderr)
+        raise
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -401,7 +432,9 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error on one line, without a token that it might quote."""
+    """Return the first cause of an error on one line, without a token that it might quote."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text, token = f"{type(error).__name__}: {one_line(error)}", _token()
     return (text.replace(token, "***") if token else text)[:_LONGEST_REASON]
 

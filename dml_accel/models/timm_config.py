@@ -19,7 +19,7 @@ from dml_accel.models.spec import PeerSpec
 
 FILE = "config.json"
 # Entries that timm does not know and leaves alone.
-OURS, GREY_BITS = "dml_accel", "grey_bits"
+OURS, GREY_BITS, OWN = "dml_accel", "grey_bits", "own_network"
 DEPTHS = range(8, 17)  # bits of a grey level
 _MODES = ("center", "squash")
 _LARGEST_RESIZE = 8192  # pixels, as of --eval-resize
@@ -53,13 +53,32 @@ def read_timm_config(path: Path) -> TimmConfig:
         UsageError: it cannot be read, is too large, or does not describe a network as timm does.
     """
     content = read_json(path)
+    refuse_own(path, content)
     arch, arguments = content.get("architecture"), content.get("model_args") or {}
     classes = content.get("num_classes") or 0
     if not (isinstance(arch, str) and isinstance(classes, int) and isinstance(arguments, dict)):
         raise UsageError(f"{path} does not describe a network as timm does")
     if classes < 0:
         raise UsageError(f"{path} has num_classes {classes}; it must be above 0")
-    return TimmConfig(path, arch, classes, dict(arguments), content, _grey_bits(path, content))
+    # As in timm, the number of classes is that of the network, whatever its arguments repeat.
+    arguments = {name: value for name, value in arguments.items() if name != "num_classes"}
+    return TimmConfig(path, arch, classes, arguments, content, _grey_bits(path, content))
+
+
+def refuse_own(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse the config.json of a network that only its author can build, with what to do instead.
+
+    Raises:
+        UsageError: see ``own_network``.
+    """
+    ours = content.get(OURS)
+    own = ours.get(OWN) if isinstance(ours, dict) else None
+    if isinstance(own, dict):
+        raise UsageError(
+            f"{path.parent} holds a {own.get('class')} that learn has trained, which timm cannot "
+            "build: in Python, dml_accel.export(RUN, peer=..., network=..., to=...) writes it, and "
+            "load_state_dict takes its model.safetensors"
+        )
 
 
 def _grey_bits(path: Path, content: Mapping[str, Any]) -> int | None:
