@@ -15,4 +15,5 @@ In reading order:
     schedules    the learning rate of a step
     model_card   README.md of a trained network
     peer_folder  the folder of a trained peer: one reader, one writer
+    own_network  the same of a module of the caller's, which timm cannot build
 """

@@ -20,6 +20,7 @@ from dml_accel.distributed.device import device_versions
 from dml_accel.distributed.plan import StepLoad, predict, this_machine
 from dml_accel.models.build import memory_format
 from dml_accel.models.model_card import training_text
+from dml_accel.models.own_network import write_own
 from dml_accel.models.peer_folder import write_peer
 from dml_accel.mutual.peer import Peer
 from dml_accel.training import trackers
@@ -48,7 +49,7 @@ class Recorder:
         ready: what is trained.
         command: the command line, for the record.
         recipe: the name of the one behind the configuration; empty for none.
-        display: shows the run, which has begun there.
+        display: shows the run, which has begun there; None shows nothing.
         about: what config.json says of its place in a comparison.
     """
 
@@ -58,7 +59,7 @@ class Recorder:
         ready: Prepared,
         command: str,
         recipe: str,
-        display: Display,
+        display: Display | None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder, self._ready, self._display = folder, ready, display
@@ -67,6 +68,7 @@ class Recorder:
         peers = ready.placement.names
         self._windows = Windows(peers, ready.cohort.steps_per_epoch)
         self._own_rates = any(config.optim.of_peer(one).lr != config.optim.lr for one in peers)
+        self._own_rates |= any(peer.rates for peer in ready.cohort.peers)
         resumed = step if ready.resumes else None
         images = len(ready.images.train)
         again = begins_with_evaluation(config.optim, config.run, images, ready.start)
@@ -86,7 +88,8 @@ class Recorder:
         if isinstance(record, StepRecord):
             self._folder.has_taken(record.step)
             window = self._windows.add(record)
-            self._display.step(window)
+            if self._display:
+                self._display.step(window)
             if window is not None:
                 self._event(window)
             return
@@ -94,7 +97,8 @@ class Recorder:
             scores = {"test": record.test, "val": record.val}
             scores |= {} if record.ema is None else {"ema": record.ema}
             self._folder.event("eval", record.step, record.epoch + 1, **scores)
-            self._display.evaluation(record)
+            if self._display:
+                self._display.evaluation(record)
         self._windows.restart_clock()
 
     def _event(self, window: Window) -> None:
@@ -118,7 +122,8 @@ class Recorder:
     def end(self, last: EvaluationRecord) -> None:
         """Record that training has ended."""
         self._folder.event("end", last.step, last.epoch + 1)
-        self._display.end()
+        if self._display:
+            self._display.end()
 
     def conclude(self, last: EvaluationRecord, memory: int) -> dict[str, Any]:
         """Write the results; return the content of results.json.
@@ -163,7 +168,8 @@ def run_description(ready: Prepared, command: str, recipe: str = "") -> dict[str
         "classes": len(images.classes),
         "class_names": list(images.classes),
         "normalisation": dataclasses.asdict(images.normalisation),
-        "images": {"train": len(images.train), "test": len(images.test)},
+        # Of batches to evaluate, nobody may know how many images they hold.
+        "images": {"train": len(images.train), "test": len(images.test) or None},
         "data": checked.fingerprint,
         "grey_bits": checked.source.grey_bits,
         "versions": versions() | device_versions(placement.device),
@@ -173,6 +179,8 @@ def run_description(ready: Prepared, command: str, recipe: str = "") -> dict[str
         "commit": commit(),
         "compiled": ready.compiled,
     }
+    if checked.own:
+        description["learn"] = {"images": checked.own.images, "facts": dict(checked.own.facts)}
     if ready.resumes:
         description |= history(ready.config, ready.path, ready.start.step, description)
     return description
@@ -266,6 +274,8 @@ def _sent(ready: Prepared) -> list[float]:
     """Return the predicted payload bytes that each process sends per step."""
     if ready.placement.processes.world_size == 1:
         return [0.0]
+    if ready.checked.own:  # whose networks are not counted
+        return []
     load = StepLoad.of(ready.config, len(ready.images.classes))
     return predict(ready.placement.ranks, ready.checked.costs, load, this_machine()).sent
 
@@ -279,7 +289,22 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
         teachers = ready.cohort.teaching.teachers_of(peer.name)
         for kind, weights, metrics, steps, note in _written(ready.config, peer, last):
             folder = ready.path / kind / peer.name
+            learned = [archs.get(name, name) for name in teachers]
+            own = ready.checked.own
             try:
+                if own is not None:
+                    write_own(
+                        folder,
+                        peer.name,
+                        own.networks[peer.name],
+                        weights,
+                        metrics=metrics,
+                        images=own.images,
+                        steps=steps,
+                        teachers=learned,
+                        note=note,
+                    )
+                    continue
                 write_peer(
                     folder,
                     peer.module,
@@ -293,7 +318,7 @@ def write_peers(ready: Prepared, last: EvaluationRecord) -> OSError | None:
                     split=_split_names(ready).test,
                     grey_bits=ready.checked.source.grey_bits,
                     steps=steps,
-                    teachers=[archs.get(name, name) for name in teachers],
+                    teachers=learned,
                     distilled=set(teachers) <= archs.keys(),
                     note=note,
                     training=training,

@@ -32,6 +32,7 @@ from dml_accel.training.loop import Start
 from dml_accel.training.run_folder import BAD_IMAGES, CHECKPOINTS, SavedRun
 from dml_accel.training.setup import Checked
 
+LEARN = "learn"  # marks a run of ``learn``
 # What a run adds to a checkpoint's state.json, with the type of each value.
 _STATE_TYPES = {
     "config": dict,
@@ -327,6 +328,9 @@ def _refuse_other_run(config: Config, checked: Checked, origin: Origin) -> None:
         saved = saved_config(origin.state)
     except (UsageError, TypeError) as error:
         raise UsageError(f"{origin.path} was written by another version: {error}") from error
+    if bool(origin.state.get(LEARN)) != (checked.own is not None):
+        maker = "learn" if origin.state.get(LEARN) else "train"
+        raise UsageError(f"{origin.path} is of a run of {maker}, which alone can resume it")
     _refuse(origin.path, _compared_by_flags(config.refused_on_resume(saved)), config)
     refuse_other_source(origin.path, config, origin.state)
     _refuse_images(origin.path, config, checked.source, saved, origin.state["data"])
@@ -409,6 +413,8 @@ def _refuse_images(
     ours, theirs = config.data.dataset, saved.data.dataset
     if recorded and source.fingerprint:
         difference = source.fingerprint.difference(recorded)
+    elif source.feed[0] == LEARN:
+        return  # what can be told of a data set of the caller's is among the facts
     elif ours == theirs or os.path.realpath(ours) == os.path.realpath(theirs):
         print(
             f"warning: {path} does not record its images, so that they cannot be compared with "
@@ -425,6 +431,7 @@ def _refuse_images(
         )
     if difference:
         named = f"--dataset {ours}" if ours == theirs else f"--dataset {ours}, not {theirs}"
+        named = "those that are given now" if source.feed[0] == LEARN else named
         raise UsageError(
             f"{path} was started on other images than {named}: {difference}; restore them, or use "
             "a new --output-dir"
@@ -462,6 +469,7 @@ def run_facts(config: Config, checked: Checked) -> dict[str, Any]:
         "images": len(checked.source.train),
         "classes": len(checked.source.classes),
         "teachers": checked.teachers,
+        **(checked.own.facts if checked.own else {}),
     }
 
 

@@ -22,6 +22,7 @@ import shutil
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -122,6 +123,20 @@ def refuse_inside(path: Path, images: Sequence[Path]) -> None:
             )
 
 
+# Locks that are held. A process that is forked, such as a worker of a caller's DataLoader, must not
+# hold one on after this process was killed.
+_HELD: "weakref.WeakSet[TextIO]" = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    for held in list(_HELD):
+        held.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
 class LockedFolder:
     """A folder with a single writer. Nothing is created before the context is entered.
 
@@ -193,6 +208,7 @@ class LockedFolder:
                 f"{path} cannot be opened: {error.strerror}; it shows that a process uses the "
                 "folder: name another --output-dir"
             ) from error
+        _HELD.add(self._lock)
         try:
             self._take_lock()
             self._refuse_early()  # another run may have used the folder since the first check
@@ -473,6 +489,8 @@ class RunFolder(LockedFolder):
             self.status("done")
         elif isinstance(error, StoppedError):
             self.status("stopped", str(error))
+        elif isinstance(error, GeneratorExit) and self._started:
+            self.status("stopped", "the caller has left learn before its end")
         elif error and (self._started or not isinstance(error, UsageError)):
             self.fail(error)
         self._status.close()

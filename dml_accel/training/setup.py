@@ -62,6 +62,7 @@ from dml_accel.models.build import (
 )
 from dml_accel.models.hub import name_of
 from dml_accel.models.optim import check_optimizers, make_optimizer, state_per_parameter
+from dml_accel.models.own_network import OwnNetwork
 from dml_accel.models.own_optim import OptimizerOf, make_own_optimizer, rates_of
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights, trained_size
@@ -79,6 +80,21 @@ Modules = dict[str, nn.Module]
 
 
 @dataclass(frozen=True)
+class Own:
+    """What a run of ``learn`` is of, besides its flags: networks and images of the caller's.
+
+    Attributes:
+        networks: what is recorded of each network, by name.
+        images: what it is trained on, in words.
+        facts: what a resumed run must share, by what messages call it.
+    """
+
+    networks: Mapping[str, OwnNetwork]
+    images: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Checked:
     """A run that was validated: its cohort, images and teachers, without the networks.
 
@@ -90,6 +106,7 @@ class Checked:
         links: who learns from whom; None if all learn from all alike.
         starts: the trained weights that peers start from, by name, as they are recorded.
         registered: name and hash of the user's own divergence and target, as they are recorded.
+        own: of a run of ``learn``; None for others.
     """
 
     specs: list[PeerSpec]
@@ -99,6 +116,7 @@ class Checked:
     links: LinkWeights | None
     starts: dict[str, Any]
     registered: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    own: Own | None = None
 
     @property
     def names(self) -> list[str]:
