@@ -6,6 +6,7 @@ Shape letters: K networks, B images, S pixels per side, C classes.
 """
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -263,6 +264,7 @@ class Networks:
     Attributes:
         names: of the peers.
         modules: their networks, in the same order.
+        classes: names of their classes.
         precision: the mixed precision in which they compute.
 
     Raises:
@@ -270,9 +272,10 @@ class Networks:
     """
 
     def __init__(self, peers: TrainedPeers, device: torch.device) -> None:
-        self.names = list(peers.folders)
+        self.names, self.classes = list(peers.folders), peers.classes
         self._device, self._folders = device, list(peers.folders.values())
-        set_arithmetic(device, tf32=bool(peers.config.get("tf32")))  # as in training
+        self._tf32 = bool(peers.config.get("tf32"))
+        set_arithmetic(device, self._tf32)  # as in training
         self.modules = [load_network(folder).requires_grad_(False) for folder in self._folders]
         refuse_shared(dict(zip(self.names, self.modules, strict=True)))
         if device.type == "mps":  # MPS has no double precision
@@ -282,6 +285,13 @@ class Networks:
         has_precision = device.type != "cpu" or peers.precision != "fp16"
         self.precision = peers.precision if has_precision else "no"
 
+    def only(self, name: str) -> "Networks":
+        """Return a single one of these networks, which is not copied."""
+        one, place = copy.copy(self), self.names.index(name)
+        one.names, one.modules = [name], [self.modules[place]]
+        one._folders = [self._folders[place]]
+        return one
+
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Return every network's logits, [K, B, C] on the device.
@@ -289,6 +299,7 @@ class Networks:
         Args:
             images: RGB levels [B, S, S, 3] uint8, as ``data.decode.to_rgb`` returns them.
         """
+        set_arithmetic(self._device, self._tf32)  # somebody else may have changed it
         split = Split(images, torch.zeros(len(images), dtype=torch.int64))
         outputs = []
         for folder, module in zip(self._folders, self.modules, strict=True):

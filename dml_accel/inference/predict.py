@@ -38,17 +38,24 @@ OnError = Callable[[str, str], None]  # receives a name and why it cannot be use
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """The likeliest classes of one image, best first.
+    """The likeliest classes of one image, at most five, best first.
 
     Attributes:
-        image: the name of the file.
-        classes: indices of at most five classes.
+        image: the name of the file; of an image that is not a file, its place among the images.
+        classes: names of the classes.
         probabilities: of those classes, in [0, 1].
+        indices: of those classes among all, as the networks number them.
     """
 
     image: str
-    classes: tuple[int, ...]
+    classes: tuple[str, ...]
     probabilities: tuple[float, ...]
+    indices: tuple[int, ...]
+
+    @property
+    def best(self) -> str:
+        """The likeliest class."""
+        return self.classes[0]
 
 
 # ---------------------------------------------------------------- files
@@ -159,26 +166,17 @@ def read_image(
 # ---------------------------------------------------------------- networks
 
 
-def predict(
-    networks: Networks,
-    geometry: Geometry,
-    names: Iterable[str],
-    on_error: OnError,
-    grey_bits: int | None = None,
-) -> Iterator[list[ImagePrediction]]:
-    """Yield predictions for image files, a batch at a time.
+def read_images(
+    names: Iterable[str], geometry: Geometry, on_error: OnError, grey_bits: int | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the names and levels [S, S, 3] of image files that can be read.
 
     Args:
-        networks: several predict as an ensemble, by their mean posterior.
-        geometry: how images become their inputs.
-        names: of files.
+        names: of the files.
+        geometry: how images become the inputs of networks.
         on_error: called for a file that cannot be used.
         grey_bits: of the grey images of the training; see ``pixels.to_rgb``.
-
-    Raises:
-        UsageError: the networks' outputs are not finite.
     """
-    batch: list[tuple[str, np.ndarray]] = []
     for name in names:
         try:
             levels, has_more_frames = read_image(name, geometry, grey_bits)
@@ -187,7 +185,24 @@ def predict(
             continue
         if has_more_frames:
             print(f"{printable(name)}: only the first frame is used", file=sys.stderr)
-        batch.append((name, levels))
+        yield name, levels
+
+
+def predict(
+    networks: Networks, images: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[list[ImagePrediction]]:
+    """Yield predictions for images, a batch at a time.
+
+    Args:
+        networks: several predict as an ensemble, by their mean posterior.
+        images: names and levels [S, S, 3], such as ``read_images`` yields.
+
+    Raises:
+        UsageError: the networks' outputs are not finite.
+    """
+    batch: list[tuple[str, np.ndarray]] = []
+    for one in images:
+        batch.append(one)
         if len(batch) == BATCH_SIZE:
             yield _predict_batch(networks, batch)
             batch = []
@@ -203,45 +218,44 @@ def _predict_batch(
     if not log_p.exp().isfinite().all():
         raise UsageError(f"the outputs of {', '.join(networks.names)} are not finite")
     values, indices = best_five(log_p)
+    classes = networks.classes
     return [
-        ImagePrediction(name, tuple(row.tolist()), tuple(value.exp().tolist()))
-        for (name, _), row, value in zip(batch, indices, values, strict=True)
+        ImagePrediction(name, tuple(classes[one] for one in row), tuple(p), tuple(row))
+        for (name, _), row, p in zip(batch, indices.tolist(), values.exp().tolist(), strict=True)
     ]
 
 
 # ---------------------------------------------------------------- output
 
 
-def predictions_table(predictions: Sequence[ImagePrediction], classes: Sequence[str]) -> str:
+def predictions_table(predictions: Sequence[ImagePrediction]) -> str:
     """Return one row per image: its likeliest classes with their probabilities in percent."""
     rows = [
         [
             printable(one.image),
             *(
-                f"{printable(classes[index])} {100 * p:.1f}%"
-                for index, p in zip(one.classes, one.probabilities, strict=True)
+                f"{printable(name)} {100 * p:.1f}%"
+                for name, p in zip(one.classes, one.probabilities, strict=True)
             ),
         ]
         for one in predictions
     ]
-    ranks = min(5, len(classes))
+    ranks = max(len(one.classes) for one in predictions)
     return table(rows, ["image", *(str(rank + 1) for rank in range(ranks))], "simple", 1 + ranks)
 
 
-def predictions_lines(
-    predictions: Sequence[ImagePrediction], classes: Sequence[str], style: str
-) -> str:
+def predictions_lines(predictions: Sequence[ImagePrediction], style: str) -> str:
     """Return one JSON object per image, or one line of CSV per image and class."""
     content = io.StringIO()
     for one in predictions:
-        ranked = list(zip(one.classes, one.probabilities, strict=True))
+        ranked = list(zip(one.classes, one.indices, one.probabilities, strict=True))
         if style == "jsonl":
             entries = [
-                {"class": classes[index], "index": index, "probability": p} for index, p in ranked
+                {"class": name, "index": index, "probability": p} for name, index, p in ranked
             ]
             content.write(json.dumps({"image": one.image, "predictions": entries}) + "\n")
         else:
-            for rank, (index, p) in enumerate(ranked, 1):
-                row = (one.image, rank, classes[index], index, p)
+            for rank, (name, index, p) in enumerate(ranked, 1):
+                row = (one.image, rank, name, index, p)
                 csv.writer(content, lineterminator="\n").writerow(row)
     return as_utf8(content.getvalue())
