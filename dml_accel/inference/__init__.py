@@ -9,4 +9,5 @@ In reading order:
     predict      the most likely classes of image files
     onnx         a network as an ONNX file, compared with torch
     export       a network in a folder of its own: safetensors for timm, or ONNX
+    own          the same of a module of the caller's, which learn has trained
 """

@@ -106,7 +106,7 @@ def check_target(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _filling(target: Path) -> Iterator[Path]:
+def filling(target: Path) -> Iterator[Path]:
     """Yield a temporary folder, and move its content to ``target`` at the end.
 
     An existing empty folder is kept, because it may be a mount point or a working directory; a new
@@ -210,7 +210,7 @@ def export(peers: TrainedPeers, name: str, style: str, target: Path) -> str:
     """
     # The networks are built for safetensors, too: a damaged folder must not be passed on.
     nets = [load_network(folder) for folder in peers.folders.values()]
-    with _filling(target) as folder:
+    with filling(target) as folder:
         if style == "onnx":
             return _write_onnx(peers, name, nets, folder)
         if name == ENSEMBLE:
@@ -261,7 +261,7 @@ def _write_onnx(peers: TrainedPeers, name: str, nets: list[nn.Module], folder: P
     net = onnx.Ensemble(nets).eval() if is_ensemble else nets[0]
     output = onnx.LOG_MEAN if is_ensemble else onnx.LOGITS
     path = folder / onnx.FILE
-    difference = onnx.write_onnx(net, peers.image_size, output, path)
+    difference = onnx.write_onnx(net, (3, peers.image_size, peers.image_size), output, path)
     write_json(folder / FILE, _onnx_config(peers, folders[0], output))
     write_text(folder / CARD, str(_card(peers, name, "onnx")))
     return (

@@ -39,12 +39,12 @@ class Ensemble(nn.Module):
         return log_p.logsumexp(0) - math.log(len(self.nets))
 
 
-def write_onnx(net: nn.Module, size: int, output: str, path: Path) -> float:
+def write_onnx(net: nn.Module, shape: Sequence[int], output: str, path: Path) -> float:
     """Write a network as ONNX, and run the file to compare it with torch.
 
     Args:
         net: on the CPU, in evaluation mode and single precision.
-        size: S, pixels per side of its inputs.
+        shape: of one of its inputs, such as (3, S, S).
         output: name of the graph's output.
         path: of the file.
 
@@ -65,7 +65,7 @@ def write_onnx(net: nn.Module, size: int, output: str, path: Path) -> float:
             warnings.simplefilter("ignore", DeprecationWarning)
             torch.onnx.export(
                 net,
-                (torch.zeros(2, 3, size, size),),
+                (torch.zeros(2, *shape),),
                 str(path),
                 input_names=[INPUT],
                 output_names=[output],
@@ -81,7 +81,7 @@ def write_onnx(net: nn.Module, size: int, output: str, path: Path) -> float:
             f"({type(error).__name__}: {reason.strip()}); use --format safetensors"
             f"{'' if _EXPORTER_IS_TESTED else ', or torch 2.11 or newer'}"
         ) from error
-    difference = measure_difference(net, size, path)
+    difference = measure_difference(net, shape, path)
     if not difference <= LARGEST_DIFFERENCE:  # NaN, too
         raise UsageError(
             f"the outputs of {FILE} differ from torch by {difference:.1e} of the largest value, "
@@ -91,7 +91,7 @@ def write_onnx(net: nn.Module, size: int, output: str, path: Path) -> float:
 
 
 @torch.no_grad()
-def measure_difference(net: nn.Module, size: int, path: Path) -> float:
+def measure_difference(net: nn.Module, shape: Sequence[int], path: Path) -> float:
     """Return the largest difference between a file and its network, relative to the largest value.
 
     Both receive normal noise in batches of several sizes. NaN if an output is NaN, infinity if a
@@ -102,7 +102,7 @@ def measure_difference(net: nn.Module, size: int, path: Path) -> float:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
     for rows in _BATCH_SIZES:
-        x = torch.randn(rows, 3, size, size, generator=generator("onnx", rows))
+        x = torch.randn(rows, *shape, generator=generator("onnx", rows))
         expected = net(x)
         actual = torch.from_numpy(session.run(None, {INPUT: x.numpy()})[0])
         if actual.shape != expected.shape:
