@@ -39,6 +39,7 @@ from dml_accel.inference.checkpoints import read_checkpoint_peers
 from dml_accel.inference.export import ENSEMBLE, FORMATS, Exported, deliver, select_peers
 from dml_accel.inference.export import export as write_export
 from dml_accel.inference.load import BEST, LAST, TrainedPeers, read_trained_peers
+from dml_accel.inference.own import export_own, find_own
 from dml_accel.inference.predict import ImagePrediction
 from dml_accel.models.hub import local_folder, name_of
 from dml_accel.training.run_folder import WEIGHTS, SavedRun
@@ -485,6 +486,17 @@ def export_as(values: Mapping[str, Any]) -> Exported:
         raise UsageError(f"--format is {style}; it must be one of {', '.join(FORMATS)}")
     if style == "onnx":
         require_packages("--format onnx", *onnx.PACKAGES)
+    network = values.get("network")
+    if network is not None:
+        if values["checkpoint"] is not None:
+            raise UsageError("network= writes the weights of a finished run: leave checkpoint out")
+        own = find_own(local_folder(os.fspath(values["source"])), peer, values["weights"] or LAST)
+        return deliver(
+            lambda folder: export_own(own, network, folder, style),
+            expanded(os.fspath(values["to"])) if values["to"] else None,
+            values["push_to"],
+            values["private"],
+        )
     with opened(values["source"], values["checkpoint"], values["weights"], peer or "") as peers:
         chosen, name = select_peers(peers, peer)
         return deliver(
