@@ -200,10 +200,10 @@ class MethodConfig(Section):
         Raises:
             UsageError: the text says what to start.
         """
-        for flag, one in (("divergence", self.facts), ("target", self.one_target)):
+        for name, one in (("divergence", self.facts), ("target", self.one_target)):
             refuse(
                 one.missing,
-                f"--{flag} {one.name} is not registered: start from the file that registers it, "
+                f"--{name} {one.name} is not registered: start from the file that registers it, "
                 "python FILE.py ...",
             )
 

@@ -28,6 +28,7 @@ def remember(thing: Callable[..., Any]) -> None:
     """Read the file or the notebook cell of a function or class, as it is now."""
     for function in _functions(thing):
         file = function.__code__.co_filename
+        linecache.checkcache(file)  # a module may be loaded again
         _LINES[file] = linecache.getlines(file, function.__globals__)
 
 

@@ -249,9 +249,7 @@ def own_target(
     taken = _parameters(what, thing, ("logits", "weights"), ("labels",), numbers=False)
 
     def of_all(logits: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
-        found: Tensor = taken.call(
-            thing, {"logits": logits, "weights": weights, "labels": labels}
-        )
+        found: Tensor = taken.call(thing, {"logits": logits, "weights": weights, "labels": labels})
         return found
 
     _check_function(what, of_all)

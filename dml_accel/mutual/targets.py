@@ -52,9 +52,9 @@ class Targets(NamedTuple):
 
 
 class Target(ABC):
-    """A target of the user's own that can be made of a sum over the teachers; see ``register_target``.
+    """A target of the user's own that is made of a sum over the teachers.
 
-    Logits are those of the run over T. Nothing here has gradients.
+    See ``dml_accel.register_target``. Logits are those of the run over T. Nothing here has gradients.
 
     Attributes:
         shared: whether all peers have the same target, of which they are part themselves.

@@ -358,7 +358,11 @@ def ignores_weights(logits: Tensor, weights: Tensor) -> Tensor:
 
 
 REFUSED = [
-    ("divergence", lambda log_p, log_q: log_q.sum(-1, keepdim=True), r"returns \[6, 1\] for .*\[6\]"),
+    (
+        "divergence",
+        lambda log_p, log_q: log_q.sum(-1, keepdim=True),
+        r"returns \[6, 1\] for .*\[6\]",
+    ),
     ("divergence", lambda log_p, log_q: 1.0, "returns float, not a tensor"),
     ("divergence", lambda log_p, log_q: (log_q / 0).sum(-1), "not finite"),
     ("divergence", lambda log_p, log_q: log_q.missing, "fails: AttributeError: 'Tensor' object"),
