@@ -90,7 +90,8 @@ class MethodConfig(Section):
     frozen_peers: tuple[str, ...] = flag(
         (),
         "trained networks that teach and are not updated: folders peers/<name> of finished runs, "
-        "run folders for all of their peers, or hf-hub:owner/name. In --links they are frozen-0, frozen-1, ...",
+        "run folders for all of their peers, or hf-hub:owner/name. In --links they are frozen-0, "
+        "frozen-1, ...",
         nargs="+",
         metavar="DIR",
     )
