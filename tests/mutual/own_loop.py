@@ -1,6 +1,6 @@
 """One process of the example loops: take a step in double precision, and write its gradients.
 
-    accelerate launch --multi_gpu --num_processes 2 tests/mutual/own_loop.py FOLDER
+accelerate launch --multi_gpu --num_processes 2 tests/mutual/own_loop.py FOLDER
 """
 
 import os
@@ -15,11 +15,11 @@ from torch import nn
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs/examples")]
 
-import accelerate_apart
-import accelerate_loop
-from torch_loop import digits, make_net
+import accelerate_apart  # noqa: E402
+import accelerate_loop  # noqa: E402
+from torch_loop import digits, make_net  # noqa: E402
 
-import dml_accel
+import dml_accel  # noqa: E402
 
 # Arguments of the loss, whose names are those of the flags.
 METHODS = {
