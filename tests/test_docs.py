@@ -189,7 +189,7 @@ def test_every_python_block_is_run() -> None:
     assert {page: n for page, n in counts.items() if n} == {
         "README.md": 1,
         "docs/inference.md": 1,
-        "docs/python.md": 3,
+        "docs/python.md": 4,
         "docs/training.md": 2,
     }
 
@@ -240,6 +240,21 @@ def test_config_and_loss_are_used_as_shown(capsys: pytest.CaptureFixture[str]) -
     exec(block("docs/python.md", "mutual_loss("), names)
     assert all(net.weight.grad.abs().sum() > 0 for net in names["nets"])
     assert capsys.readouterr().out.count("tensor(") == 2
+
+
+@pytest.mark.usefixtures("registry")
+def test_methods_of_your_own_are_compared_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    # Another name than above, as imports are kept.
+    (tmp_path / "methods_of_mine.py").write_text(block("docs/python.md", "register_divergence("))
+    mine = importlib.import_module("methods_of_mine")
+    words = "compare --methods hellinger brier largest mine --cohort resnet8*2 --dataset digits"
+    words += " --image-size 8 --batch-size 8 --max-steps 1 --seeds 1 --cpu --output-dir runs"
+    assert mine.cli.main(words.split()) == 0
+    assert "Hellinger at 2" in Path("runs/results.md").read_text()
 
 
 def test_the_worked_example_works(tmp_path: Path) -> None:
