@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -100,12 +101,13 @@ def digits() -> sources.Source:
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Forget at the end what a test has registered."""
-    tables = (DIVERGENCES, MAKERS, TARGETS, OWN_TARGETS, METHODS, methods._IMPLIED)
+    names: tuple[dict[str, Any], ...] = (DIVERGENCES, MAKERS, TARGETS, OWN_TARGETS)
+    tables = (*names, METHODS, methods._IMPLIED)
     before = [dict(one) for one in tables]
     yield
     for table, content in zip(tables, before, strict=True):
         table.clear()
-        table.update(content)  # type: ignore[arg-type]
+        table.update(content)
     forget_lessons()
 
 

@@ -27,7 +27,7 @@ from dml_accel.mutual.divergences import Divergence, OfPairs
 from dml_accel.mutual.targets import Target, TargetFunction
 
 _K, _L, _B, _C = 3, 4, 6, 5  # of the example
-_CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+_CLOSE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def _labels() -> Tensor:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, **_CLOSE)
+    return one.shape == other.shape and torch.allclose(one, other, _CLOSE, _CLOSE)
 
 
 def _checked(

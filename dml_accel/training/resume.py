@@ -385,11 +385,15 @@ def changed_sources(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> list[s
     found = saved.get("registered")
     theirs = found if isinstance(found, dict) else {}
     return [
-        f"--{flag} {(ours.get(flag) or theirs.get(flag))['name']} (sha256 "
+        f"--{flag} {_name(ours.get(flag) or theirs.get(flag))} (sha256 "
         f"{_short(theirs.get(flag))}, now {_short(ours.get(flag))})"
         for flag in ("divergence", "target")
         if ours.get(flag) != theirs.get(flag)
     ]
+
+
+def _name(record: Any) -> str:
+    return printable(str(record.get("name"))) if isinstance(record, dict) else ""
 
 
 def _short(record: Any) -> str:

@@ -86,7 +86,7 @@ def test_labels_reach_the_rows_that_they_belong_to(logits: Tensor, labels: Tenso
         return log_p.exp()[rows, labels_N] * -log_q[rows, labels_N]
 
     log_p = logits.log_softmax(-1)
-    right = [
+    right: list[Any] = [
         sum(
             -log_p[other, row, labels[row]].exp() * log_p[k, row, labels[row]]
             for other in range(K)
@@ -248,7 +248,7 @@ def test_one_that_derives_from_ours_is_not_taken_for_it(logits: Tensor, labels: 
 )
 def test_what_is_exchanged(kind: str, thing: Any, numbers: int, refused: str) -> None:
     register(kind, thing, {})
-    assert MethodConfig(**{kind: "own"}).numbers_taught(C) == numbers
+    assert Config(**{kind: "own"}).method.numbers_taught(C) == numbers
     if refused:
         with pytest.raises(UsageError, match=rf"--{kind} own compares peers .* {refused}"):
             Config(**{kind: "own"}, exchange="sum")

@@ -221,7 +221,8 @@ def test_methods_are_compared_over_seeds_and_read_without_the_file(
 
 def test_a_forged_record_registers_nothing(tmp_path: Path) -> None:
     before = dict(DIVERGENCES), dict(TARGETS)
-    for record in (None, [], {"divergence": []}, {"divergence": {"name": 1}}, {"target": "x"}):
+    forged: list[Any] = [None, [], {"divergence": []}, {"divergence": {"name": 1}}, {"target": "x"}]
+    for record in forged:
         allow_recorded(record)
         allow_recorded({"divergence": record, "target": {"name": "a b"}})
     assert (dict(DIVERGENCES), dict(TARGETS)) == before
