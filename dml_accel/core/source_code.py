@@ -18,8 +18,8 @@ from typing import Any
 from dml_accel.core.errors import UsageError
 
 # Instructions of Python 3.11 to 3.13 that read a name from around a function.
-_READS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
-_READS += ("LOAD_FROM_DICT_OR_GLOBALS", "LOAD_FROM_DICT_OR_DEREF")
+_READS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"}
+_READS |= {"LOAD_FROM_DICT_OR_GLOBALS", "LOAD_FROM_DICT_OR_DEREF"}
 # Lines of each file as they were when it registered something: it may be edited while a run lasts.
 _LINES: dict[str, list[str]] = {}
 

@@ -101,10 +101,10 @@ def own_divergence(
     what = f"divergence {name!r}"
     make: Callable[..., Divergence]
     if isinstance(thing, type):
-        refuse(
-            not issubclass(thing, Divergence),
-            f"{what}: the class {thing.__name__} is not a subclass of dml_accel.Divergence",
-        )
+        if not issubclass(thing, Divergence):
+            raise UsageError(
+                f"{what}: the class {thing.__name__} is not a subclass of dml_accel.Divergence"
+            )
         make = thing
         numbers = {key: _number(what, key, one) for key, one in thing.defaults.items()}
     else:
@@ -152,7 +152,7 @@ def _check_divergence(what: str, made: Divergence) -> None:
     taught = _checked(what, "teach", made.teach, [(log_p, -2), (labels, -1)], (_L, _B, None), -2)
     leaf = _log_posteriors(_K, seed=1).requires_grad_()
     log_q, other = leaf * 1, (labels + 1) % _C
-    cases = [(log_q, taught[:_K], (_K, _B))]
+    cases: list[tuple[Tensor, Tensor, tuple[int, ...]]] = [(log_q, taught[:_K], (_K, _B))]
     if not made.linear:  # every teacher is compared with every peer
         cases.append((log_q[:, None], taught, (_K, _L, _B)))
     for q, one, shape in cases:

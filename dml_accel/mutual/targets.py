@@ -54,7 +54,7 @@ class Targets(NamedTuple):
 class Target(ABC):
     """A target of the user's own that is made of a sum over the teachers.
 
-    See ``dml_accel.register_target``. Logits are those of the run over T. Nothing here has gradients.
+    See ``dml_accel.register_target``. Logits are those of the run over T; none have gradients.
 
     Attributes:
         shared: whether all peers have the same target, of which they are part themselves.
