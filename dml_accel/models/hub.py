@@ -315,7 +315,7 @@ def push_folder(target: PushTarget, folder: Path) -> Pushed:
     if CARD in files:
         contents[CARD] = _card_of(target, files[CARD])
     stale = sorted(name for name in target.files - files.keys() if _is_exported(name, target.files))
-    operations = [
+    operations: list[Any] = [
         *(CommitOperationDelete(name) for name in stale),
         *(CommitOperationAdd(name, content) for name, content in contents.items()),
     ]
@@ -351,16 +351,21 @@ def push_folder(target: PushTarget, folder: Path) -> Pushed:
 @contextlib.contextmanager
 def _bars_on_terminals() -> Iterator[None]:
     """Let the hub's library draw its progress on terminals only, and end the line of a bar."""
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    draws = not utils.are_progress_bars_disabled()
+    draws = not are_progress_bars_disabled()
     is_free = constants.HF_HUB_DISABLE_PROGRESS_BARS is None  # else the user decides
     if draws and is_free and not sys.stderr.isatty():
-        utils.disable_progress_bars()
+        disable_progress_bars()
         try:
             yield
         finally:
-            utils.enable_progress_bars()
+            enable_progress_bars()
         return
     try:
         yield
@@ -390,8 +395,9 @@ def _card_of(target: PushTarget, path: Path) -> bytes:
     name = f"{HUB_PREFIX}{target.repository}"
     text = text.replace("local-dir:path/to/this/folder", name).replace("path/to/this/folder", name)
     card = ModelCard(text, ignore_metadata_errors=True)
-    if TAG not in (card.data.tags or ()):
-        card.data.tags = [*(card.data.tags or ()), TAG]
+    tags = card.data.get("tags") or []
+    if TAG not in tags:
+        card.data["tags"] = [*tags, TAG]
     for key, value in target.licence.items():
         setattr(card.data, key, value)
     return str(card).encode()
