@@ -47,8 +47,8 @@ def test_what_is_used_is_imported_then() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    script = "import dml_accel\ntry: dml_accel.train\nexcept AttributeError as error: print(error)"
-    assert python(script) == "module 'dml_accel' has no attribute 'train'"
+    script = "import dml_accel\ntry: dml_accel.trian\nexcept AttributeError as error: print(error)"
+    assert python(script) == "module 'dml_accel' has no attribute 'trian'"
 
 
 # ---------------------------------------------------------------- timm

@@ -7,6 +7,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NoReturn
@@ -28,7 +29,7 @@ from dml_accel.training.loop import EvaluationRecord, StepRecord, steps_to_take
 _WARM_UP_STEPS = 2
 _SECONDS_BETWEEN_LINES = 10.0
 _CLEAR_LINE = "\r\x1b[K"
-_NARROWEST_BAR = 8  # columns
+_NARROWEST_BAR, _NOTEBOOK_COLUMNS = 8, 100
 # Of ": 100%|", "| 00:00<00:00" and ", ", which tqdm puts around what we add.
 _COLUMNS_BESIDE_BAR = 22
 
@@ -204,11 +205,19 @@ class Windows:
         }
 
 
-class Display:
-    """A progress bar with the remaining time on a terminal, plain lines elsewhere; all on stderr.
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, which shows what is printed."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return hasattr(shell, "kernel")
 
-    On a terminal, what else is printed while the bar is there appears above it. Peers are shown in
-    the order of the command line.
+
+class Display:
+    """A progress bar with the remaining time on a terminal or in a notebook, else plain lines.
+
+    All of it is on stderr. On a terminal, what else is printed while the bar is there appears above
+    it. In a notebook the bar is a widget if ipywidgets is installed, else a line that moves in
+    place. Peers are shown in the order of the command line.
 
     Args:
         work: cost of all runs that will be shown, in the unit of their workloads.
@@ -220,7 +229,9 @@ class Display:
     def __init__(self, work: float, quiet: bool = False, many: bool = False) -> None:
         self._work, self._quiet, self._many = work, quiet, many
         self._seconds_between_lines = 60.0 if many else _SECONDS_BETWEEN_LINES
-        self._columns = terminal_columns(sys.stderr)
+        notebook = in_notebook()
+        self._widget = notebook and find_spec("ipywidgets") is not None
+        self._columns = _NOTEBOOK_COLUMNS if notebook else terminal_columns(sys.stderr)
         self._bar: tqdm[NoReturn] | None = None
         self._streams = contextlib.ExitStack()
         if quiet and self._columns:  # the terminal may show the bar of the first process
@@ -298,13 +309,17 @@ class Display:
             self._bar.close()
 
     def _show_bar(self) -> None:
-        self._bar = tqdm(
-            total=100,
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            smoothing=0,
-            ncols=self._columns,
-            file=sys.stderr,
-        )
+        options: dict[str, Any] = {
+            "total": 100,
+            "bar_format": "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            "smoothing": 0,
+        }
+        if self._widget:
+            from tqdm.notebook import tqdm as widget
+
+            self._bar = widget(**options)
+            return
+        self._bar = tqdm(**options, ncols=self._columns, file=sys.stderr)
         shown = sys.stderr
         self._streams.enter_context(contextlib.redirect_stderr(_AboveBar(shown, shown)))
         if terminal_columns(sys.stdout):
@@ -334,7 +349,8 @@ class Display:
         self._done += work
         if self._bar is not None:
             self._columns = terminal_columns(sys.stderr) or self._columns  # it may be resized
-            self._bar.ncols = self._columns
+            if not self._widget:
+                self._bar.ncols = self._columns
             self._bar.update(100 * self._done / self._work - self._bar.n)
 
     def _at(self, record: StepRecord | EvaluationRecord) -> str:

@@ -146,7 +146,10 @@ OWN = {
         "--cpu",
     },
     "predict": {"--checkpoint", "--weights", "--peer", "--format", "--cpu"},
-    "export": {"--checkpoint", "--weights", "--peer", "--to", "--format"},
+    "export": {
+        *("--checkpoint", "--weights", "--peer", "--to", "--format"),
+        *("--push-to", "--private"),
+    },
 }
 
 
@@ -210,7 +213,7 @@ USAGE = {
     "no folder": (["report", "no/such"], "no/such is not a folder; name a folder of runs"),
     "no run": (["evaluate", "no/such"], "no/such is not a folder; name a run, or peers/<name>"),
     "no images": (["predict", "no/such"], "the following arguments are required: IMAGE"),
-    "no target": (["export", "no/such"], "the following arguments are required: --to"),
+    "no folder to use": (["export", "no/such"], "no/such is not a folder; name a run, or"),
     "no network": (["export", "no/such", "--to", "x"], "no/such is not a folder; name a run, or"),
 }
 SCRIPT = """

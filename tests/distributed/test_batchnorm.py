@@ -12,6 +12,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.data.sources import Source
 from dml_accel.distributed import batchnorm
@@ -111,7 +112,9 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_start(
     if placement == "replicate":
         net = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
         images = digits.train.images[:8].float().permute(0, 3, 1, 2), digits.train.labels[:8]
-        ours = config.changed(placement="auto", max_steps=None)
+        ours = Config(
+            batch_size=batch, grad_accum=parts, batch_norm=batch_norm, float64=True, cpu=True
+        )
         with pytest.raises(UsageError, match="own cannot learn from a single image"):
             learn({"own": net}, images, images, ours)
 

@@ -210,7 +210,9 @@ def test_processes_must_read_the_same_files(digits: Source) -> None:
 
     images = digits.fingerprint.record()
     same = [{"resnet8-0": "a"}, {"frozen": {}, "links": None}]
-    refuse_other_files(checked("a"), _Other("memory", images, same))
+    refuse_other_files(checked("a"), _Other("memory", images, same, {}))
+    with pytest.raises(UsageError, match="rank 1 has another source of the registered"):
+        refuse_other_files(checked("a"), _Other("memory", images, same, {"target": "b"}))
     with pytest.raises(UsageError, match="rank 1 reads other files than rank 0"):
         refuse_other_files(checked("b"), _Other("memory", images, same))
     with pytest.raises(UsageError, match="--feed auto chooses another feed on rank 1 than on"):

@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from dml_accel.core.config import Config
 from dml_accel.core.versions import torch_release
+from dml_accel.data.given import read_given
 from dml_accel.training import checkpoint, loop
-from dml_accel.training.learn import _as_split
 from tests.fake_cuda import CUDA, FakeTraining, backward, fake_cuda, fake_tensors
 
 TORCH = torch_release()
 pytestmark = pytest.mark.skipif(
-    TORCH < (2, 15),
-    reason="fake CUDA tensors with gradients ask the driver for a stream in torch 2.6, not in 2.15",
+    TORCH < (2, 14),
+    reason="fake CUDA tensors with gradients ask the driver for a stream in torch 2.6, not in 2.14",
 )
 
 PRECISIONS: list[dict[str, Any]] = [
@@ -151,7 +151,8 @@ def test_learn_takes_tensors_from_a_device() -> None:
     # Images are measured, and orders drawn, on the host: these would be on two devices there.
     images, labels = torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
     with fake_cuda(), fake_tensors():
-        split = _as_split("train", (images.to(CUDA), labels.to(CUDA)))
+        split = read_given("train", (images.to(CUDA), labels.to(CUDA))).held
+    assert split is not None
     assert {split.images.device.type, split.labels.device.type} == {"cpu"}
 
 
