@@ -29,7 +29,8 @@ from dml_accel.distributed import environment
 from dml_accel.distributed.launch import launched_processes
 
 _running = threading.Lock()
-_IEEE, _NOT_SET = "highest", ("none", "ieee")
+_IEEE = "highest"
+_NOT_SET: tuple[str, ...] = ("none", "ieee")
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (_deterministic, lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1])),
     _attribute(torch.backends.cudnn, "deterministic"),
     _attribute(torch.backends.cudnn, "benchmark"),
-    _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),  # type: ignore[attr-defined]
+    _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
 ]
 
 

@@ -183,6 +183,8 @@ def plan_batches(train: Given, asked: int | None, steps_per_epoch: int | None) -
         UsageError: that cannot be told, or does not fit what was asked for.
     """
     source, partial, notes = train.source, 0, []
+    size: int
+    length: int | None
     known = whole_batches(source) if isinstance(source, DataLoader) else None
     if known:
         size, length, partial = known

@@ -21,7 +21,7 @@ from dml_accel.core.tables import percent, printable, results_table, table
 from dml_accel.core.versions import versions
 from dml_accel.data.decode import DamagedImagesError
 from dml_accel.data.loader import plain_reads
-from dml_accel.data.pictures import Damage
+from dml_accel.data.pictures import Damage, Pictures
 from dml_accel.data.splits import Split
 from dml_accel.distributed.device import device_versions
 from dml_accel.inference.load import BATCH_SIZE, Networks, TrainedPeers
@@ -215,6 +215,7 @@ def _images(split: Split, reading: Reading) -> Iterator[tuple[Tensor, list[int]]
     if isinstance(split.images, Tensor):
         yield from ((images, []) for images in split.images.split(BATCH_SIZE))
         return
+    assert isinstance(split.images, Pictures), "those of a data set"
     for read in plain_reads(split.images, BATCH_SIZE, reading.workers):
         if read.damage and not reading.skips:
             raise DamagedImagesError(read.damage)

@@ -487,7 +487,7 @@ def _settled(config: Config | None, flags: Mapping[str, Any]) -> tuple[Config, d
                 f"{name} is {chosen[name]!r} in config and {flags[name]!r} as a keyword: give it "
                 "once"
             )
-    config = Config(**chosen | flags)
+    config = Config(**{**chosen, **flags})
     values = config.as_dict()
     return config, {n: v for n, v in values.items() if n in flags or v != usual[n]}
 
