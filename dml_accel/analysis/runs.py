@@ -49,13 +49,22 @@ class Run:
         return [peer["name"] for peer in self.description["peers"]]
 
     @property
+    def is_own(self) -> bool:
+        """Whether its networks are modules that a caller of ``learn`` has named."""
+        return "learn" in self.description
+
+    @property
     def whole_cohort(self) -> list[str]:
         """The names of all peers of its cohort; a method of stages may train only some of them."""
+        if self.is_own:
+            return self.peers
         return [name for word in words_of(self.config.cohort) for name in word.peers]
 
     @property
     def nets(self) -> list[str]:
         """The network of each peer."""
+        if self.is_own:
+            return self.peers
         return [name.rpartition("-")[0] for name in self.peers]
 
     @property
@@ -209,6 +218,8 @@ def group_by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def networks_of(run: Run) -> list[str]:
     """Return the network of each peer with its arguments and the weights that it started from."""
+    if run.is_own:
+        return [f"{peer['name']}: {peer.get('arch')}" for peer in run.description["peers"]]
     return [
         f"{spec.arch}{sorted(spec.arguments.items())}"
         + ("" if spec.start is None else f" from {spec.start or 'the hub'}")

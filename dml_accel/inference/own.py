@@ -15,15 +15,6 @@ from dml_accel.models.timm_config import FILE
 from dml_accel.training.run_folder import WEIGHTS as FOLDERS
 
 
-def is_own(run: Path) -> bool:
-    """Whether a path is a run of ``learn``, or the folder of one of its networks."""
-    try:
-        find_own(run, None)
-    except UsageError:
-        return False
-    return True
-
-
 def find_own(path: Path, peer: str | None, weights: str = "last") -> Path:
     """Return the folder of a network that ``learn`` has trained.
 
