@@ -189,7 +189,7 @@ def test_every_python_block_is_run() -> None:
     assert {page: n for page, n in counts.items() if n} == {
         "README.md": 1,
         "docs/inference.md": 1,
-        "docs/python.md": 4,
+        "docs/python.md": 5,
         "docs/training.md": 2,
     }
 
@@ -232,6 +232,17 @@ def test_modules_are_trained_as_shown(
     # Two small networks recognise most digits after five epochs.
     assert names["record"].test["ensemble"]["top1"] > 0.85
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands_are_called_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block("docs/python.md", "dml_accel.train("), names)
+    assert "('resnet8-0', 'resnet8-1')" in capsys.readouterr().out
+    assert names["run"].results["ensemble"]["top1"] > 0.5
+    assert {"run", "evaluated", "exported"} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_config_and_loss_are_used_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
