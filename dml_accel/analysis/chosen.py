@@ -10,11 +10,11 @@ from dml_accel.analysis.methods import (
     METHODS,
     changes_of,
     peers_of,
+    refuse_unknown,
 )
 from dml_accel.analysis.stages import pupil_config, taught_by, teachers_config
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
-from dml_accel.core.flags import own_hint
 from dml_accel.core.method import MethodConfig
 from dml_accel.training.setup import check_pauses
 
@@ -51,12 +51,7 @@ def choose(config: Config, cohorts: Sequence[tuple[str, ...]], asked: Sequence[s
     Raises:
         UsageError: a method that is asked for by name cannot be had; the text says why.
     """
-    unknown = [name for name in asked if name not in (ALL, *METHODS)]
-    if unknown:
-        raise UsageError(
-            f"--methods {unknown[0]} is unknown; known are: {', '.join((ALL, *METHODS))}"
-            f"{own_hint('methods')}"
-        )
+    refuse_unknown(asked)
     everything = ALL in asked
     if everything and len(set(asked)) > 1:
         raise UsageError(f"--methods {ALL} are all that can be had: name {ALL} alone")

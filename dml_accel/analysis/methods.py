@@ -3,7 +3,7 @@
 A method is a set of flags: what it changes in the configuration that all methods share.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from dml_accel.analysis.published import all_published
 from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
+from dml_accel.core.errors import UsageError
+from dml_accel.core.flags import own_hint
 from dml_accel.core.method import MethodConfig
 
 
@@ -293,3 +295,17 @@ PRESETS = {
         {"train_limit": 10_000, "epochs": 20, "lr_step": 6, "eval_every": "5ep"},
     ),
 }
+
+
+def refuse_unknown(asked: Sequence[str]) -> None:
+    """Refuse names that are none of ``METHODS``, nor ``all``.
+
+    Raises:
+        UsageError: the text names those that there are.
+    """
+    for name in asked:
+        if name not in (ALL, *METHODS):
+            raise UsageError(
+                f"--methods {name} is unknown; known are: {', '.join((ALL, *METHODS))}"
+                f"{own_hint('methods')}"
+            )

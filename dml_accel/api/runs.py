@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dml_accel.analysis.methods import ALL, DEFAULT_METHODS, METHODS, PRESETS, SET_BY_METHODS
+from dml_accel.analysis.methods import DEFAULT_METHODS, PRESETS, SET_BY_METHODS, refuse_unknown
 from dml_accel.core import recipes
 from dml_accel.core.config import Config, flag_types, near, typed
 from dml_accel.core.config_file import read_config_file
@@ -504,11 +504,7 @@ def start_comparison(
         raise UsageError(f"--preset is {preset}; it must be one of {', '.join(PRESETS)}")
     if preset is not None and isinstance(values.get("config"), Config):
         raise UsageError(f"preset={preset!r} would change nothing: a Config sets every flag")
-    for name in methods:
-        if name not in (ALL, *METHODS):
-            raise UsageError(
-                f"--methods {name} is not known; known are {', '.join((ALL, *METHODS))}"
-            )
+    refuse_unknown(methods)  # here, before torch is imported
     if not isinstance(seeds, int) or isinstance(seeds, bool):
         raise UsageError(f"seeds is {seeds!r}; it must be a whole number")
     named = PRESETS.get(preset or "")

@@ -131,7 +131,7 @@ def test_a_configuration_a_file_and_a_recipe(tmp_path: Path) -> None:
         ("train", {"dataset": "digits", "cohort": "resnet9"}, "resnet9"),
         ("compare", {"target": "mean-logit"}, "compare has no target: use methods"),
         ("compare", {"resume": "auto"}, "the same call with the same output_dir resumes"),
-        ("compare", {"methods": "mutuel", "dataset": "digits"}, "--methods mutuel is not known"),
+        ("compare", {"methods": "mutuel", "dataset": "digits"}, "--methods mutuel is unknown"),
         ("compare", {"seeds": 1.5}, "seeds is 1.5; it must be a whole number"),
         ("compare", {"preset": "x"}, "--preset is x; it must be one of"),
     ],
