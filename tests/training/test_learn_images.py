@@ -170,8 +170,10 @@ DATA: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DATA)
-@pytest.mark.parametrize("leaves", ["break", "max_steps"])
+@pytest.mark.parametrize(
+    ("kind", "leaves"),
+    [(kind, "max_steps") for kind in DATA] + [("Dataset", "break"), ("DataLoader", "break")],
+)
 def test_a_run_goes_on_in_the_middle_of_an_epoch_as_if_uninterrupted(
     kind: str, leaves: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
