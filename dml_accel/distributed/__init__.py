@@ -11,6 +11,7 @@ In reading order:
     batchnorm    batch norm whose statistics span several processes
     costs        what an image costs a network: operations, memory, time
     compile      torch.compile: whether it pays, and what happens if it fails
+    exchange     what processes of different peers send each other
     placement    which processes train which peer, and the collectives between them
     plan         the predicted cost of each placement, and the choice between them
     wrap         a network made ready for training: on its device, compiled, in DDP

@@ -3,8 +3,8 @@
 The processes of a peer cut each batch into consecutive slices of rows; gradients are averaged among
 them, so that the peer takes the step that a single process would. ``replicate`` maps every peer to
 every process. Under ``split`` peers are on different processes, and what they learn from each
-other crosses between processes: the logits of the rows that both compute, or a sum of posteriors.
-Sums over peers always run in name order.
+other crosses between processes (``exchange``): the logits of the rows that both compute, or a sum
+of posteriors.
 
 Shape letters: K peers of the cohort, k of them in this process, B rows of its slice, C classes.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dml_accel.data.batches import slices
+from dml_accel.distributed.exchange import Exchange, teams_of
 from dml_accel.distributed.processes import Processes
 
 
@@ -51,19 +52,16 @@ class Placement:
         # Name order everywhere: sums over peers then do not depend on the order of the cohort.
         self.names = sorted(self.ranks)
         whole = list(range(processes.world_size))
-        self._held = [[name for name in self.names if rank in self.ranks[name]] for rank in whole]
-        self.mine = self._held[processes.rank]
+        self.mine = [name for name in self.names if processes.rank in self.ranks[name]]
         self._members = self.ranks[self.mine[0]]
         self.index = self._members.index(processes.rank)
         replicated = all(held == whole for held in self.ranks.values())
         self.kind = "replicate" if replicated else "split"
-        # torch requires that every process creates every group, in the same order.
-        everyone = sorted({tuple(held) for held in self.ranks.values()})
-        groups = {members: processes.group(members) for members in everyone}
-        self.group = groups[tuple(self._members)]
-        widths = [len(held) for held in self.ranks.values()]
-        # Slices are longest for the peer with the fewest processes.
-        self._narrowest, self._widest = min(widths), max(widths)
+        teams = teams_of(self.ranks)
+        # All processes create the same groups in this order, each those that it is in.
+        self.group = processes.group_in([team.ranks for team in teams])
+        self._exchange = Exchange(processes, teams) if len(teams) > 1 else None
+        self._widest = max(len(held) for held in self.ranks.values())
         self.spans_batch_norm = batch_norm == "group" and len(self._members) > 1
         # On the device once: a list as an index would be copied there, and waited for, every step.
         places = [self.names.index(name) for name in self.mine]
@@ -124,27 +122,9 @@ class Placement:
             count: rows of the whole micro-batch, over all slices.
             dtype: what is sent (default: that of the logits).
         """
-        if self.holds_all:
+        if self._exchange is None:
             return logits
-        # all_gather needs one shape: the most peers and the longest slice that any process has.
-        shape = (max(map(len, self._held)), -(-count // self._narrowest), logits.shape[-1])
-        sent = torch.zeros(shape, dtype=dtype or logits.dtype, device=self.device)
-        sent[: logits.shape[0], : logits.shape[1]] = logits
-        received = [torch.empty_like(sent) for _ in self._held]  # [most peers, longest slice, C]
-        dist.all_gather(received, sent)
-        # A peer's processes may cut the batch elsewhere than ours: take the overlaps, in order.
-        lo, hi = self.rows(count)
-        peers = []
-        for name in self.names:
-            pieces = []
-            cuts = slices(count, len(self.ranks[name]))
-            for rank, (start, stop) in zip(self.ranks[name], cuts, strict=True):
-                first, end = max(lo, start), min(hi, stop)
-                if first < end:
-                    block = received[rank][self._held[rank].index(name)]
-                    pieces.append(block[first - start : end - start])
-            peers.append(torch.cat(pieces) if pieces else sent[0, :0])
-        return torch.stack(peers).to(logits.dtype)
+        return self._exchange.logits(logits.to(dtype or logits.dtype), count).to(logits.dtype)
 
     def sum_over_peers(self, ours: Tensor, count: int) -> Tensor:
         """Add up what all peers have for our rows, [B, ...].
@@ -153,14 +133,18 @@ class Placement:
             ours: of our peers for our rows, [k, B, ...].
             count: rows of the whole micro-batch, over all slices.
         """
-        if self.holds_all:
-            return ours.sum(0)
-        lo, hi = self.rows(count)
-        # Each process adds its peers to the rows that it has; the others' rows of it are zero.
-        whole = ours.new_zeros(count, *ours.shape[2:])
-        whole[lo:hi] = ours.sum(0)
-        dist.all_reduce(whole)
-        return whole[lo:hi]
+        total = ours.sum(0)
+        return total if self._exchange is None else self._exchange.sum(total, count)
+
+    def broadcast(self, peer: str, tensors: Iterable[Tensor]) -> None:
+        """Give every process what the first of a peer's processes in its block has.
+
+        Args:
+            peer: its name.
+            tensors: of equal shapes in all processes; overwritten in those of other peers.
+        """
+        if self._exchange is not None:
+            self._exchange.broadcast(peer, tensors)
 
     def sum_over_rows(self, sums: Tensor) -> Tensor:
         """Add up sums over rows of all processes, in place."""

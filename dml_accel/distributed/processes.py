@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -51,7 +51,7 @@ class Processes:
     def __init__(self, numerics: NumericsConfig, compute: ComputeConfig) -> None:
         launched = launched_processes()
         self._timeout = timedelta(minutes=compute.timeout)
-        self._groups: dict[tuple[int, ...], Any] = {}
+        self._groups: dict[tuple[tuple[int, ...], ...], Any] = {}
         # Without an accelerator, several processes must be told to use the CPU; else Accelerate
         # makes each of them a run of its own.
         on_cpu = compute.cpu or (launched > 1 and runs_on_cpu(compute))
@@ -166,17 +166,26 @@ class Processes:
             nccl = "nccl" in dist.get_backend()
             dist.barrier(device_ids=[self.device.index] if nccl else None)
 
-    def group(self, ranks: Sequence[int]) -> Any:
-        """Return the process group of some ranks; None for all of them, or for a single one.
+    def group_in(self, parts: Iterable[Sequence[int]]) -> Any:
+        """Return the process group of our part of all processes; None for all of them.
 
-        All processes must ask for the same groups in the same order.
+        Each process creates its own group only: the time does not grow with the number of parts.
+
+        Args:
+            parts: ranks of each, ascending; every process is in one. The same in all processes,
+                which must ask for the same parts in the same order.
         """
-        if not 1 < len(ranks) < self.world_size:
+        division = tuple(sorted(map(tuple, parts)))
+        if len(division) in (1, self.world_size):
             return None
-        members = tuple(ranks)
-        if members not in self._groups:
-            self._groups[members] = dist.new_group(list(members), timeout=self._timeout)
-        return self._groups[members]
+        # Kept by the whole division, so that all processes have created as many groups: torch makes
+        # a group's name of its ranks and of how many there are.
+        if division not in self._groups:
+            (ours,) = (part for part in division if self.rank in part)
+            self._groups[division] = dist.new_group(
+                list(ours), timeout=self._timeout, use_local_synchronization=True
+            )
+        return self._groups[division]
 
     # ------------------------------------------------------------ liveness
 
