@@ -125,7 +125,7 @@ def cases() -> dict[str, dict[str, Any]]:
         # 47 images: 23 and 24 for two processes of one peer.
         "split": split(),
         "split, equal peers": split(cohort=["resnet8*2"], max_steps=4),
-        "split, three peers": split(cohort=["resnet20", "resnet8", "wrn_16_2"], max_steps=3),
+        "split, four peers": split(cohort=["resnet20", "resnet8*2", "wrn_16_2"], max_steps=3),
         "split, accumulated and clipped": split(grad_accum=5, clip_norm=0.5, max_steps=4),
         "split, permuted": split(cohort=["resnet20", "resnet8"], max_steps=2),
         "split, sums": split(exchange="sum", max_steps=3),
@@ -162,7 +162,7 @@ WHOLE = {
 SPLIT = [
     "split",
     "split, equal peers",
-    "split, three peers",
+    "split, four peers",
     "split, accumulated and clipped",
     "split, permuted",
     "split, sums",
@@ -182,8 +182,14 @@ RANKS = {
     ("split", 3): {"resnet20-0": [0, 1], "resnet8-0": [2]},
     ("split, equal peers", 2): {"resnet8-0": [0], "resnet8-1": [1]},
     ("split, equal peers", 3): {"resnet8-0": [0, 1], "resnet8-1": [2]},
-    ("split, three peers", 2): {"resnet20-0": [0], "resnet8-0": [1], "wrn_16_2-0": [1]},
-    ("split, three peers", 3): {"resnet20-0": [0], "resnet8-0": [1], "wrn_16_2-0": [2]},
+    ("split, four peers", 2): {
+        **{"resnet20-0": [0], "resnet8-1": [0]},
+        **{"resnet8-0": [1], "wrn_16_2-0": [1]},
+    },
+    ("split, four peers", 3): {
+        **{"resnet20-0": [0], "wrn_16_2-0": [1]},
+        **{"resnet8-0": [2], "resnet8-1": [2]},
+    },
 }
 
 
@@ -197,7 +203,7 @@ OF_TWO = {
     "broken gradient mean",
     "split",
     "split, equal peers",
-    "split, three peers",
+    "split, four peers",
     "split, accumulated and clipped",
     "split, sums",
     "split, modern",
@@ -597,7 +603,7 @@ def test_broken_groups_do_not_pass(found: Callable[[int], Found], case: str) -> 
 
 
 @several
-@pytest.mark.parametrize(("case", "images"), [("split", 101), ("split, loader", 5)])
+@pytest.mark.parametrize(("case", "images"), [("split, four peers", 101), ("split, loader", 5)])
 def test_split_evaluation_counts_every_image_once(
     found: Callable[[int], Found], processes: int, case: str, images: int
 ) -> None:
