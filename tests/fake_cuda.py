@@ -291,7 +291,7 @@ class FakeProcesses(Processes):
 
     def __init__(self, accelerator: Accelerator, rank: int, world_size: int) -> None:
         self.accelerator, self.device = accelerator, CUDA
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self._liveness = rank, world_size, None
 
 
 class _NoAverage(nn.Module):
