@@ -152,6 +152,11 @@ METHODS = {
         "SwitOKD, ECCV 2022",
         {"update": "switch"},
     ),
+    "codistillation": Method(
+        "each learns from the others' weights of up to 50 steps ago",
+        "arXiv 1804.03235",
+        {"exchange_every": 50},
+    ),
     "distill": Method(
         "pupils of --frozen-peers, which belong to this method only",
         changes={"links": "frozen"},
@@ -177,7 +182,7 @@ TEACHERS, PUPIL = "teachers", "pupil"
 # Flags that only methods set, so that a comparison does not take them.
 SET_BY_METHODS = (
     *("update", "target", "kl_images", "divergence", "divergence_args"),
-    *("standardize", "gate", "kl_ramp"),
+    *("standardize", "gate", "kl_ramp", "exchange_every"),
 )
 # How runs of one comparison may differ.
 MAY_DIFFER = frozenset({"cohort", "seed", *MethodConfig.names()})

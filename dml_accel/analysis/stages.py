@@ -50,7 +50,7 @@ def taught_by(pupil: Config, teachers: str) -> Config:
 def shared_flags(config: Config, stage: Config) -> dict[str, Any]:
     """Return the flags that a stage has changed and the methods of a comparison share."""
     others, changed = config.as_dict(), stage.differences(config)
-    own = {*MethodConfig.names()} - {"kl_warmup"}
+    own = {*MethodConfig.names()} - {"kl_warmup", "burn_in"}
     return {name: others[name] for name in others if name in changed and name not in own}
 
 
@@ -81,6 +81,7 @@ def _shortened(config: Config) -> Config:
     changes["max_steps"] = None if optim.max_steps is None else share(optim.max_steps)
     changes["warmup"] = optim.warmup * scale
     changes["kl_warmup"] = round(config.method.kl_warmup * scale)
+    changes["burn_in"] = share(config.method.burn_in)
     drops = list(optim.lr_milestones)
     if optim.lr_schedule == "step":
         drops = [float(at) for at in range(optim.lr_step, optim.epochs, optim.lr_step)]

@@ -814,6 +814,23 @@ def _refuse_conflicts(config: Config) -> None:
         "--teach-with ema needs --batch-norm group: averages predict by their running statistics, "
         "which must be the same in all processes of a peer",
     )
+    stale = f"--exchange-every {method.exchange_every}"
+    refuse(
+        method.exchange_every > 1 and config.numerics.batch_norm == "local",
+        f"{stale} needs --batch-norm group: weights of the last exchange predict by their running "
+        "statistics, which must be the same in all processes of a peer",
+    )
+    for name, on in (
+        ("--exchange sum", compute.exchange == "sum"),
+        (
+            f"--exchange-dtype {config.numerics.exchange_dtype}",
+            config.numerics.exchange_dtype is not None,
+        ),
+    ):
+        refuse(
+            method.exchange_every > 1 and on,
+            f"{name} has no effect with {stale}, which sends weights: drop one",
+        )
     for name, on in (
         ("--keep best", config.run.keep == "best"),
         (f"--early-stop {config.optim.early_stop}", config.optim.early_stop is not None),
@@ -828,6 +845,12 @@ def _refuse_conflicts(config: Config) -> None:
         f"--kl-warmup {method.kl_warmup} is more than --epochs {config.optim.epochs}, so the KL "
         "weight would never reach --kl-weight: lower it",
     )
+    if config.optim.max_steps is not None:
+        refuse(
+            method.burn_in >= config.optim.max_steps,
+            f"--burn-in {method.burn_in} is not below --max-steps {config.optim.max_steps}, so the "
+            "KL term would never begin: lower it",
+        )
 
 
 # ---------------------------------------------------------------- flags

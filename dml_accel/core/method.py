@@ -68,6 +68,18 @@ class MethodConfig(Section):
         "how it grows: along a line, or along exp(-5 (1 - t)^2) (sigmoid)",
         choices=("linear", "sigmoid"),
     )
+    burn_in: int = flag(
+        0,
+        "optimizer steps before the KL term begins; --kl-warmup counts from there",
+        Range(at_least=0),
+    )
+    exchange_every: int = flag(
+        1,
+        "optimizer steps between two exchanges. 1: peers learn from each other's predictions in "
+        "this step. Above: from those of each other's weights as they were at the last exchange, "
+        "which each process predicts with itself (codistillation, arXiv 1804.03235)",
+        Range(at_least=1),
+    )
     update: str = flag(
         "simultaneous",
         "which peers are updated when. "
@@ -165,7 +177,29 @@ class MethodConfig(Section):
             f"--update {self.update} compares the predictions of two peers, not of averages or "
             "frozen peers: drop --teach-with and --frozen-peers",
         )
+        self._refuse_stale()
         divergence.values(self.divergence_args)
+
+    def _refuse_stale(self) -> None:
+        """Refuse what weights of the last exchange cannot teach."""
+        if self.exchange_every == 1:
+            return
+        flag_text = f"--exchange-every {self.exchange_every}"
+        refuse(
+            self.schedule.takes_turns or self.schedule.pauses,
+            f"{flag_text} needs --update simultaneous: with {self.update}, peers are updated by "
+            "their predictions in the step itself",
+        )
+        refuse(
+            self.teach_with == "ema",
+            f"{flag_text} teaches with the weights of the last exchange, and --teach-with ema with "
+            "averages: drop one",
+        )
+        refuse(
+            self.links == "frozen",
+            f"{flag_text} is about what peers teach each other, and with --links frozen only "
+            "frozen peers teach: drop one",
+        )
 
     @property
     def facts(self) -> DivergenceFacts:

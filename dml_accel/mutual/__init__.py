@@ -13,6 +13,7 @@ In reading order:
     pausing      which of two peers pauses in a step of the schedule switch
     teaching     the targets and losses of a run's peers
     averages     the average of a peer's weights over its steps
+    snapshots    the weights of all peers at the last exchange
     buffers      the buffers of a network over a step: counted, kept, put back
     peer         a peer in training: network, optimizer, loss scaler, one update
     teachers     frozen peers, which teach and are not updated

@@ -34,8 +34,8 @@ def copy_of(module: nn.Module, name: str) -> nn.Module:
         return copy.deepcopy(module).requires_grad_(False).eval()
     except Exception as error:  # networks of users raise their own kinds
         raise UsageError(
-            f"--ema averages the weights of {name} in a copy, but it cannot be copied: "
-            f"{one_line(error)}"
+            f"--ema and --exchange-every keep weights of {name} in a copy, but it cannot be "
+            f"copied: {one_line(error)}"
         ) from error
 
 

@@ -11,6 +11,7 @@ from dml_accel.models.optim import is_fused
 from dml_accel.models.spec import PeerSpec
 from dml_accel.mutual.averages import Average
 from dml_accel.mutual.buffers import Buffers
+from dml_accel.mutual.snapshots import Snapshot
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Peer:
         keeps_gradients: give gradients memory of their own, because the memory of a backward pass
             is reused by the next network's, as with CUDA graphs.
         average: the average of its weights, with ``--ema``.
+        snapshot: its weights at the last exchange, with ``--exchange-every``.
         best: with ``--keep best``, its weights at its best evaluation up to now, on the host.
         rates: learning rates of the groups of an optimizer of the caller's, which the rate of a
             step multiplies; empty where the rate of a step is that of all groups.
@@ -41,6 +43,7 @@ class Peer:
     scaler: torch.amp.GradScaler
     keeps_gradients: bool = False
     average: Average | None = None
+    snapshot: Snapshot | None = None
     best: dict[str, Tensor] | None = None
     rates: tuple[float, ...] = ()
     _buffers: Buffers = field(init=False)

@@ -33,6 +33,7 @@ from dml_accel.distributed.placement import Placement
 from dml_accel.mutual.losses import Losses
 from dml_accel.mutual.pausing import is_paused
 from dml_accel.mutual.peer import Peer
+from dml_accel.mutual.snapshots import Snapshots
 from dml_accel.mutual.targets import Targets
 from dml_accel.mutual.teachers import Teacher
 from dml_accel.mutual.teaching import Teaching
@@ -71,6 +72,8 @@ class Cohort:
         label_smoothing: share of each label that is spread over all classes.
         class_weights: factor of the cross-entropy with a label of each class, [C] on the device;
             None for 1.
+        snapshots: the weights that teach, with ``--exchange-every``; None where those of the step
+            do.
     """
 
     peers: Sequence[Peer]
@@ -84,6 +87,7 @@ class Cohort:
     low_memory: bool = False
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None
+    snapshots: Snapshots | None = None
 
     @property
     def one_at_a_time(self) -> bool:
@@ -111,11 +115,15 @@ class Step:
         cohort: what is trained.
         number: optimizer steps taken before.
         lr: learning rate, of all peers or by name.
+
+    Attributes:
+        has_kl: whether there is a KL term in this step.
     """
 
     def __init__(self, cohort: Cohort, number: int, lr: Rates) -> None:
         self.cohort, self.number, self.lr = cohort, number, lr
         self.peers, self.placement, self.teaching = cohort.peers, cohort.placement, cohort.teaching
+        self.has_kl = self.teaching.is_on_in(number)
         self.micro_batches = slices(cohort.optim.batch_size, cohort.optim.grad_accum)
         self._taken: dict[str, Tensor] = {}  # bools on the device
 
@@ -140,9 +148,17 @@ class Step:
         """Predict as in training but without a graph, [B, C]."""
         return peer.predict(x, self.dropout_key(peer, part))
 
-    def averages_logits(self, x: Tensor) -> Tensor | None:
-        """Return our peers' logits by the averages of their weights, [k, B, C], if those teach."""
-        if not (self.teaching.is_on and self.teaching.by_averages):
+    def logits_of_others(self, x: Tensor) -> Tensor | None:
+        """Return the logits that teach, where those of the trained weights do not; else None.
+
+        By averages of weights they are those of our peers, [k, B, C]; by the weights of the last
+        exchange those of all peers, [K, B, C].
+        """
+        if not self.has_kl:
+            return None
+        if self.cohort.snapshots is not None:
+            return self.cohort.snapshots.predict(x)
+        if not self.teaching.by_averages:
             return None
         averages = [peer.average for peer in self.peers]
         return torch.stack([one.predict(x) for one in averages if one is not None])
@@ -150,14 +166,17 @@ class Step:
     def frozen_contributions(self, x: Tensor, y: Labels) -> Tensor | None:
         """Return what the frozen peers contribute on our rows, [F, B, W]; None without any."""
         teachers = self.cohort.teachers
-        if not (teachers and self.teaching.is_on):
+        if not (teachers and self.has_kl):
             return None
         logits = torch.stack([one.predict(x) for one in teachers])
         return self.teaching.contributions(logits, y.classes)
 
     def targets(self, logits: Tensor, x: Tensor, y: Labels, count: int) -> Targets | None:
-        """Return our peers' targets on our rows of a micro-batch of ``count`` rows; None at w=0."""
-        if not self.teaching.is_on:
+        """Return our peers' targets on our rows of a micro-batch of ``count`` rows.
+
+        None without a KL term. For ``logits`` see ``Teaching.targets``.
+        """
+        if not self.has_kl:
             return None
         frozen = self.frozen_contributions(x, y)
         return self.teaching.targets(logits, y.classes, count, self.placement, frozen)
@@ -245,6 +264,8 @@ def train_step(
         peer whose loss is not finite is left as it was. And how many processes have each request,
         [R].
     """
+    if cohort.snapshots is not None:
+        cohort.snapshots.begin_step(number)
     step = Step(cohort, number, lr)
     found = _STEPS[cohort.update](step, requests)
     step.move_averages()
@@ -258,7 +279,7 @@ def _simultaneous(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     placement, parts = step.placement, step.micro_batches
     for peer in step.peers:
         step.begin(peer)
-    learn = _in_turn if step.cohort.one_at_a_time else _together
+    learn = _in_turn if step.cohort.one_at_a_time or not step.has_kl else _together
     sums = []
     for number, part in enumerate(parts):
         x, y = step.rows(step.number, part)  # [B, 3, S, S], [B]
@@ -281,7 +302,7 @@ def _simultaneous(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
 def _together(step: Step, x: Tensor, y: Labels, part: int, count: int) -> Tensor:
     """Forward of all peers, then backward of all; return sums of their losses' parts, [k, P]."""
     logits = torch.stack([step.forward(peer, x, part) for peer in step.peers])  # [k, B, C]
-    taught = step.averages_logits(x)
+    taught = step.logits_of_others(x)
     targets = step.targets(logits if taught is None else taught, x, y, count)
     losses, sums = step.losses(logits, y, targets, step.number)
     # A single backward pass for all peers: their graphs do not meet, because targets are constants.
@@ -292,8 +313,8 @@ def _together(step: Step, x: Tensor, y: Labels, part: int, count: int) -> Tensor
 def _in_turn(step: Step, x: Tensor, y: Labels, part: int, count: int) -> Tensor:
     """As ``_together``, but with one peer's activations at a time: targets are made first."""
     targets = None
-    if step.teaching.is_on:
-        looks = step.averages_logits(x)
+    if step.has_kl:
+        looks = step.logits_of_others(x)
         if looks is None:
             looks = torch.stack([_look(step, peer, x, part) for peer in step.peers])
         targets = step.targets(looks, x, y, count)
@@ -326,7 +347,7 @@ def _sequential(step: Step, requests: Requests) -> tuple[Tensor, Tensor]:
     x, y = step.rows(step.number, part)
     logits = [step.forward(peer, x, 0) for peer in peers]
     everyone = frozen = None
-    if teaching.is_on:
+    if step.has_kl:
         everyone = teaching.contributions(torch.stack(logits), y.classes)  # [K, B, W]
         frozen = step.frozen_contributions(x, y)
     means, turns = [], _turns(step)
@@ -366,7 +387,7 @@ def _official_targets(
     step: Step, place: int, own: Tensor, x: Tensor, y: Labels, part: int
 ) -> Targets | None:
     """Return the targets of the peer at ``place``: all others predict its batch."""
-    if not step.teaching.is_on:
+    if not step.has_kl:
         return None
     logits = [
         own if at == place else step.predict(peer, x, part) for at, peer in enumerate(step.peers)

@@ -35,9 +35,10 @@ class Teaching:
         exchange_dtype: ``--exchange-dtype``.
 
     Attributes:
-        is_on: whether there is a KL term at all; at weight 0 it is not computed.
+        is_on: whether there is a KL term in any step; at weight 0 it is not computed.
         lesson: the target, the divergence and what is done to logits before.
         by_averages: whether the averages of the peers' weights teach, not the weights themselves.
+        by_snapshots: whether their weights at the last exchange do.
         turns: names of the peers that are trained, in the order in which they take turns.
     """
 
@@ -55,6 +56,7 @@ class Teaching:
         self.turns, names = list(peers), sorted(peers)
         self.is_on = method.kl_weight > 0 and len(names) + len(frozen) > 1
         self.by_averages = method.teach_with == "ema"
+        self.by_snapshots = self.is_on and method.exchange_every > 1
         self._exchange_dtype = torch.bfloat16 if exchange_dtype == "bf16" else None
         self._teachers = [*names, *frozen]
         self.lesson = Lesson.of(method)
@@ -67,13 +69,17 @@ class Teaching:
             rows = [[links[k].get(teacher, 0.0) for teacher in self._teachers] for k in names]
             self._links = torch.tensor(rows, dtype=torch.float64)
 
+    def is_on_in(self, step: int) -> bool:
+        """Whether optimizer step ``step`` (from 0) has a KL term."""
+        return self.is_on and step >= self._method.burn_in
+
     def kl_weight(self, step: int, steps_per_epoch: int) -> float:
-        """Return the KL weight of optimizer step ``step`` (from 0); never 0 during warm-up."""
+        """Return the KL weight of a step that has a KL term; never 0 during warm-up."""
         steps = self._method.kl_warmup * steps_per_epoch
         weight = self._method.kl_weight
         if not steps:
             return weight
-        done = min(1.0, (step + 1) / steps)
+        done = min(1.0, (step - self._method.burn_in + 1) / steps)
         if self._method.kl_ramp == "sigmoid":  # of Laine and Aila, arXiv 1610.02242
             done = math.exp(-5 * (1 - done) ** 2)
         return weight * done
@@ -116,7 +122,8 @@ class Teaching:
         """Return the targets of our peers on our rows, exchanged between processes if needed.
 
         Args:
-            logits: of our peers for our rows, [k, B, C].
+            logits: of our peers for our rows, [k, B, C]; or of all peers, [K, B, C], where they are
+                here already, so that none are exchanged.
             labels: classes of our rows, [B]; -1 where there is none.
             count: rows of the whole micro-batch, over all slices.
             placement: which peers and rows are ours.
@@ -124,15 +131,14 @@ class Teaching:
         """
         logits = self._rounded(logits)
         own = self.lesson.contributions(logits, labels)
-        gathered = logits
-        if placement.holds_all:
-            everyone = own
+        gathered, places = logits, [placement.names.index(name) for name in placement.mine]
+        if len(logits) == len(placement.names):
+            everyone, own = own, torch.stack([own[place] for place in places])
         elif self._exchange == "sum":
             everyone = placement.sum_over_peers(own, count)[None]
         else:
             gathered = placement.gather(logits, count, self._exchange_dtype)
             everyone = self.lesson.contributions(gathered, labels)  # [K, B, W]
-        places = [placement.names.index(name) for name in placement.mine]
         found = self._make_targets(everyone, own, labels, places, frozen)
         if self._method.schedule.pauses:
             found = found._replace(behind=behind(gathered, labels)[places[0] : places[-1] + 1])

@@ -3,7 +3,8 @@
     step-00001000/
       state.json              step, what the run adds, the sha256 of every file and of itself
       <peer>.safetensors      parameters, buffers, the optimizer's tensors; where they are kept, the
-                              averages and the best of its weights (ema. and best.)
+                              averages and the best of its weights (ema. and best.), and those of
+                              the last exchange (snapshot.)
       <peer>.json             the optimizer's numbers, the loss scaler
 
 A folder gets its name once every file in it is on the disk. Reading checks everything, shapes
@@ -35,6 +36,7 @@ _FORMAT = 1
 _LARGEST_HEADER = 16 * 2**20  # bytes
 _STATE = "state.json"
 KINDS = ("model", "ema", "best")  # the weights of a peer, their average, its best ones
+_SNAPSHOT = "snapshot"  # the weights that it teaches with between two exchanges
 _SCALER = set(torch.amp.GradScaler("cpu").state_dict())
 
 
@@ -253,6 +255,10 @@ def _read_peer(
     _require_state_fits(folder, peer, tensors, rest)
     if bool(weights_in(tensors, "best")) != (peer.name in state.get("best", {})):
         raise UnreadableError(f"{path} and {_STATE} differ in whether they have best weights")
+    exchanged = peer.snapshot is not None and state["step"] > peer.snapshot.first
+    if bool(weights_in(tensors, _SNAPSHOT)) != exchanged:
+        has, step = "lacks" if exchanged else "has", state["step"]
+        raise UnreadableError(f"{path} {has} weights of an exchange at step {step}")
     return tensors, rest
 
 
@@ -317,6 +323,9 @@ def pack(peer: Peer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors |= {f"ema.{n}": t for n, t in peer.average.module.state_dict().items()}
     if peer.best is not None:
         tensors |= {f"best.{n}": t for n, t in peer.best.items()}
+    if peer.snapshot is not None and peer.snapshot.is_taken:
+        weights = peer.snapshot.module.state_dict()
+        tensors |= {f"{_SNAPSHOT}.{n}": t for n, t in weights.items()}
     state, rest = pack_state(peer.optimizer)
     tensors |= {f"optimizer.{n}": t for n, t in state.items()}
     rest["scaler"] = peer.scaler.state_dict()
@@ -330,6 +339,9 @@ def unpack(peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None
     if peer.average is not None:
         peer.average.module.load_state_dict(weights_in(tensors, "ema"))
     peer.best = weights_in(tensors, "best") or None
+    if peer.snapshot is not None and (weights := weights_in(tensors, _SNAPSHOT)):
+        peer.snapshot.module.load_state_dict(weights)
+        peer.snapshot.is_taken = True
     unpack_state(peer.optimizer, weights_in(tensors, "optimizer"), rest)
     if rest["scaler"]:  # empty outside fp16
         peer.scaler.load_state_dict(rest["scaler"])
@@ -338,7 +350,9 @@ def unpack(peer: Peer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None
 def require_fit(
     path: Path, peer: Peer, tensors: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
-    """Refuse tensors that do not fit a peer. Its best weights may be there or not.
+    """Refuse tensors that do not fit a peer.
+
+    Its best weights and those of the last exchange may be there or not.
 
     Args:
         path: the file, for the message.
@@ -351,12 +365,13 @@ def require_fit(
     """
     names = peer.module.state_dict().keys()
     averages = names if peer.average is not None else set()
-    found = [weights_in(tensors, kind).keys() for kind in KINDS]
-    if found[:2] != [names, averages] or (found[2] and found[2] != names):
+    found = [weights_in(tensors, kind).keys() for kind in (*KINDS, _SNAPSHOT)]
+    if found[:2] != [names, averages] or any(one and one != names for one in found[2:]):
         raise UnreadableError(f"{path} holds other weights than {peer.name} has")
-    # Those of its best evaluation, which a peer does not have at its start, are like the others.
+    # Those that a peer does not have at its start are like the others.
     model = weights_in(expected, "model")
-    expected = expected | {f"best.{name}": value for name, value in model.items()}
+    for kind in ("best", _SNAPSHOT):
+        expected = expected | {f"{kind}.{name}": value for name, value in model.items()}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             continue

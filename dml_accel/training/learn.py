@@ -77,6 +77,7 @@ from dml_accel.training.setup import (
     Checked,
     Own,
     Prepared,
+    check_exchange,
     check_pauses,
     make_cohort,
     prepare_images,
@@ -637,7 +638,7 @@ def _check(
         )
         if launched_processes() > 1 and config.numerics.batch_norm == "group":
             check_spanning(module, name)
-    if config.optim.ema is not None:
+    if config.optim.ema is not None or config.method.exchange_every > 1:
         refuse_uncopied(modules)
     return _source(splits, classes, per_epoch, config), config
 
@@ -689,6 +690,7 @@ def _checked(
     if by_flags:
         check_optimizers(config.optim, names)
     check_pauses(config, len(modules))
+    check_exchange(config, source, len(modules))
     frozen = read_teachers(config.method.frozen_peers, source.classes, config.data.size)
     if frozen and not isinstance(source.train.images, Tensor):
         raise UsageError(

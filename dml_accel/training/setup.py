@@ -29,6 +29,7 @@ from dml_accel.data.batches import ImageFormat
 from dml_accel.data.catalogue import Listed, find_folder
 from dml_accel.data.feeds import reading_workers
 from dml_accel.data.images import Data, Reading, check_batch_size, prepare
+from dml_accel.data.selection import training_sizes
 from dml_accel.data.loader import seconds_to_decode
 from dml_accel.data.memory import processes_here
 from dml_accel.data.sources import Source
@@ -67,6 +68,7 @@ from dml_accel.models.own_optim import OptimizerOf, make_own_optimizer, rates_of
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights, trained_size
 from dml_accel.models.spec import PeerSpec, parse_cohort
+from dml_accel.mutual.snapshots import Snapshots
 from dml_accel.mutual.averages import Average, copy_of, refuse_uncopied
 from dml_accel.mutual.links import LinkWeights, read_links
 from dml_accel.mutual.losses import balanced_weights
@@ -74,7 +76,7 @@ from dml_accel.mutual.peer import Peer
 from dml_accel.mutual.step import Cohort
 from dml_accel.mutual.teachers import load_teachers, read_teachers
 from dml_accel.mutual.teaching import Teaching
-from dml_accel.training.loop import STEPS_BETWEEN_LOOKS, Start
+from dml_accel.training.loop import STEPS_BETWEEN_LOOKS, Start, steps_to_take
 
 Modules = dict[str, nn.Module]
 
@@ -194,6 +196,29 @@ def check_pauses(config: Config, peers: int) -> None:
     if config.method.schedule.pauses and launched_precision(config.numerics) == "fp16":
         raise UsageError(
             f"--update {update} leaves a peer out of a step, which the loss scaler of fp16 cannot: "
+def check_exchange(config: Config, source: Source, peers: int) -> None:
+    """Refuse a KL term that would never begin, and weights that nobody would learn from.
+
+    Args:
+        config: of the run.
+        source: its images.
+        peers: how many are trained.
+    """
+    trained, _ = training_sizes(len(source.train), config.data)
+    burn_in, steps = config.method.burn_in, steps_to_take(config.optim, trained)
+    if burn_in and burn_in >= steps:
+        raise UsageError(
+            f"--burn-in {burn_in} is not below the {steps} steps of the run, so the KL term would "
+            "never begin: lower it"
+        )
+    every = config.method.exchange_every
+    if every > 1 and peers == 1:
+        raise UsageError(
+            f"--exchange-every {every} is about what peers teach each other, and there is one: add "
+            "a network to --cohort, or drop it"
+        )
+
+
             "use --mixed-precision bf16 or no"
         )
 
@@ -249,6 +274,7 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     """
     config.method.refuse_missing()
     registered = config.method.registered
+    check_exchange(config, source, len(specs))
     check_batch_size(source, config.data, config.optim.batch_size)
     specs, classes = parse_cohort(config.cohort), source.classes
     check_optimizers(config.optim, [spec.name for spec in specs])
@@ -267,7 +293,7 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     refuse_shared({**modules, **teachers})
     refuse_reused(modules)
     refuse_twins(modules)
-    if config.optim.ema is not None:
+    if config.optim.ema is not None or config.method.exchange_every > 1:
         refuse_uncopied(modules)
     world_size, costs = launched_processes(), {}
     if world_size > 1:
@@ -557,6 +583,17 @@ def prepare_images(
         source: its images.
         device: of this process.
         processes: of the run.
+    teaching = Teaching(
+        config.method,
+        [spec.name for spec in specs],
+        list(frozen),
+        links,
+        exchange=config.compute.exchange,
+        exchange_dtype=config.numerics.exchange_dtype,
+    )
+    copies = {}
+    if teaching.by_snapshots:  # before those that are trained here are moved to the device
+        copies = {name: copy_of(module, name) for name, module in sorted(modules.items())}
     """
     on_cpu = device.type == "cpu"
     reading = Reading(
@@ -573,6 +610,16 @@ def make_cohort(
     specs: Sequence[PeerSpec],
     modules: Modules,
     images: Data,
+    snapshots = None
+    if copies:
+        snapshots = Snapshots(
+            {name: wrapper.place(copy) for name, copy in copies.items()},
+            {peer.name: peer.module for peer in peers},
+            placement,
+            config.method,
+        )
+        for peer in peers:
+            peer.snapshot = snapshots.of[peer.name]
     placement: Placement,
     *,
     frozen: Mapping[str, PeerFolder] | None = None,
@@ -585,6 +632,7 @@ def make_cohort(
     Args:
         config: of the run.
         specs: all peers, in the order of the command line, in which they take turns.
+        snapshots,
         modules: their networks; those that are trained here are taken out.
         images: of the run.
         placement: which peers and rows are ours.
@@ -618,14 +666,7 @@ def make_cohort(
         load_teachers(frozen, images.normalisation, format_, processes),
         images.train,
         placement,
-        Teaching(
-            config.method,
-            [spec.name for spec in specs],
-            list(frozen),
-            links,
-            exchange=config.compute.exchange,
-            exchange_dtype=config.numerics.exchange_dtype,
-        ),
+        teaching,
         config.optim,
         config.method.update,
         config.seed,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dml_accel import cli
-from dml_accel.cli.parser import parse
+from dml_accel.cli.parser import PLANNED, parse
 from dml_accel.core.config import Config, flag_groups, flag_types
 from dml_accel.core.errors import UsageError
 from tests.helpers import run_program
@@ -77,6 +77,8 @@ DEFAULTS = {
     "kl_reduction": "mean",
     "kl_warmup": 0,
     "kl_ramp": "linear",
+    "burn_in": 0,
+    "exchange_every": 1,
     "update": "simultaneous",
     "target": "peers",
     "links": "full",
@@ -115,7 +117,17 @@ DEFAULTS = {
 OWN = {
     "train": {"--recipe", "--config"},
     "compare": {"--recipe", "--config", "--methods", "--seeds", "--preset"},
-    "plan": {"--recipe", "--config", "--world", "--classes", "--bandwidth", "--latency"},
+    "plan": {
+        "--recipe",
+        "--config",
+        "--world",
+        "--classes",
+        "--gpus",
+        "--bandwidth",
+        "--latency",
+        "--step-ms",
+        "--plot",
+    },
     "report": {"--to", "--analyse"},
     "check-data": {
         "--dataset",
@@ -207,6 +219,13 @@ USAGE = {
     "no processes": (["plan", "--world", "0"], "--world is 0; it must be at least 1"),
     "no bandwidth": (["plan", "--bandwidth", "0"], "--bandwidth is 0.0; it must be above 0"),
     "too many processes": (["plan", "--world", "65"], "--world 65 is more than the 64 images of a"),
+    "a flag that changes no plan": (["plan", "--lr", "1"], "plan has no --lr, which changes nothin"),
+    "that flag off": (["plan", "--no-clip-norm"], "plan has no --no-clip-norm, which changes noth"),
+    "two times": (["plan", "--measure", "--step-ms", "5"], "and --step-ms 5 is of elsewhere: drop"),
+    "GPUs here": (["plan", "--gpus", "--cpu"], "--gpus assumes rates, and --cpu is about this mach"),
+    "a step of no time": (["plan", "--step-ms", "0"], "--step-ms is 0.0; it must be above 0, and"),
+    "a plot of another kind": (["plan", "--plot", "x.pdf"], "--plot is x.pdf; it must be a .png or"),
+    "a plot nowhere": (["plan", "--plot", "no/such/x.svg"], "--plot no/such/x.svg: there is no fo"),
     "all of nothing": (["cache", "--all"], "--all says what --prune removes: write cache --prune"),
     "no size": (["cache", "--limit", "5 apples"], "--limit is '5 apples'; write a size, as 20GB"),
     "no runs": (["report"], "the following arguments are required: DIR"),
@@ -328,7 +347,9 @@ def test_other_commands_have_the_same_flags_and_their_own(
     command: str, helps: dict[str, str]
 ) -> None:
     shared = {flag_of(name) for name in DEFAULTS}
-    lacking = {"--resume"} if command in ("compare", "plan") else set()
+    lacking = {"--resume"} if command == "compare" else set()
+    if command == "plan":
+        lacking = shared - {flag_of(name) for name in PLANNED}
     if command == "compare":
         lacking |= {"--update", "--target", "--kl-images", "--kl-ramp", "--gate", "--standardize"}
         lacking |= {"--divergence", "--divergence-args"}
@@ -343,7 +364,8 @@ def test_flags_that_are_not_given_are_left_out() -> None:
     # A preset must know which flags were given.
     assert parse(["train"]) == {"subcommand": "train"}
     assert set(parse(["compare"])) == {"subcommand", "methods", "seeds", "preset"}
-    assert set(parse(["plan"])) == {"subcommand", "world", "classes", "bandwidth", "latency"}
+    own = {"world", "classes", "gpus", "bandwidth", "latency", "step_ms", "plot"}
+    assert set(parse(["plan"])) == {"subcommand", *own}
 
 
 def on(name: str) -> tuple[list[str], Any]:

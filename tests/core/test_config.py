@@ -81,6 +81,8 @@ OTHER: dict[str, typing.Any] = {
     "kl_reduction": "sum",
     "kl_warmup": 3,
     "kl_ramp": "sigmoid",
+    "burn_in": 7,
+    "exchange_every": 50,
     "update": "sequential",
     "target": "mean-prob",
     "links": "ring",
@@ -225,6 +227,8 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
     "ce_weight": AT_LEAST_0,
     "temperature": ABOVE_0,
     "kl_warmup": ([0, 200], [-1]),  # at most the epochs
+    "burn_in": ([0, 10**15], [-1]),
+    "exchange_every": AT_LEAST_1,
     "threads": AT_LEAST_1,
     "timeout": ([SMALLEST, 1e6], [0.0, math.nextafter(1e6, 2e6)]),
     "keep_checkpoints": AT_LEAST_1,
@@ -549,6 +553,38 @@ def test_a_rate_that_depends_on_the_last_epoch_forbids_more_of_them(schedule: st
         ({"opt_args": ("eps",)}, "--opt-args 'eps' is not KEY=VALUE, such as eps=1e-6"),
         ({"peer_opt": ("lr=1",)}, "--peer-opt 'lr=1' is not PEER:KEY=VALUE, such as mobilenet-0"),
         ({"peer_opt": ("a-0:lr",)}, "--peer-opt a-0: 'lr' is not KEY=VALUE, such as eps=1e-6"),
+        (
+            {"exchange_every": 2, "update": "official"},
+            "--exchange-every 2 needs --update simultaneous: with official, peers are updated by",
+        ),
+        (
+            {"exchange_every": 2, "update": "switch"},
+            "--exchange-every 2 needs --update simultaneous: with switch, peers are updated by",
+        ),
+        (
+            {"exchange_every": 2, "teach_with": "ema", "ema": 0.9},
+            "--exchange-every 2 teaches with the weights of the last exchange, and --teach-with",
+        ),
+        (
+            {"exchange_every": 2, "links": "frozen", "frozen_peers": ("runs/wrn",)},
+            "--exchange-every 2 is about what peers teach each other, and with --links frozen only",
+        ),
+        (
+            {"exchange_every": 2, "batch_norm": "local"},
+            "--exchange-every 2 needs --batch-norm group: weights of the last exchange predict by",
+        ),
+        (
+            {"exchange_every": 2, "exchange": "sum"},
+            "--exchange sum has no effect with --exchange-every 2, which sends weights: drop one",
+        ),
+        (
+            {"exchange_every": 2, "exchange_dtype": "bf16"},
+            "--exchange-dtype bf16 has no effect with --exchange-every 2, which sends weights",
+        ),
+        (
+            {"burn_in": 5, "max_steps": 5},
+            "--burn-in 5 is not below --max-steps 5, so the KL term would never begin: lower it",
+        ),
         ({"teach_with": "ema"}, "--teach-with ema needs --ema, the decay of the averages"),
         (
             {"teach_with": "ema", "ema": 0.9, "update": "official"},
