@@ -1,22 +1,29 @@
 """Which processes of a run are alive, and how a run ends that has lost one.
 
 Every process counts up a key of its own in the launcher's store, from a thread, because collectives
-block the main one. Rank 0 looks at the keys of all others, and they look at that of rank 0: a look
-is a few requests for each process, however many there are. Who finds a loss announces it in the
-store, so that all processes name the same ranks and one of them prints.
+block the main one. Each looks at the key of the next rank, and the last one at that of rank 0: a
+look is a few requests for each process, however many there are. The process before a run of dead
+ranks is alive, so that the loss of a whole machine is found as well. Who finds a loss reads all
+keys and announces who is lost, so that all processes name the same ranks and one of them prints.
 
 Where a collective fails, ``Processes.watching`` asks who is lost. With NCCL it may never fail: the
 main thread waits inside CUDA. Then a second thread ends the process.
+
+A process that is alive but slow is waited for, and named: each heartbeat says how many collectives
+the process has come to, and whether it waits in one.
 """
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
@@ -32,20 +39,70 @@ LOOK_SECONDS = 2.0
 LOOKS = 10
 _LOOKS_FOR_MAIN_THREAD = 3  # to stand still, once another process has announced a loss
 _LOOKS_WITHOUT_STORE = 60
-_SECONDS_TO_ANSWER = 10.0  # a request to a store behind a broken link never returns
+_SECONDS_TO_ANSWER = 12.0  # a request to a store behind a broken link never returns
+_SECONDS_TO_READ = 3.0  # between two readings of all heartbeats: each has changed, or has stopped
+_SECONDS_TO_INQUIRE = 4.5  # of another process, which reads them
+_LOOKS_TO_WAIT = 5  # in one collective, before the slow processes are named, and between readings
+_LOOKS_BETWEEN_LINES = 30
+_NAMES_AT_MOST = 8  # more ranks are named as ranges
 _ENDED = b"ended"
 _LOST = "lost"
 
 Record = Callable[[ProcessLostError], None]
 
 
+@dataclass(frozen=True)
+class Beat:
+    """One heartbeat, as it is written: ``COUNT COLLECTIVES PLACE``.
+
+    Attributes:
+        count: of this process's heartbeats.
+        collectives: of all processes, that this one has come to.
+        place: of its main thread: ``waits``, ``works``, or ``away`` from what others wait for.
+    """
+
+    count: int
+    collectives: int
+    place: str
+
+    @classmethod
+    def read(cls, written: bytes) -> Self | None:
+        """Return a heartbeat; None before the first, and after the end."""
+        if written in (b"", _ENDED):
+            return None
+        count, collectives, place = written.decode().split()
+        return cls(int(count), int(collectives), place)
+
+    def __str__(self) -> str:
+        """Return what is written."""
+        return f"{self.count} {self.collectives} {self.place}"
+
+
+def behind(before: Mapping[int, bytes], after: Mapping[int, bytes]) -> list[int]:
+    """Return the ranks that the others wait for, of those that are alive.
+
+    These have come to the fewest collectives and do not wait in one themselves. If each of them
+    waits, then for another of them, and all are behind. Nobody is if those are everyone.
+
+    Args:
+        before: the heartbeat of every rank, at an earlier look.
+        after: the newest.
+    """
+    found = {rank: Beat.read(beat) for rank, beat in after.items() if beat != before[rank]}
+    beats = {rank: beat for rank, beat in found.items() if beat and beat.place != "away"}
+    fewest = min((beat.collectives for beat in beats.values()), default=0)
+    last = {rank: beat.place for rank, beat in beats.items() if beat.collectives == fewest}
+    working = [rank for rank, place in last.items() if place == "works"]
+    return working or (list(last) if len(last) < len(beats) else [])
+
+
 class Silence:
-    """Counts looks at the heartbeats of other processes that found no change.
+    """Counts looks at the heartbeat of another process that found no change.
 
     Looks are counted instead of seconds: a process that was suspended itself has not looked.
 
     Args:
-        looks: in a row without a change, after which a process is lost.
+        looks: in a row without a change, after which the other process is lost.
 
     Attributes:
         still: looks in a row that found our main thread where it was.
@@ -53,29 +110,55 @@ class Silence:
 
     def __init__(self, looks: int) -> None:
         self._looks = looks
-        self._silent: dict[int, int] = {}
-        self._beats: dict[int, bytes] = {}
+        self._silent = 0
+        self._beat: bytes | None = None
         self._position: object = None
         self.still = 0
 
-    def lost(self, beats: Mapping[int, bytes], position: object) -> list[int]:
-        """Take a look; return the ranks that are lost.
+    def is_lost(self, beat: bytes, position: object) -> bool:
+        """Take a look; return whether the other process is lost.
 
-        None is while our main thread moves: it does not wait for a lost process yet.
+        It is not while our main thread moves: that does not wait for a lost process yet.
 
         Args:
-            beats: the newest heartbeat of each rank that is watched.
+            beat: the newest heartbeat.
             position: where our main thread is; equal if it has not moved.
         """
         self.still = self.still + 1 if position == self._position else 0
         self._position = position
-        for rank, beat in beats.items():
-            silent = beat == self._beats.get(rank) and beat != _ENDED
-            self._silent[rank] = self._silent.get(rank, 0) + 1 if silent else 0
-        self._beats = dict(beats)
-        if self.still < self._looks:
-            return []
-        return [rank for rank in beats if self._silent[rank] >= self._looks]
+        self._silent = self._silent + 1 if beat == self._beat and beat != _ENDED else 0
+        self._beat = beat
+        return min(self.still, self._silent) >= self._looks
+
+
+class Waiting:
+    """When to look for slow processes while our main thread waits, and when to name them.
+
+    Attributes:
+        reads: whether the heartbeats of all are wanted now. They are at two looks in a row, because
+            those of a process that is alive change.
+    """
+
+    def __init__(self) -> None:
+        self.reads = False
+        self._named, self._quiet = "", _LOOKS_BETWEEN_LINES
+
+    def names(self, waited: int, slow: str) -> bool:
+        """Take a look; return whether to name the slow processes now.
+
+        Args:
+            waited: looks in a row that found our main thread waiting in one place.
+            slow: names of the slow processes, by the last two readings; empty if there are none.
+        """
+        self.reads = (waited + 2) % _LOOKS_TO_WAIT < 2 <= waited
+        self._quiet += 1
+        if waited < _LOOKS_TO_WAIT:
+            self._named = ""
+            return False
+        if slow in ("", self._named) or self._quiet < _LOOKS_BETWEEN_LINES:
+            return False
+        self._named, self._quiet = slow, 0
+        return True
 
 
 class Liveness:
@@ -85,14 +168,20 @@ class Liveness:
         rank: of this process.
         world_size: how many processes there are.
         store: that all of them reach; see ``connect``.
+        timeout: of a collective.
+
+    Attributes:
+        collectives: of all processes, that this one has come to; counted by the caller.
     """
 
-    def __init__(self, rank: int, world_size: int, store: Any) -> None:
-        self._rank, self._store = rank, store
-        self._all = range(world_size)
-        self._watched = [0] if rank else list(self._all[1:])
-        self._seen: dict[int, bytes] = dict.fromkeys(self._watched, b"")
+    def __init__(self, rank: int, world_size: int, store: Any, timeout: timedelta) -> None:
+        self._rank, self._store, self._timeout = rank, store, timeout
+        self._all, self._next = range(world_size), (rank + 1) % world_size
+        self.collectives = 0
+        self._seen, self._looks = b"", 0  # the heartbeat of the next rank, at the last look
         self._announced = False
+        self._waiting = Waiting()
+        self._everyone, self._slow = dict.fromkeys(self._all, b""), ""
         self._main: int | None = None  # the thread that is watched over, while it is
         self._record: Record | None = None
         self._deciding = threading.RLock()  # contexts may be nested
@@ -158,39 +247,76 @@ class Liveness:
     def _beat(self) -> None:
         """Send heartbeats and receive those of others."""
         count, looked = 0, time.monotonic()
+        with contextlib.suppress(RuntimeError):
+            self._store.set(_host_key(self._rank), socket.gethostname())
         while not self._closing.wait(BEAT_SECONDS):
             with contextlib.suppress(RuntimeError):  # the next request may succeed again
                 count += 1
-                self._store.set(_key(self._rank), str(count))
+                beat = Beat(count, self.collectives, _place(self._main))
+                self._store.set(_key(self._rank), str(beat))
                 # A little sooner than the judge, who shall find something new at every look.
                 if time.monotonic() - looked >= LOOK_SECONDS - BEAT_SECONDS:
                     looked = time.monotonic()
                     self._announced = self._store.check([_LOST])
-                    self._seen = self._read(self._watched)
+                    self._seen = self._read([self._next])[self._next]
+                    self._looks += 1
+                    if self._waiting.reads:
+                        self._slow = self._who_is_slow()
         if self._in_order:
             with contextlib.suppress(RuntimeError):
                 self._store.set(_key(self._rank), _ENDED.decode())
 
     def _judge(self) -> None:
         """Judge what was received; in a thread of its own, because the store may not answer."""
-        silence, last, unanswered = Silence(LOOKS), None, 0
+        silence, last, unanswered = Silence(LOOKS), 0, 0
         while not self._closing.wait(LOOK_SECONDS):
             if self._main is None:
                 silence = Silence(LOOKS)
                 continue
-            seen = self._seen
+            looks = self._looks
             # A store that does not answer says little about the others: its launcher may have been
             # suspended. But it may also be gone, with the machine of rank 0.
-            unanswered = unanswered + 1 if seen is last else 0
+            unanswered = unanswered + 1 if looks == last else 0
             if unanswered and (self._rank == 0 or unanswered < _LOOKS_WITHOUT_STORE):
                 continue
-            last = seen
-            lost = silence.lost(seen, _position(self._main))
+            last = looks
+            lost = silence.is_lost(self._seen, _position(self._main))
+            self._name_slow(silence.still)
             waits = self._announced and silence.still >= _LOOKS_FOR_MAIN_THREAD
             if (lost or waits) and self._deciding.acquire(blocking=False):
                 if self._main is not None:  # it has not left the context meanwhile
                     self._end()
                 self._deciding.release()
+
+    def _name_slow(self, still: int) -> None:
+        """Name the processes that are waited for: rank 0 does, or rank 1 if 0 is one of them.
+
+        Args:
+            still: looks in a row that found our main thread in one place.
+        """
+        if self._rank > 1:
+            return
+        waited = still if _place(self._main) == "waits" else 0
+        if self._waiting.names(waited, self._slow):
+            minutes = self._timeout.total_seconds() / 60
+            _say(
+                f"waiting for {self._slow}, alive but behind for {waited * LOOK_SECONDS:g} seconds;"
+                f" --timeout ends the run after {minutes:g} minutes"
+            )
+
+    def _who_is_slow(self) -> str:
+        """Return the names of the processes that are behind; empty if we are not to name them."""
+        before, self._everyone = self._everyone, self._read(self._all)
+        ranks = behind(before, self._everyone)
+        if self._rank in ranks or (self._rank > 0 and 0 not in ranks):
+            return ""
+        if len(ranks) > _NAMES_AT_MOST:
+            return named(ranks)
+        keys = [_host_key(rank) for rank in ranks]
+        hosts = self._store.multi_get(keys) if ranks and self._store.check(keys) else []
+        return ", ".join(
+            f"rank {rank} (host {host.decode()})" for rank, host in zip(ranks, hosts, strict=True)
+        )
 
     def _end(self) -> None:
         """End this process as ``ProcessLostError`` would; return if all processes are there."""
@@ -200,10 +326,7 @@ class Liveness:
             return
         try:
             if error.prints:
-                # Past sys.stderr, whose lock the main thread may hold; below a progress bar.
-                start = "\n" if os.isatty(2) else ""
-                with contextlib.suppress(OSError):  # nobody may be there to read it
-                    os.write(2, f"{start}error: {error}\n".encode(errors="replace"))
+                _say(f"error: {error}")
             record = self._record
             if record:
                 record(error)
@@ -234,22 +357,45 @@ class Liveness:
         return found[0] if found else None
 
     def _agreed(self, reason: str, ended: bool) -> list[ProcessLostError]:
-        """Return what was announced, or else announce who is lost; empty if nobody is."""
-        if self._store.check([_LOST]):
-            announced = self._store.get(_LOST)
-        else:
-            lost = self._stopped(ended)
-            if not lost:
+        """Return what is announced, or else find out who is lost; empty if nobody is.
+
+        One process reads the heartbeats of all, while the others wait for what it announces.
+        """
+        # Who ended in order counts in some inquiries only.
+        inquiry, ours, awaited = f"inquiry-{ended}", str(self._rank).encode(), 0
+        while not self._store.check([_LOST]):
+            # The first inquiry may have begun before our collective failed, and the process may
+            # have been alive then; the second has not.
+            if awaited == 2:
                 return []
-            text = _text(", ".join(f"rank {rank}" for rank in lost), reason)
-            announced = self._store.compare_set(_LOST, "", f"{self._rank} {text}")
-        by, _, text = announced.decode().partition(" ")
+            holder = self._store.compare_set(inquiry, "", ours.decode())
+            if holder == ours:
+                lost = self._stopped(ended)
+                if lost:
+                    text = f"{self._rank} {_text(named(lost), reason)}"
+                    self._store.compare_set(_LOST, "", text)
+                self._store.compare_set(inquiry, ours.decode(), "")
+                if not lost:
+                    return []
+            else:
+                awaited += self._ends_in_time(inquiry, holder)
+        by, _, text = self._store.get(_LOST).decode().partition(" ")
         return [ProcessLostError(text, prints=int(by) == self._rank)]
+
+    def _ends_in_time(self, inquiry: str, holder: bytes) -> bool:
+        """Wait for the inquiry of another process; if it does not end, open it to others."""
+        until = time.monotonic() + _SECONDS_TO_INQUIRE
+        while time.monotonic() < until:
+            time.sleep(BEAT_SECONDS)
+            if self._store.get(inquiry) != holder:
+                return True
+        self._store.compare_set(inquiry, holder.decode(), "")
+        return False
 
     def _stopped(self, ended: bool) -> list[int]:
         """Return the ranks whose heartbeat has stopped."""
         before = self._read(self._all)
-        time.sleep(6 * BEAT_SECONDS)
+        time.sleep(_SECONDS_TO_READ)
         after = self._read(self._all)
         stopped = [rank for rank in self._all if before[rank] == after[rank]]
         missing = [rank for rank in stopped if after[rank] != _ENDED]
@@ -289,8 +435,42 @@ def _key(rank: int) -> str:
     return str(rank)
 
 
+def _host_key(rank: int) -> str:
+    return f"host-{rank}"
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Return the names of ranks, ascending; more than a few as ranges: ``ranks 0-7, 12``."""
+    if len(ranks) <= _NAMES_AT_MOST:
+        return ", ".join(f"rank {rank}" for rank in ranks)
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return "ranks " + ", ".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs
+    )
+
+
+def _say(line: str) -> None:
+    """Print a line past sys.stderr, whose lock the main thread may hold; below a progress bar."""
+    start = "\n" if os.isatty(2) else ""
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        os.write(2, f"{start}{line}\n".encode(errors="replace"))
+
+
 def _text(who: str, reason: str) -> str:
     return f"{who} stopped responding, so the run ends ({reason})"
+
+
+def _frames(thread: int) -> Iterator[FrameType]:
+    """Yield the frames of a thread, the innermost first."""
+    frame = sys._current_frames().get(thread)
+    while frame:
+        yield frame
+        frame = frame.f_back
 
 
 def _position(thread: int) -> list[tuple[int, int]]:
@@ -298,8 +478,16 @@ def _position(thread: int) -> list[tuple[int, int]]:
 
     A loop may be found at the same instruction again, so equal positions do not prove a wait.
     """
-    frame, found = sys._current_frames().get(thread), []
-    while frame:
-        found.append((id(frame), frame.f_lasti))
-        frame = frame.f_back
-    return found
+    return [(id(frame), frame.f_lasti) for frame in _frames(thread)]
+
+
+def _place(thread: int | None) -> str:
+    """Return where the main thread is (see ``Beat``); None if it does what nobody waits for.
+
+    It may wait for others in a collective, and in a backward pass, which averages gradients.
+    """
+    if thread is None:
+        return "away"
+    modules = (frame.f_globals.get("__name__", "") for frame in _frames(thread))
+    waits = any(name.startswith(("torch.distributed", "torch.autograd.graph")) for name in modules)
+    return "waits" if waits else "works"

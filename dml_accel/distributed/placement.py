@@ -124,6 +124,7 @@ class Placement:
         """
         if self._exchange is None:
             return logits
+        self.processes.comes_to_collective()
         return self._exchange.logits(logits.to(dtype or logits.dtype), count).to(logits.dtype)
 
     def sum_over_peers(self, ours: Tensor, count: int) -> Tensor:
@@ -134,7 +135,10 @@ class Placement:
             count: rows of the whole micro-batch, over all slices.
         """
         total = ours.sum(0)
-        return total if self._exchange is None else self._exchange.sum(total, count)
+        if self._exchange is None:
+            return total
+        self.processes.comes_to_collective()
+        return self._exchange.sum(total, count)
 
     def broadcast(self, peer: str, tensors: Iterable[Tensor]) -> None:
         """Give every process what the first of a peer's processes in its block has.
@@ -149,6 +153,7 @@ class Placement:
     def sum_over_rows(self, sums: Tensor) -> Tensor:
         """Add up sums over rows of all processes, in place."""
         if self.processes.world_size > 1:
+            self.processes.comes_to_collective()
             dist.all_reduce(sums)
         return sums
 
@@ -173,6 +178,7 @@ class Placement:
         """
         if self.processes.world_size == 1:
             return ours, requests
+        self.processes.comes_to_collective()
         # Zeros for the peers of other processes: the sum then holds every peer once.
         losses = ours.new_zeros(len(self.names), ours.shape[1])  # [K, P]
         losses.index_copy_(0, self._places, ours)

@@ -74,7 +74,7 @@ class Processes:
             self._liveness: Liveness | None = None
             if self.world_size > 1:
                 store = connect(self._timeout, label)
-                self._liveness = Liveness(self.rank, self.world_size, store)
+                self._liveness = Liveness(self.rank, self.world_size, store, self._timeout)
         except RuntimeError as error:
             if not _is_communication(error):
                 raise
@@ -119,10 +119,16 @@ class Processes:
 
     # ------------------------------------------------------------ collectives
 
+    def comes_to_collective(self) -> None:
+        """Count a collective that all processes come to, which tells who is behind."""
+        if self._liveness is not None:
+            self._liveness.collectives += 1
+
     def broadcast_flag(self, decision: bool) -> bool:
         """Return rank 0's decision in every process."""
         if self.world_size == 1:
             return decision
+        self.comes_to_collective()
         word = torch.tensor([decision], dtype=torch.uint8, device=self.device)
         dist.broadcast(word, src=0)
         return bool(word.item())
@@ -147,6 +153,7 @@ class Processes:
         """Return the largest of all processes' values."""
         if self.world_size == 1:
             return value
+        self.comes_to_collective()
         word = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(word, op=dist.ReduceOp.MAX)
         return int(word.item())
@@ -162,6 +169,7 @@ class Processes:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:
+            self.comes_to_collective()
             # NCCL warns if it has to guess the GPU, and gloo takes none.
             nccl = "nccl" in dist.get_backend()
             dist.barrier(device_ids=[self.device.index] if nccl else None)
