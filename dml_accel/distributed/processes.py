@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -52,6 +53,10 @@ class Processes:
         launched = launched_processes()
         self._timeout = timedelta(minutes=compute.timeout)
         self._groups: dict[tuple[tuple[int, ...], ...], Any] = {}
+        # The words of the last collectives, until the group has ended. Else gloo's thread may be
+        # the last to hold one, and in torch 2.6 it then waits for Python's lock to free it, which
+        # the main thread holds while it waits for that thread to end.
+        self._words: deque[torch.Tensor] = deque(maxlen=4)
         # Without an accelerator, several processes must be told to use the CPU; else Accelerate
         # makes each of them a run of its own.
         on_cpu = compute.cpu or (launched > 1 and runs_on_cpu(compute))
@@ -130,6 +135,7 @@ class Processes:
             return decision
         self.comes_to_collective()
         word = torch.tensor([decision], dtype=torch.uint8, device=self.device)
+        self._words.append(word)
         dist.broadcast(word, src=0)
         return bool(word.item())
 
@@ -146,6 +152,7 @@ class Processes:
         word = torch.zeros(size, dtype=torch.uint8, device=self.device)
         if self.rank == source:
             word.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        self._words.append(word)
         dist.broadcast(word, src=source)
         return bytes(word.tolist()).decode(errors="surrogateescape")
 
@@ -155,6 +162,7 @@ class Processes:
             return value
         self.comes_to_collective()
         word = torch.tensor([value], dtype=torch.int64, device=self.device)
+        self._words.append(word)
         dist.all_reduce(word, op=dist.ReduceOp.MAX)
         return int(word.item())
 
