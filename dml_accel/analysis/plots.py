@@ -74,9 +74,9 @@ def _as_uri(svg: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, or as SVG if the file is called so, whole or not at all."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="svg" if path.suffix == ".svg" else "png", dpi=150)
 
 
 # ---------------------------------------------------------------- lines
@@ -141,6 +141,27 @@ def calibration(
         given = {"color": look.colour, "linestyle": look.dash}
         axes.plot(*_columns(points, 2), marker="o", label=name, markersize=3, **given)
     _legend(figure, list(lines))
+    return figure
+
+
+def scaling(points: Sequence[tuple[int, float, float]]) -> Figure:
+    """Draw the time of a step and the efficiency against the number of processes.
+
+    Args:
+        points: processes, milliseconds, per cent; by rising number of processes.
+    """
+    figure = _new_figure(_WIDTH_WITH_TITLE, _SIZE[1])
+    worlds, *values = _columns(sorted(points), 3)
+    labels = ("predicted ms per step", "efficiency, %")
+    for axes, label, line in zip(figure.subplots(1, 2), labels, values, strict=True):
+        axes.plot(worlds, line, marker="o", color=_COLOURS[0])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(worlds, [f"{world:g}" for world in worlds], minor=False)
+        axes.tick_params(axis="x", labelrotation=45)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("processes")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25, linewidth=0.6)
     return figure
 
 

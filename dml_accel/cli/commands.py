@@ -4,6 +4,7 @@ Each command imports what it needs when it runs: torch takes seconds, and usage 
 """
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -14,8 +15,9 @@ from typing import Any
 from dml_accel.api.runs import settled, start_comparison, start_training
 from dml_accel.cli.parser import parse
 from dml_accel.core import recipes, streams
+from dml_accel.core.config import Config
 from dml_accel.core.errors import DivergedError, RunError, StoppedError, UsageError
-from dml_accel.core.flags import require
+from dml_accel.core.flags import refuse, require
 from dml_accel.core.host import (
     forget_empty_variables,
     ignoring_hangup,
@@ -152,33 +154,79 @@ def _compare(values: dict[str, Any]) -> int:
 
 
 def _plan(values: dict[str, Any]) -> int:
-    names = ("world", "classes", "bandwidth", "latency")
-    world, classes, bandwidth, latency = (values.pop(name) for name in names)
+    names = ("world", "classes", "gpus", "bandwidth", "latency", "step_ms", "plot")
+    worlds, classes, assumes_gpus, bandwidth, latency, step_ms, plot = map(values.pop, names)
     config = settled("plan", values).config
-    for name, value in (("world", world), ("classes", classes)):
-        require(value >= 1, name, value, "at least 1")
-    for name, value in (("bandwidth", bandwidth), ("latency", latency)):
-        require(value is None or value > 0, name, value, "above 0")
-    if world > config.optim.smallest_micro_batch:
-        raise UsageError(
-            f"--world {world} is more than the {config.optim.smallest_micro_batch} images of a "
-            "micro-batch (--batch-size, --grad-accum)"
-        )
+    for world in worlds:
+        require(world >= 1, "world", world, "at least 1")
+    require(classes is None or classes >= 1, "classes", classes, "at least 1")
+    for name, value in (("bandwidth", bandwidth), ("latency", latency), ("step_ms", step_ms)):
+        require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")
+    _refuse_to_plan(config, worlds, assumes_gpus, step_ms)
+    drawn = None if plot is None else _figure_file(plot)
     import dataclasses
 
+    from dml_accel.distributed.device import choose_device
     from dml_accel.distributed.launch import share_cores
-    from dml_accel.distributed.plan import this_machine
-    from dml_accel.training.setup import plan
+    from dml_accel.distributed.plan import cpus, gpus
+    from dml_accel.training.planning import Question, plan
 
     share_cores(config.compute)  # the assumed speed of a process follows from its threads
-    machine = this_machine()
+    on_gpus = assumes_gpus or choose_device(config.compute.cpu).type == "cuda"
+    machine = gpus() if on_gpus else cpus()
     machine = dataclasses.replace(
         machine,
         bandwidth=machine.bandwidth if bandwidth is None else 1e9 * bandwidth,
         latency=machine.latency if latency is None else 1e-6 * latency,
     )
-    print(plan(config, world, classes, machine))
+    seconds = None if step_ms is None else 1e-3 * step_ms
+    text, scales = plan(config, Question(worlds, classes, seconds, machine))
+    print(text)
+    if drawn is not None:
+        from dml_accel.analysis.plots import save, scaling
+
+        points = [
+            (one.world_size, 1e3 * one.chosen.step_seconds, 100 * one.efficiency)
+            for one in scales
+            if one.chosen is not None
+        ]
+        save(scaling(points), drawn)
+        print(f"\nplot: {drawn}")
     return 0
+
+
+def _refuse_to_plan(
+    config: Config, worlds: Sequence[int], assumes_gpus: bool, step_ms: float | None
+) -> None:
+    """Refuse flags of ``plan`` that exclude each other."""
+    measures = config.compute.measure
+    refuse(
+        measures and step_ms is not None,
+        f"--measure times the networks here, and --step-ms {step_ms:g} is of elsewhere: drop one"
+        if step_ms is not None
+        else "",
+    )
+    refuse(
+        assumes_gpus and (measures or config.compute.cpu),
+        f"--gpus assumes rates, and {'--measure' if measures else '--cpu'} is about this machine: "
+        "drop one",
+    )
+    least = config.optim.smallest_micro_batch
+    refuse(
+        len(worlds) == 1 and worlds[0] > least,
+        f"--world {worlds[0]} is more than the {least} images of a micro-batch (--batch-size, "
+        f"--grad-accum): --batch-size {worlds[0] * config.optim.grad_accum} would do",
+    )
+
+
+def _figure_file(name: str) -> Path:
+    """Return the file of ``--plot``, which can be written as far as is known."""
+    path = Path(name)
+    require(path.suffix in (".png", ".svg"), "plot", name, "a .png or .svg file")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path}: there is no folder {path.parent}")
+    require_packages("--plot", "matplotlib")
+    return path
 
 
 def _report(values: dict[str, Any]) -> int:

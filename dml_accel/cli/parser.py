@@ -30,6 +30,14 @@ _ELSEWHERE = {
 _CHECKED = {"dataset", "dataset_config", "image_column", "label_column"}
 _CHECKED |= {"train_split", "val_split", "test_split", "test_fraction"}
 
+# What changes what ``plan`` prints, or is needed to list the images of a folder.
+PLANNED = {"cohort", *_CHECKED, "image_size", "augment", "mixup", "cutmix"}
+PLANNED |= {"batch_size", "grad_accum", "optimizer", "opt_args", "momentum", "peer_opt", "ema"}
+PLANNED |= {"kl_weight", "divergence", "divergence_args", "update", "target", "teach_with"}
+PLANNED |= {"exchange_every", "mixed_precision", "float64", "batch_norm", "exchange_dtype"}
+PLANNED |= {"cpu", "threads", "memory_format", "low_memory", "feed", "workers", "placement"}
+PLANNED |= {"measure", "exchange", "keep"}
+
 
 class _Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line."""
@@ -67,6 +75,8 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(
                 f"{command}: unexpected argument {unknown[0]}; see --help, and what must be quoted"
             )
+        if command == "plan" and _flag_name(name) in flag_types():
+            raise UsageError(f"plan has no {name}, which changes nothing that it predicts: drop it")
         flags = commands[command]._option_string_actions
         positive = f"--{name.removeprefix('--no-')}"
         if name != positive and positive in flags:
@@ -77,6 +87,10 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     if "--no-peer-opt" in arguments and vars(parsed).get("peer_opt"):
         raise UsageError("--no-peer-opt and --peer-opt exclude each other: drop one")
     return vars(parsed)
+
+
+def _flag_name(word: str) -> str:
+    return word.removeprefix("--").removeprefix("no-").replace("-", "_")
 
 
 def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
@@ -172,25 +186,54 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     """Print what both placements cost, every peer in every process and each peer in processes of
     its own: who trains what, the predicted time of a step, the share of it that each process
-    waits, the bytes that it sends and the memory that it needs. Nothing is trained; --measure
-    times the networks on this machine.
+    waits, the bytes that it sends and receives and the memory that it needs. Several numbers after
+    --world are compared in one table, a row each. Nothing is trained; --measure times the networks
+    on this machine, --step-ms takes a time that was measured elsewhere. Of the flags of train it
+    has those that change what is predicted; others in a recipe or a file are left out.
 
     examples:
       %(prog)s --cohort 'resnet32*2' wrn_28_10 --world 8
       %(prog)s --cohort mobilenet resnet32 --world 2 --measure --bandwidth 0.125 --latency 200
+      %(prog)s --cohort 'resnet32*4' --batch-size 8192 --world 8 64 512 4096 --gpus --step-ms 900
     """
-    for name, default, text in (
-        ("world", 2, "processes (default: 2)"),
-        ("classes", 100, "classes of the images (default: 100)"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+    parser.add_argument(
+        "--world",
+        type=int,
+        nargs="+",
+        default=[2],
+        metavar="N",
+        help="processes; several numbers are compared in one table (default: 2)",
+    )
+    parser.add_argument(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="classes of the images (default: those of --dataset, if it is a local folder or one "
+        "whose classes are known without the hub)",
+    )
+    parser.add_argument(
+        "--gpus",
+        action="store_true",
+        help="assume the rates of GPUs with NCCL, also on a machine without one",
+    )
     for name, text in (
         ("bandwidth", "gigabytes per second out of one process (default: 1; with GPUs 10)"),
         ("latency", "microseconds per message (default: 1000; with GPUs 20)"),
+        (
+            "step-ms",
+            "milliseconds of an optimizer step of the whole cohort in one process, measured "
+            "elsewhere: results.json of such a run has them as throughput.step_seconds_median "
+            "(default: counted operations over an assumed rate)",
+        ),
     ):
         parser.add_argument(f"--{name}", type=float, metavar="X", help=text)
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw step time and efficiency against the number of processes: a .png or .svg file",
+    )
     _add_settings(parser)
-    _add_flags(parser, without=("resume",))
+    _add_flags(parser, without=sorted(flag_types().keys() - PLANNED))
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,8 @@ _OF_ANY_OPTIMIZER = ("momentum", "weight_decay")
 
 
 # Flags that name files or folders, beside --dataset, which may name one of the hub.
-_PATHS = {"config", "folders", "frozen_peers", "links", "output_dir", "resume", "source", "to"}
+_PATHS = {"config", "folders", "frozen_peers", "links", "output_dir", "plot", "resume", "source"}
+_PATHS |= {"to"}
 
 
 def with_homes(values: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class Cost:
         operations: that the forward pass starts, without views and allocations.
         seconds: one image's share of a step, if it was timed.
         optimizer_state: numbers that the optimizer keeps for each parameter.
+        state_bytes: of parameters and buffers.
+        dtypes: how many dtypes these have, which are sent apart.
     """
 
     macs: int
@@ -50,6 +52,8 @@ class Cost:
     operations: int = 0
     seconds: float | None = None
     optimizer_state: float = 1.0
+    state_bytes: int = 0
+    dtypes: int = 1
 
 
 class _Operations(TorchDispatchMode):
@@ -86,6 +90,7 @@ def count(module: nn.Module, image_size: int) -> Cost:
     module.train()
     del logits
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    state = [*module.parameters(), *module.buffers()]
     return Cost(
         counter.get_total_flops() // 2,
         parameter_count(module),
@@ -93,6 +98,8 @@ def count(module: nn.Module, image_size: int) -> Cost:
         len(layers),
         sum(layer.num_features for layer in layers),
         started.count,
+        state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state),
+        dtypes=len({tensor.dtype for tensor in state}),
     )
 
 

@@ -2,21 +2,25 @@
 
 The model assumes an idle machine and no overlap of communication and computation. It compares
 placements; it does not promise seconds.
+
+Shape letters: K peers of the cohort, B rows of a micro-batch that a process has, C classes.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
-from dml_accel.core.tables import table
 from dml_accel.core.updates import UpdateSchedule
 from dml_accel.data.batches import slices
 from dml_accel.data.mixing import Mixing
 from dml_accel.distributed.costs import Cost
+from dml_accel.distributed.exchange import Team, blocks_of, teams_of
 
 _MACS_PER_SECOND_OF_A_THREAD = 40e9
 _MACS_PER_SECOND_OF_A_GPU = 5e12
@@ -43,19 +47,34 @@ class Machine:
             one machine (benchmarks/processes.md).
         macs_per_second: of one process, for networks that were not timed.
         start: seconds to start one operation; no network computes faster than it is started.
+        trees: whether an all-reduce goes up and down a tree, as NCCL's do for few bytes; else
+            around a ring, as gloo's do. Either sends as many bytes.
     """
 
     bandwidth: float = 1e9
     latency: float = 1e-3
     macs_per_second: float = _MACS_PER_SECOND_OF_A_THREAD
     start: float = 0.0
+    trees: bool = False
+
+    def messages_of_all_reduce(self, width: int) -> int:
+        """Return the messages of an all-reduce that wait for each other."""
+        return 2 * (math.ceil(math.log2(width)) if self.trees else width - 1)
+
+
+def gpus() -> Machine:
+    """Return the rates that are assumed of GPUs with NCCL."""
+    return Machine(1e10, 2e-5, _MACS_PER_SECOND_OF_A_GPU, _SECONDS_TO_START_ON_A_GPU, trees=True)
+
+
+def cpus() -> Machine:
+    """Return the rates that are assumed of CPUs with gloo, with as many threads as this process."""
+    return Machine(macs_per_second=_MACS_PER_SECOND_OF_A_THREAD * torch.get_num_threads())
 
 
 def this_machine() -> Machine:
     """Return the rates that are assumed by default."""
-    if torch.cuda.is_available():
-        return Machine(1e10, 2e-5, _MACS_PER_SECOND_OF_A_GPU, _SECONDS_TO_START_ON_A_GPU)
-    return Machine(macs_per_second=_MACS_PER_SECOND_OF_A_THREAD * torch.get_num_threads())
+    return gpus() if torch.cuda.is_available() else cpus()
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,10 @@ class StepLoad:
         decoding: seconds of a core to read and cut one image; 0: images are in memory.
         workers: processes that do so for each training process; 0: it does so itself.
         mixes: whether batches are mixed, so that a part of one needs its partners as well.
+        batches: that a step uses, each of as many images.
+        passes: forward passes of a peer over a batch in a step, a backward pass counted as two.
+        exchange_every: steps between two exchanges of weights; 1: logits are exchanged.
+        shared_target: whether all peers learn from one target, which they are part of.
     """
 
     micro_batches: tuple[int, ...]
@@ -95,6 +118,20 @@ class StepLoad:
     decoding: float = 0.0
     workers: int = 0
     mixes: bool = False
+    batches: int = 1
+    passes: float = 1 + _BACKWARD
+    exchange_every: int = 1
+    shared_target: bool = False
+
+    @property
+    def images(self) -> int:
+        """Images of a step."""
+        return self.batches * sum(self.micro_batches)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether peers learn from weights of an earlier step."""
+        return self.mutual and self.exchange_every > 1
 
     @classmethod
     def of(
@@ -103,22 +140,28 @@ class StepLoad:
         """Return the load of a run's steps."""
         number_bytes = 8 if config.numerics.float64 else 4
         cuts = slices(config.optim.batch_size, config.optim.grad_accum)
+        peers = sum(len(word.peers) for word in words_of(config.cohort))
+        method = config.method
         return cls(
             micro_batches=tuple(stop - start for start, stop in cuts),
             classes=classes,
-            contribution=config.method.numbers_taught(classes),
+            contribution=method.numbers_taught(classes),
             number_bytes=number_bytes,
             logit_bytes=2 if config.numerics.exchange_dtype == "bf16" else number_bytes,
             spans_batch_norm=config.numerics.batch_norm == "group",
-            mutual=config.method.kl_weight > 0,
+            mutual=method.kl_weight > 0,
             low_memory=config.compute.low_memory,
             sums=config.compute.exchange == "sum",
             averages=config.optim.ema is not None,
-            averages_teach=config.method.teach_with == "ema",
+            averages_teach=method.teach_with == "ema",
             best=config.run.keep == "best",
             decoding=decoding,
             workers=workers,
             mixes=Mixing.of(config.data) is not None,
+            batches=method.schedule.batches_per_step(peers),
+            passes=method.schedule.cost(peers),
+            exchange_every=method.exchange_every,
+            shared_target=method.one_target.is_shared,
         )
 
 
@@ -129,19 +172,27 @@ class Prediction:
     Attributes:
         ranks: the processes of each peer.
         step_seconds: of one optimizer step.
-        busy: seconds of it that each process computes and averages within its peers' groups.
+        rows: images of a batch that each process trains on.
+        busy: seconds of a step that each process computes and averages within its peers' groups.
         sent: payload bytes that each process sends per step.
+        received: payload bytes that each process receives per step.
         memory: bytes of each process's parameters, their copies (gradients, optimizer, averages,
-            best weights) and activations.
+            best weights, peers of an earlier step) and activations.
+        exchange: seconds of the step in which processes of different peers exchange.
+        exchanged: payload bytes that each process receives in that time.
         decoded: images that each process decodes per step, if they are not in memory.
         late: seconds of the step for which decoding holds up the slowest process.
     """
 
     ranks: Ranks
     step_seconds: float
+    rows: list[int]
     busy: list[float]
     sent: list[float]
+    received: list[float]
     memory: list[float]
+    exchange: float
+    exchanged: list[float]
     decoded: list[int] = dataclasses.field(default_factory=list)
     late: float = 0.0
 
@@ -149,6 +200,11 @@ class Prediction:
     def idle(self) -> list[float]:
         """Share of the step that each process waits for the slowest one or for the exchange."""
         return [1 - busy / self.step_seconds for busy in self.busy]
+
+    @property
+    def kind(self) -> str:
+        """``replicate`` or ``split``."""
+        return "replicate" if len({tuple(held) for held in self.ranks.values()}) == 1 else "split"
 
 
 # ---------------------------------------------------------------- the two maps
@@ -183,6 +239,29 @@ def allocate(costs: Mapping[str, float], world_size: int) -> Ranks:
     return ranks
 
 
+def splits(work: Mapping[str, float], world_size: int) -> Iterator[Ranks]:
+    """Yield the allocation of all processes, and others whose blocks are smaller.
+
+    Teams of 341 and 683 processes have one block of all 1,024; teams of 320 and 704, of which 64
+    divides both, have 64 blocks of 16: the slowest peer is a little slower, the exchange faster.
+
+    Args:
+        work: of each peer, as for ``allocate``.
+        world_size: processes.
+    """
+    seen = set()
+    for times in range(1, max(1, world_size // len(work)) + 1):
+        if world_size % times == 0:
+            ranks = {
+                name: list(range(times * held[0], times * (held[-1] + 1)))
+                for name, held in allocate(work, world_size // times).items()
+            }
+            widths = tuple(map(len, ranks.values()))
+            if widths not in seen:
+                yield ranks
+            seen.add(widths)
+
+
 def _allocate_shared(costs: Mapping[str, float], names: list[str], world_size: int) -> Ranks:
     load = [0.0] * world_size
     held: list[list[str]] = [[] for _ in range(world_size)]
@@ -211,49 +290,106 @@ def predict(
         load: what a step computes and exchanges.
         machine: rates.
     """
-    world_size = 1 + max(rank for held in ranks.values() for rank in held)
-    busy, sent, memory = ([0.0] * world_size for _ in range(3))
-    activations: list[list[float]] = [[] for _ in range(world_size)]
-    batch, decoded = sum(load.micro_batches), [0] * world_size
-    for name, held in ranks.items():
-        cost, width = costs[name], len(held)
-        seconds = cost.seconds or (1 + _BACKWARD) * cost.macs / machine.macs_per_second
-        least = (1 + _BACKWARD) * cost.operations * machine.start * len(load.micro_batches)
-        if load.mutual and (load.low_memory or load.averages_teach):
-            # Every network predicts twice, or once and its average once.
-            again = (2 + _BACKWARD) / (1 + _BACKWARD)
-            seconds, least = seconds * again, least * again
-        for index, rank in enumerate(held):
-            rows = [_length(slices(count, width)[index]) for count in load.micro_batches]
-            # All peers of a process see the same rows.
-            decoded[rank] = sum(row * (1 + (load.mixes and row < batch)) for row in rows)
-            grouped, messages = _group_bytes(cost, width, load)
-            busy[rank] += max(sum(rows) * seconds, least) + grouped / machine.bandwidth
-            busy[rank] += messages * machine.latency
-            sent[rank] += grouped
-            # An average keeps the differences of a step as well, and DDP the gradients in buckets.
-            kept = cost.optimizer_state + 2 * load.averages + load.best
-            copies = _COPIES + kept + (width > 1)
-            memory[rank] += copies * load.number_bytes * cost.parameters
-            activations[rank].append(max(rows) * cost.activation_bytes)
-    together = max if load.low_memory or not load.mutual else sum
-    memory = [a + together(b) for a, b in zip(memory, activations, strict=True)]
-    exchanged, messages = _exchange_bytes(ranks, load, world_size)
-    exchange = max(exchanged) / machine.bandwidth + messages * machine.latency
-    computing, late = max(busy) + exchange, 0.0
-    if load.decoding:
+    teams = teams_of(ranks)
+    world_size = sum(len(team.ranks) for team in teams)
+    works: dict[int, _Work] = {}
+    for team in teams:
+        known: dict[tuple[int, ...], _Work] = {}  # of thousands of processes, most are alike
+        for rank, rows in zip(team.ranks, _rows(load, len(team.ranks)), strict=True):
+            if rows not in known:
+                known[rows] = _work(team, rows, costs, load, machine)
+            works[rank] = known[rows]
+    exchanged = _exchanged(teams, costs, load, machine)
+    ours = [works[rank] for rank in range(world_size)]
+    losses, waits = 0.0, 0.0
+    if world_size > 1:
+        losses = _ring(world_size, 3 * load.number_bytes * len(ranks))
+        waits = machine.messages_of_all_reduce(world_size) * machine.latency
+    busy = [one.busy for one in ours]
+    exchange = max(one.seconds for one in exchanged)
+    computing, late = max(busy) + exchange + losses / machine.bandwidth + waits, 0.0
+    decoded = [one.decoded for one in ours] if load.decoding else []
+    if decoded:
         reading = max(decoded) * load.decoding
         # Workers decode while the networks compute.
         late = max(0.0, reading / load.workers - computing) if load.workers else reading
     return Prediction(
         {name: list(held) for name, held in ranks.items()},
         computing + late,
+        [sum(one.rows) for one in ours],
         busy,
-        [a + b for a, b in zip(sent, exchanged, strict=True)],
-        memory,
-        decoded if load.decoding else [],
+        [one.averaged + other.sent + losses for one, other in zip(ours, exchanged, strict=True)],
+        [a.averaged + b.received + losses for a, b in zip(ours, exchanged, strict=True)],
+        [one.memory for one in ours],
+        exchange,
+        [one.received for one in exchanged],
+        decoded,
         late,
     )
+
+
+def _rows(load: StepLoad, width: int) -> Iterator[tuple[int, ...]]:
+    """Yield the rows of each micro-batch that each of ``width`` processes has."""
+    cuts = ([hi - lo for lo, hi in slices(count, width)] for count in load.micro_batches)
+    return zip(*cuts, strict=True)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a process does in a step, without the exchange between peers.
+
+    Attributes:
+        rows: of each micro-batch.
+        busy: seconds.
+        averaged: bytes of gradients and batch statistics that it sends, and receives.
+        memory: bytes.
+        decoded: images.
+    """
+
+    rows: tuple[int, ...]
+    busy: float
+    averaged: float
+    memory: float
+    decoded: int
+
+
+def _work(
+    team: Team, rows: tuple[int, ...], costs: Mapping[str, Cost], load: StepLoad, machine: Machine
+) -> _Work:
+    width, parts, activations = len(team.ranks), len(rows), []
+    busy = averaged = memory = 0.0
+    passes = load.passes if load.mutual else 1.0 + _BACKWARD
+    if load.mutual and not load.is_stale and (load.low_memory or load.averages_teach):
+        passes += 1  # every network predicts twice, or once and its average once
+    for cost in (costs[name] for name in team.peers):
+        busy += passes * _forward_seconds(cost, sum(rows), parts, machine)
+        size, messages = _group_bytes(cost, width, load, machine)
+        busy += size / machine.bandwidth + messages * machine.latency
+        averaged += size
+        # An average keeps the differences of a step as well, and DDP the gradients in buckets.
+        kept = cost.optimizer_state + 2 * load.averages + load.best
+        copies = _COPIES + kept + (width > 1)
+        memory += copies * load.number_bytes * cost.parameters
+        activations.append(max(rows) * cost.activation_bytes)
+    if load.is_stale:
+        # A peer that is alone here does not teach itself, unless it is part of its own target.
+        is_teacher = len(team.peers) > 1 or load.shared_target
+        for name, cost in costs.items():
+            memory += cost.state_bytes
+            if is_teacher or name not in team.peers:
+                busy += _forward_seconds(cost, sum(rows), parts, machine)
+    together = max if load.low_memory or not load.mutual else sum
+    # All peers of a process see the same rows.
+    images = sum(row * (1 + (load.mixes and row < sum(load.micro_batches))) for row in rows)
+    return _Work(rows, busy, averaged, memory + together(activations), images)
+
+
+def _forward_seconds(cost: Cost, rows: int, parts: int, machine: Machine) -> float:
+    """Return the seconds in which a network predicts ``rows`` rows in ``parts`` parts."""
+    computes = cost.macs / machine.macs_per_second
+    if cost.seconds is not None:
+        computes = cost.seconds / (1 + _BACKWARD)
+    return max(rows * computes, parts * cost.operations * machine.start)
 
 
 def choose(
@@ -295,14 +431,43 @@ def predict_both(
     costs: Mapping[str, Cost], world_size: int, load: StepLoad, machine: Machine
 ) -> tuple[Prediction, Prediction]:
     """Return the predictions for ``replicate`` and for the best ``split``."""
-    replicate = everywhere(costs, world_size)
+    replicate = predict(everywhere(costs, world_size), costs, load, machine)
+    if world_size == 1:
+        return replicate, replicate
     work = {name: cost.seconds or float(cost.macs) for name, cost in costs.items()}
-    split = allocate(work, world_size) if world_size > 1 else replicate
-    return predict(replicate, costs, load, machine), predict(split, costs, load, machine)
+    found = (predict(ranks, costs, load, machine) for ranks in splits(work, world_size))
+    return replicate, min(found, key=lambda one: one.step_seconds)
 
 
-def _length(slice_: tuple[int, int]) -> int:
-    return slice_[1] - slice_[0]
+def timed_as_a_whole(
+    costs: Mapping[str, Cost], load: StepLoad, machine: Machine, seconds: float
+) -> tuple[dict[str, Cost], Machine]:
+    """Return costs by which one process takes ``seconds`` for a step, and the machine.
+
+    The peers share the time by their operations. No operation can take longer to start than in the
+    step that was measured, so that a network for which ``machine`` assumes more is taken for one
+    that only waits for starts: fewer rows do not make it faster.
+
+    Args:
+        costs: of each peer; their own times are replaced.
+        load: of the step that was measured.
+        machine: rates.
+        seconds: of an optimizer step of the whole cohort in one process.
+    """
+    alone, in_memory = everywhere(costs, 1), dataclasses.replace(load, decoding=0.0)
+    timed = {name: dataclasses.replace(one, seconds=float(one.macs)) for name, one in costs.items()}
+    unit = predict(alone, timed, in_memory, dataclasses.replace(machine, start=0.0)).step_seconds
+    scaled = {
+        name: dataclasses.replace(one, seconds=one.macs * seconds / unit)
+        for name, one in costs.items()
+    }
+    started = {name: dataclasses.replace(one, seconds=0.0) for name, one in costs.items()}
+    least = predict(alone, started, in_memory, machine).step_seconds
+    shorter = min(1.0, seconds / least) if least else 1.0
+    return scaled, dataclasses.replace(machine, start=machine.start * shorter)
+
+
+# ---------------------------------------------------------------- bytes and messages
 
 
 def _ring(width: int, size: float) -> float:
@@ -310,129 +475,124 @@ def _ring(width: int, size: float) -> float:
     return 2 * (width - 1) / width * size
 
 
-def _group_bytes(cost: Cost, width: int, load: StepLoad) -> tuple[float, int]:
+def _group_bytes(cost: Cost, width: int, load: StepLoad, machine: Machine) -> tuple[float, int]:
     """Return bytes and messages per process and step of gradients and batch statistics."""
     if width == 1:
         return 0.0, 0
     item, parts = load.number_bytes, len(load.micro_batches)
-    size = _ring(width, item * cost.parameters)
-    messages = 2 * (width - 1) * math.ceil(item * cost.parameters / _BUCKET_BYTES)
+    size, waits = _ring(width, item * cost.parameters), machine.messages_of_all_reduce(width)
+    messages = waits * math.ceil(item * cost.parameters / _BUCKET_BYTES)
     if load.spans_batch_norm:
         forward = item * width * (2 * cost.channels + cost.norms)
         size += parts * (_ring(width, forward) + _ring(width, item * 2 * cost.channels))
-        messages += parts * 2 * cost.norms * 2 * (width - 1)
+        messages += parts * 2 * cost.norms * waits
     return size, messages
 
 
-def _exchange_bytes(
-    ranks: Mapping[str, Sequence[int]], load: StepLoad, world_size: int
-) -> tuple[list[float], int]:
-    """Return the bytes that each process sends to other peers' processes per step, and messages."""
-    if world_size == 1:
-        return [0.0], 0
-    item, parts = load.number_bytes, load.micro_batches
-    losses = _ring(world_size, 3 * item * len(ranks))
-    messages = 2 * (world_size - 1)
-    apart = len({tuple(held) for held in ranks.values()}) > 1
-    if not apart or not load.mutual:
-        return [losses] * world_size, messages
+@dataclass(frozen=True)
+class _Exchanged:
+    """What a process exchanges with those of other peers in a step, on average: bytes, seconds."""
+
+    sent: float = 0.0
+    received: float = 0.0
+    seconds: float = 0.0
+
+
+def _exchanged(
+    teams: Sequence[Team], costs: Mapping[str, Cost], load: StepLoad, machine: Machine
+) -> list[_Exchanged]:
+    """Return what each process exchanges, by rank; see ``distributed.exchange``."""
+    world_size = sum(len(team.ranks) for team in teams)
+    if len(teams) == 1 or not load.mutual:
+        return [_Exchanged()] * world_size
+    blocks = blocks_of(teams)
+    if load.is_stale:
+        return _exchanged_weights(teams, blocks, costs, load, machine)
+    found: dict[int, _Exchanged] = {}
+    for team in teams:
+        for rank, rows in zip(team.ranks, _rows(load, len(team.ranks)), strict=True):
+            found[rank] = _exchanged_rows(team, teams, len(blocks[0]), rows, load, machine)
+    return [found[rank] for rank in range(world_size)]
+
+
+def _exchanged_rows(
+    team: Team,
+    teams: Sequence[Team],
+    block: int,
+    rows: tuple[int, ...],
+    load: StepLoad,
+    machine: Machine,
+) -> _Exchanged:
+    """Return what a process with these rows of each micro-batch sends and receives about them."""
+    others, messages = len(teams) - 1, block - 1
     if load.sums:
-        each = sum(_ring(world_size, part * load.contribution * item) for part in parts)
-        return [losses + each] * world_size, messages * (1 + len(parts))
-    held = [sum(rank in members for members in ranks.values()) for rank in range(world_size)]
-    narrowest = min(len(members) for members in ranks.values())
-    rows = sum(math.ceil(part / narrowest) for part in parts)
-    each = (world_size - 1) * max(held) * rows * load.classes * load.logit_bytes
-    return [losses + each] * world_size, messages + (world_size - 1) * len(parts)
+        size = sum(rows) * load.contribution * load.number_bytes
+        sent = received = float(others * size)
+        if block == len(teams):  # as many processes in each team: an all-reduce
+            sent = received = _ring(block, size)
+            messages = machine.messages_of_all_reduce(block)
+    else:
+        size = sum(rows) * load.classes * load.logit_bytes
+        mine, peers = len(team.peers), sum(len(one.peers) for one in teams)
+        sent, received = float(others * mine * size), float((peers - mine) * size)
+    seconds = max(sent, received) / machine.bandwidth
+    return _Exchanged(sent, received, seconds + messages * len(rows) * machine.latency)
+
+
+def _exchanged_weights(
+    teams: Sequence[Team],
+    blocks: Sequence[tuple[int, ...]],
+    costs: Mapping[str, Cost],
+    load: StepLoad,
+    machine: Machine,
+) -> list[_Exchanged]:
+    """Return what each process sends and receives of weights: each peer's go along a tree."""
+    every, width = load.exchange_every, len(blocks[0])
+    depth, rounds = math.ceil(math.log2(width)), [2**i for i in range(width.bit_length())]
+    seconds = sum(
+        depth * (cost.state_bytes / machine.bandwidth + cost.dtypes * machine.latency)
+        for cost in costs.values()
+    )
+    found: dict[int, _Exchanged] = {}
+    for block in blocks:
+        sent, received = [0.0] * width, [0.0] * width
+        for team in teams:
+            size = sum(costs[name].state_bytes for name in team.peers)
+            root = next(place for place, rank in enumerate(block) if rank in _span(team))
+            for place, at in itertools.product(range(width), rounds):
+                # Counted from the root, those before ``at`` have them, and send them that far on.
+                step = (place - root) % width
+                sent[place] += size * (step < at and step + at < width)
+            for place in range(width):
+                received[place] += size * (place != root)
+        for rank, out, into in zip(block, sent, received, strict=True):
+            found[rank] = _Exchanged(out / every, into / every, seconds / every)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _span(team: Team) -> range:
+    """Return the processes of a team, which are consecutive."""
+    return range(team.ranks[0], team.ranks[-1] + 1)
 
 
 # ---------------------------------------------------------------- in words
 
 
-def plan_text(
-    predictions: tuple[Prediction, Prediction],
-    why: str,
-    load: StepLoad,
-    image_size: int,
-    asked: str,
-    measured: bool,
-    machine: Machine,
-    times_images: bool = False,
-) -> str:
-    """Return tables of both placements, process by process, and which one is chosen.
-
-    Args:
-        predictions: for ``replicate`` and for ``split``.
-        why: the choice in one line.
-        load: of a step.
-        image_size: pixels per side.
-        asked: ``--placement``.
-        measured: whether the networks were timed.
-        machine: the assumed rates.
-        times_images: whether decoding was timed.
-    """
-    parts = []
-    headers = ("process", "peers", "busy ms", "idle %", "sends kB per step", "memory MB")
-    for kind, found in zip(("replicate", "split"), predictions, strict=True):
-        rows = [
-            [
-                rank,
-                " ".join(name for name, held in found.ranks.items() if rank in held),
-                f"{1e3 * busy:.1f}",
-                f"{100 * found.idle[rank]:.0f}",
-                f"{found.sent[rank] / 1e3:.1f}",
-                f"{found.memory[rank] / 1e6:.0f}",
-            ]
-            for rank, busy in enumerate(found.busy)
-        ]
-        parts.append(
-            f"{kind}: {1e3 * found.step_seconds:.1f} ms per step\n\n"
-            + table(rows, headers, "simple", left=2)
-            + _decoding_in_words(found, load)
-        )
-    assumed = "networks timed on this machine"
-    if not measured:
-        rate = machine.macs_per_second / 1e9
-        assumed = f"{rate:.0f} billion multiply-accumulates per second and process"
-    if machine.start:
-        assumed += f", {1e6 * machine.start:.0f} us to start an operation"
-    if load.decoding:
-        how = "timed on this machine" if times_images else "assumed"
-        assumed += f", {1e3 * load.decoding:.1f} ms of a core to decode an image ({how})"
-    parts.append(
-        f"{sum(load.micro_batches)} images of {image_size} pixels per step, {load.classes} "
-        f"classes; assumed: {assumed}, {machine.bandwidth / 1e9:g} GB/s, "
-        f"{1e6 * machine.latency:.0f} us per message.\n"
-        f"Memory is {_copies_in_words(load)} and activations, without images and libraries."
-    )
-    parts.append(f"--placement {asked}: {why}")
-    return "\n\n".join(parts)
-
-
-def _decoding_in_words(found: Prediction, load: StepLoad) -> str:
-    """Return what decoding costs a machine that has all processes; empty if it costs nothing."""
-    if not load.decoding:
-        return ""
-    times = sum(found.decoded) / sum(load.micro_batches)
-    work = sum(found.decoded) * load.decoding
-    enough = math.ceil(max(found.decoded) * load.decoding / (found.step_seconds - found.late))
-    return (
-        f"\n\non one machine each image is decoded {times:g} times an epoch: "
-        f"{1e3 * work:.0f} core-ms per step; {enough} workers per process keep up, and there are "
-        f"{load.workers}" + (f", which adds {1e3 * found.late:.1f} ms" if found.late else "")
-    )
-
-
-def _copies_in_words(load: StepLoad) -> str:
-    kept = ["parameters", "gradients", "state of the optimizer"]
-    kept += ["averages"] * load.averages + ["best weights"] * load.best
-    return ", ".join(kept)
+def ranges(numbers: Iterable[int]) -> str:
+    """Return ascending numbers in few words: ``0-3 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(f"{lo}-{hi}" if hi > lo else str(lo) for lo, hi in runs)
 
 
 def _named(ranks: Mapping[str, Sequence[int]]) -> str:
     if len({tuple(held) for held in ranks.values()}) == 1:
         return "every peer in every process"
-    return ", ".join(f"{name} on {' '.join(map(str, held))}" for name, held in ranks.items())
+    return ", ".join(f"{name} on {ranges(held)}" for name, held in ranks.items())
 
 
 def _milliseconds(prediction: Prediction) -> str:

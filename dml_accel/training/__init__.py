@@ -12,6 +12,7 @@ In reading order:
     run_folder       the folder of a run: lock and records; how a saved one is read
     progress         expected cost, throughput, the progress bar
     setup            validate a run, choose a placement, put its cohort together
+    planning         predict what a run costs on any number of processes, without training
     resume           what a run resumes from, and what is refused
     bad_images       images that a run cannot read: agreed on, and listed
     repeat           a run that is repeated: what this machine changes of it

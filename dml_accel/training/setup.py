@@ -24,14 +24,12 @@ from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.core.host import cores, is_on_hub
 from dml_accel.data import sources
-from dml_accel.data.augment import parse_augment
 from dml_accel.data.batches import ImageFormat
-from dml_accel.data.catalogue import Listed, find_folder
+from dml_accel.data.catalogue import Listed
 from dml_accel.data.feeds import reading_workers
 from dml_accel.data.images import Data, Reading, check_batch_size, prepare
-from dml_accel.data.selection import training_sizes
-from dml_accel.data.loader import seconds_to_decode
 from dml_accel.data.memory import processes_here
+from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.data.workers import worker_count
 from dml_accel.distributed.batchnorm import check_spanning
@@ -47,8 +45,6 @@ from dml_accel.distributed.plan import (
     StepLoad,
     choose,
     everywhere,
-    plan_text,
-    predict_both,
     this_machine,
 )
 from dml_accel.distributed.processes import Processes
@@ -68,11 +64,11 @@ from dml_accel.models.own_optim import OptimizerOf, make_own_optimizer, rates_of
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights, trained_size
 from dml_accel.models.spec import PeerSpec, parse_cohort
-from dml_accel.mutual.snapshots import Snapshots
 from dml_accel.mutual.averages import Average, copy_of, refuse_uncopied
 from dml_accel.mutual.links import LinkWeights, read_links
 from dml_accel.mutual.losses import balanced_weights
 from dml_accel.mutual.peer import Peer
+from dml_accel.mutual.snapshots import Snapshots
 from dml_accel.mutual.step import Cohort
 from dml_accel.mutual.teachers import load_teachers, read_teachers
 from dml_accel.mutual.teaching import Teaching
@@ -196,6 +192,10 @@ def check_pauses(config: Config, peers: int) -> None:
     if config.method.schedule.pauses and launched_precision(config.numerics) == "fp16":
         raise UsageError(
             f"--update {update} leaves a peer out of a step, which the loss scaler of fp16 cannot: "
+            "use --mixed-precision bf16 or no"
+        )
+
+
 def check_exchange(config: Config, source: Source, peers: int) -> None:
     """Refuse a KL term that would never begin, and weights that nobody would learn from.
 
@@ -216,10 +216,6 @@ def check_exchange(config: Config, source: Source, peers: int) -> None:
         raise UsageError(
             f"--exchange-every {every} is about what peers teach each other, and there is one: add "
             "a network to --cohort, or drop it"
-        )
-
-
-            "use --mixed-precision bf16 or no"
         )
 
 
@@ -274,11 +270,11 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
     """
     config.method.refuse_missing()
     registered = config.method.registered
-    check_exchange(config, source, len(specs))
     check_batch_size(source, config.data, config.optim.batch_size)
     specs, classes = parse_cohort(config.cohort), source.classes
     check_optimizers(config.optim, [spec.name for spec in specs])
     check_pauses(config, len(specs))
+    check_exchange(config, source, len(specs))
     frozen = read_teachers(config.method.frozen_peers, classes, config.data.size)
     links = read_links(config.method.links, [spec.name for spec in specs], list(frozen))
     refuse_idle(config, [spec.name for spec in specs], list(frozen), links)
@@ -297,8 +293,8 @@ def check(config: Config, source: Source, starts: bool = True) -> tuple[Checked,
         refuse_uncopied(modules)
     world_size, costs = launched_processes(), {}
     if world_size > 1:
-        costs = _count_all(config, modules)
-        load = _load(config, len(classes), source.feed[0], processes_here())
+        costs = count_all(config, modules)
+        load = step_load(config, len(classes), source.feed[0], processes_here())
         ranks, _ = _choose(config, costs, world_size, load, this_machine())
         _check_batch_norm(config, modules, ranks, len(classes))
     recorded = {name: one.record() for name, one in weights.items()}
@@ -343,7 +339,8 @@ def build_networks(
     }
 
 
-def _count_all(config: Config, modules: Modules) -> dict[str, Cost]:
+def count_all(config: Config, modules: Modules) -> dict[str, Cost]:
+    """Return what each network costs, counted."""
     return {
         name: dataclasses.replace(
             count(module, config.data.size),
@@ -426,7 +423,7 @@ def _choose(
     return choose(costs, world_size, load, asked, schedule, machine)
 
 
-def _load(
+def step_load(
     config: Config,
     classes: int,
     feed: str,
@@ -484,9 +481,9 @@ def choose_ranks(
         costs = checked.costs
         if config.compute.measure:
             size = processes.world_size
-            costs = _with_times(costs, checked.specs, modules, config, processes.device, size)
+            costs = with_times(costs, checked.specs, modules, config, processes.device, size)
         source, world_size = checked.source, processes.world_size
-        load = _load(config, len(source.classes), source.feed[0], processes_here())
+        load = step_load(config, len(source.classes), source.feed[0], processes_here())
         ranks, why = _choose(config, costs, world_size, load, this_machine())
         print(f"placement: {why}", file=sys.stderr, flush=True)
         text = json.dumps(ranks)
@@ -495,7 +492,7 @@ def choose_ranks(
     return ranks
 
 
-def _with_times(
+def with_times(
     costs: dict[str, Cost],
     specs: list[PeerSpec],
     modules: Modules,
@@ -503,47 +500,10 @@ def _with_times(
     device: torch.device,
     world_size: int,
 ) -> dict[str, Cost]:
+    """Return the costs with the time of each network, measured on this device."""
     precision, images = launched_precision(config.numerics), image_format(config, device)
     seconds = timed(specs, modules, config.optim, precision, images, world_size)
     return {name: dataclasses.replace(cost, seconds=seconds[name]) for name, cost in costs.items()}
-
-
-def plan(config: Config, world_size: int, classes: int, machine: Machine) -> str:
-    """Return tables of what both placements cost on ``world_size`` processes, without training.
-
-    With ``--feed loader`` and a local folder, the images say how many classes there are and of
-    which size they are.
-
-    Args:
-        config: cohort, batch, precision and exchange.
-        world_size: processes.
-        classes: of the images.
-        machine: the assumed rates.
-
-    Raises:
-        UsageError: a network, an optimizer or an augmentation cannot be had.
-    """
-    parse_augment(config.data.augmentation)
-    listed = None
-    if config.compute.feed == "loader" and find_folder(config.data.dataset) is not None:
-        config, listed = list_and_size(config, [config.cohort], quiet=True)
-        classes = len(listed.classes) if listed else classes
-    specs, size = parse_cohort(config.cohort), config.data.size
-    check_optimizers(config.optim, [spec.name for spec in specs])
-    modules = build_networks(config, specs, classes)
-    costs = _count_all(config, modules)
-    if config.compute.measure:
-        device = choose_device(config.compute.cpu)
-        costs = _with_times(costs, specs, modules, config, device, world_size)
-    compute, decoding = config.compute, SECONDS_TO_DECODE
-    times_images = listed is not None and compute.measure and compute.feed == "loader"
-    if listed is not None and times_images:
-        decoding = seconds_to_decode(config.data, listed)
-    load = _load(config, classes, compute.feed, world_size, decoding)
-    _, why = _choose(config, costs, world_size, load, machine)
-    both = predict_both(costs, world_size, load, machine)
-    measured = compute.measure
-    return plan_text(both, why, load, size, compute.placement, measured, machine, times_images)
 
 
 # ---------------------------------------------------------------- images and peers
@@ -583,17 +543,6 @@ def prepare_images(
         source: its images.
         device: of this process.
         processes: of the run.
-    teaching = Teaching(
-        config.method,
-        [spec.name for spec in specs],
-        list(frozen),
-        links,
-        exchange=config.compute.exchange,
-        exchange_dtype=config.numerics.exchange_dtype,
-    )
-    copies = {}
-    if teaching.by_snapshots:  # before those that are trained here are moved to the device
-        copies = {name: copy_of(module, name) for name, module in sorted(modules.items())}
     """
     on_cpu = device.type == "cpu"
     reading = Reading(
@@ -610,16 +559,6 @@ def make_cohort(
     specs: Sequence[PeerSpec],
     modules: Modules,
     images: Data,
-    snapshots = None
-    if copies:
-        snapshots = Snapshots(
-            {name: wrapper.place(copy) for name, copy in copies.items()},
-            {peer.name: peer.module for peer in peers},
-            placement,
-            config.method,
-        )
-        for peer in peers:
-            peer.snapshot = snapshots.of[peer.name]
     placement: Placement,
     *,
     frozen: Mapping[str, PeerFolder] | None = None,
@@ -632,7 +571,6 @@ def make_cohort(
     Args:
         config: of the run.
         specs: all peers, in the order of the command line, in which they take turns.
-        snapshots,
         modules: their networks; those that are trained here are taken out.
         images: of the run.
         placement: which peers and rows are ours.
@@ -645,6 +583,17 @@ def make_cohort(
     format_, mode = image_format(config, placement.device), config.compute.compile_mode
     format_ = dataclasses.replace(format_, shape=images.train.shape)
     wrapper = Wrapper(placement, config.optim, format_, mode)
+    teaching = Teaching(
+        config.method,
+        [spec.name for spec in specs],
+        list(frozen),
+        links,
+        exchange=config.compute.exchange,
+        exchange_dtype=config.numerics.exchange_dtype,
+    )
+    copies = {}
+    if teaching.by_snapshots:  # before those that are trained here are moved to the device
+        copies = {name: copy_of(module, name) for name, module in sorted(modules.items())}
     peers = []
     for spec in sorted(specs, key=lambda spec: spec.name):
         if spec.name in placement.mine:
@@ -661,6 +610,16 @@ def make_cohort(
             if copy is not None and config.optim.ema is not None:
                 peer.average = Average(wrapper.place(copy), module, config.optim.ema)
             peers.append(peer)
+    snapshots = None
+    if copies:
+        snapshots = Snapshots(
+            {name: wrapper.place(copy) for name, copy in copies.items()},
+            {peer.name: peer.module for peer in peers},
+            placement,
+            config.method,
+        )
+        for peer in peers:
+            peer.snapshot = snapshots.of[peer.name]
     return Cohort(
         peers,
         load_teachers(frozen, images.normalisation, format_, processes),
@@ -673,6 +632,7 @@ def make_cohort(
         config.compute.low_memory,
         config.data.label_smoothing,
         _class_weights(config, images, format_),
+        snapshots,
     )
 
 

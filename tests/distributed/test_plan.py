@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from dml_accel.core.config import Config
 from dml_accel.core.updates import UPDATE_SCHEDULES
 from dml_accel.data.batches import ImageFormat
 from dml_accel.distributed.costs import Cost, _timed_rows, count, timed
+from dml_accel.distributed.exchange import Team, overlaps_of
 from dml_accel.distributed.plan import (
     Machine,
     StepLoad,
@@ -23,13 +25,17 @@ from dml_accel.distributed.plan import (
     everywhere,
     predict,
     predict_both,
+    ranges,
+    splits,
+    timed_as_a_whole,
 )
+from dml_accel.distributed.plan_tables import _which, scales
 from dml_accel.models.spec import parse_cohort
 from dml_accel.training.setup import image_format
 from tests.helpers import build_peer, tiny_config
 
-SMALL = Cost(macs=1_000_000, parameters=1000, activation_bytes=50, norms=2, channels=10)
-LARGE = Cost(macs=3_000_000, parameters=500_000, activation_bytes=70, norms=4, channels=20)
+SMALL = Cost(1_000_000, 1000, activation_bytes=50, norms=2, channels=10, state_bytes=4100)
+LARGE = Cost(3_000_000, 500_000, activation_bytes=70, norms=4, channels=20, state_bytes=2_000_400)
 MACHINE = Machine(bandwidth=1e6, latency=1e-3, macs_per_second=1e9)
 
 
@@ -98,6 +104,24 @@ def test_the_order_of_the_cohort_does_not_matter() -> None:
         assert allocate(costs, world) == permuted
 
 
+def test_a_split_may_have_smaller_blocks() -> None:
+    # 16 processes for work of 1 and 2.1: 5 and 11 have one block of all. 8 of them have 3 and 5,
+    # twice; 4 have 1 and 3, four times.
+    found = list(splits({"a-0": 1.0, "b-0": 2.1}, 16))
+    widths = [[len(held) for held in ranks.values()] for ranks in found]
+    assert widths == [[5, 11], [6, 10], [4, 12], [8, 8]]
+    assert all(list(itertools.chain(*ranks.values())) == list(range(16)) for ranks in found)
+    assert list(splits({"a-0": 1.0, "b-0": 2.0, "c-0": 1.0}, 2)) == [
+        {"a-0": [1], "b-0": [0], "c-0": [1]}
+    ]
+    costs = {"a-0": SMALL, "b-0": dataclasses.replace(SMALL, macs=2_100_000)}
+    step = load(tiny_config(batch_size=1024, batch_norm="local"))
+    for latency, best in ((0.0, [5, 11]), (1.0, [8, 8])):
+        machine = dataclasses.replace(MACHINE, bandwidth=1e12, latency=latency)
+        _, split = predict_both(costs, 16, step, machine)
+        assert [len(held) for held in split.ranks.values()] == best
+
+
 # ---------------------------------------------------------------- predictions
 
 
@@ -145,6 +169,179 @@ def test_a_network_is_not_faster_than_the_host_starts_it() -> None:
     ):
         found = predict({"a-0": [0]}, {"a-0": cost}, load(config), machine)
         assert found.busy == pytest.approx([milliseconds / 1e3]), config.optim
+
+
+@pytest.mark.parametrize("world", [4, 8, 16])
+def test_what_a_process_receives_does_not_grow_with_the_processes(world: int) -> None:
+    # 16 rows each, whatever the number: from 3 others 16 x 10 logits of 4 bytes.
+    config = tiny_config(batch_size=4 * world, float64=False, batch_norm="local")
+    width = world // 4
+    ranks = {f"a-{i}": list(range(i * width, (i + 1) * width)) for i in range(4)}
+    found = predict(ranks, dict.fromkeys(ranks, SMALL), load(config), MACHINE)
+    assert found.rows == [16] * world and found.kind == "split"
+    assert found.exchanged == [3 * 16 * 10 * 4] * world
+    # In a block of 4 processes 3 messages come one after the other.
+    assert found.exchange == pytest.approx(1920 / 1e6 + 3e-3)
+    # Gradients around a ring of the peer's processes, and 3 losses of 4 peers around one of all.
+    averaged = 2 * (width - 1) / width * 4000 + 2 * (world - 1) / world * 3 * 4 * 4
+    assert found.sent == pytest.approx([1920 + averaged] * world)
+    assert found.received == pytest.approx(found.sent)
+
+
+def test_unequal_teams_swap_the_rows_that_they_share() -> None:
+    config = tiny_config(batch_size=12, float64=False, batch_norm="local")
+    ranks, costs = {"a-0": [0, 1, 2], "b-0": [3, 4]}, {"a-0": SMALL, "b-0": SMALL}
+    found = predict(ranks, costs, load(config), MACHINE)
+    assert found.rows == [4, 4, 4, 6, 6]
+    assert found.exchanged == [160] * 3 + [240] * 2
+    assert found.exchange == pytest.approx(240 / 1e6 + 4e-3)  # one block of 5
+    sums = predict(ranks, costs, load(config.changed(exchange="sum")), MACHINE)
+    assert sums.exchanged == [4 * 12 * 4] * 3 + [6 * 12 * 4] * 2
+    # Two peers in one process send both, and receive one.
+    ranks = {"a-0": [0], "a-1": [0], "b-0": [1]}
+    found = predict(ranks, dict.fromkeys(ranks, SMALL), load(config), MACHINE)
+    ring = 3 * 3 * 4
+    assert found.sent == [2 * 480 + ring, 480 + ring]
+    assert found.received == [480 + ring, 2 * 480 + ring]
+
+
+def test_bytes_are_those_of_the_rows_that_overlap() -> None:
+    chance = random.Random(3)
+    for _ in range(30):
+        widths = [chance.randint(1, 5) for _ in range(chance.randint(2, 4))]
+        ends = list(itertools.accumulate(widths, initial=0))
+        ranks = {f"a-{i}": list(range(*ends[i : i + 2])) for i in range(len(widths))}
+        teams = [Team(tuple(held), (name,)) for name, held in ranks.items()]
+        count = chance.randint(5, 23)
+        config = tiny_config(batch_size=2 * count, grad_accum=2, batch_norm="local", float64=False)
+        found = predict(ranks, dict.fromkeys(ranks, SMALL), load(config), MACHINE)
+        for rank, received in enumerate(found.exchanged):
+            rows = sum(one.end - one.first for one in overlaps_of(teams, rank, count))
+            assert received == 2 * rows * 10 * 4
+
+
+def test_sums_in_a_block_are_one_all_reduce() -> None:
+    config = tiny_config(batch_size=32, float64=False, exchange="sum", batch_norm="local")
+    ranks = {f"a-{i}": [2 * i, 2 * i + 1] for i in range(4)}
+    found = predict(ranks, dict.fromkeys(ranks, SMALL), load(config), MACHINE)
+    each = 2 * 3 / 4 * 16 * 12 * 4
+    assert found.exchanged == [each] * 8
+    assert found.exchange == pytest.approx(each / 1e6 + 6e-3)
+    trees = dataclasses.replace(MACHINE, trees=True)  # 2 up, 2 down
+    found = predict(ranks, dict.fromkeys(ranks, SMALL), load(config), trees)
+    assert found.exchange == pytest.approx(each / 1e6 + 4e-3)
+
+
+# ---------------------------------------------------------------- weights of the last exchange
+
+
+def test_stale_weights_are_sent_now_and_then_and_predict_every_step() -> None:
+    config = tiny_config(batch_size=8, float64=False, exchange_every=10)
+    ranks, costs = {"a-0": [0], "b-0": [1]}, {"a-0": SMALL, "b-0": LARGE}
+    found = predict(ranks, costs, load(config), MACHINE)
+    assert found.exchanged == [200_040, 410]
+    assert found.sent == [410 + 24, 200_040 + 24]
+    assert found.exchange == pytest.approx((2_004_500 / 1e6 + 2e-3) / 10)
+    # Each trains its own and predicts with the other.
+    assert found.busy == pytest.approx([8 * (3e6 + 3e6) / 1e9, 8 * (9e6 + 1e6) / 1e9])
+    fresh = predict(ranks, costs, load(config.changed(exchange_every=1)), MACHINE)
+    assert [a - b for a, b in zip(found.memory, fresh.memory, strict=True)] == [2_004_500] * 2
+    # All three predict where a process has two peers, and everywhere for a target of all.
+    ranks = {"a-0": [0], "a-1": [0], "b-0": [1]}
+    costs = {"a-0": SMALL, "a-1": SMALL, "b-0": LARGE}
+    for target, macs in (("peers", [6 + 5, 9 + 2]), ("mean-logit-all", [6 + 5, 9 + 5])):
+        found = predict(ranks, costs, load(config.changed(target=target)), MACHINE)
+        assert found.busy == pytest.approx([8 * each * 1e6 / 1e9 for each in macs])
+    alone = load(config.changed(kl_weight=0.0))
+    assert predict(ranks, costs, alone, MACHINE).exchanged == [0, 0]
+
+
+def test_weights_go_along_a_tree_within_a_block() -> None:
+    config = tiny_config(batch_size=40, float64=False, exchange_every=5)
+    costs = {f"a-{i}": dataclasses.replace(SMALL, state_bytes=10**i) for i in range(4)}
+    ranks = {f"a-{i}": [2 * i, 2 * i + 1] for i in range(4)}
+    found = predict(ranks, costs, load(config), MACHINE)
+    assert found.exchanged == [each / 5 for each in (1110, 1110, 1101, 1101, 1011, 1011, 111, 111)]
+    # A root sends to two, the next one on to the fourth; the processes of a block follow in turn.
+    group = 2 * 1 / 2 * (4000 + 4 * 2 * 22 + 4 * 20) + 2 * 7 / 8 * 48
+    sent = [(2 * 1 + 1000) / 5, (2 * 10 + 1) / 5, (2 * 100 + 10) / 5, (2 * 1000 + 100) / 5]
+    assert found.sent[::2] == pytest.approx([each + group for each in sent])
+    assert found.exchange == pytest.approx(2 * (1111 / 1e6 + 4e-3) / 5)
+
+
+# ---------------------------------------------------------------- the time of a whole step
+
+
+def test_a_measured_step_is_shared_by_the_peers() -> None:
+    costs = {"a-0": SMALL, "b-0": LARGE}
+    for flags in ({}, {"low_memory": True}, {"grad_accum": 2}, {"update": "sequential"}):
+        step = load(tiny_config(batch_size=8, **flags))
+        timed_costs, machine = timed_as_a_whole(costs, step, MACHINE, 0.4)
+        one = predict(everywhere(costs, 1), timed_costs, step, machine)
+        assert one.step_seconds == pytest.approx(0.4)
+        both = predict({"a-0": [0], "b-0": [1]}, timed_costs, step, machine)
+        assert both.busy == pytest.approx([0.1, 0.3])
+
+
+def test_no_start_is_longer_than_the_measured_step_allows() -> None:
+    costs = dict.fromkeys(("a-0", "a-1"), dataclasses.replace(SMALL, operations=4))
+    step = load(tiny_config(batch_size=8, batch_norm="local"))
+    machine = dataclasses.replace(MACHINE, start=2e-3, bandwidth=1e12, latency=0.0)
+    # Assumed: 12 operations of each network take 24 ms to start. Measured: 24 ms for both.
+    found, shorter = timed_as_a_whole(costs, step, machine, 24e-3)
+    assert shorter.start == pytest.approx(1e-3)
+    for world in (1, 2, 4):  # fewer rows do not take less
+        one = predict(everywhere(costs, world), found, step, shorter)
+        assert one.step_seconds == pytest.approx(24e-3, rel=1e-3)
+    found, same = timed_as_a_whole(costs, step, machine, 96e-3)
+    assert same.start == 2e-3
+    for world, seconds in ((1, 96e-3), (2, 48e-3), (4, 48e-3)):
+        one = predict(everywhere(costs, world), found, step, same)
+        assert one.step_seconds == pytest.approx(seconds, rel=1e-3)
+
+
+# ---------------------------------------------------------------- many processes
+
+
+def test_a_step_on_many_processes() -> None:
+    config = tiny_config(batch_size=64, float64=False, batch_norm="local")
+    costs, step = {"a-0": SMALL, "a-1": SMALL}, load(config)
+    update = config.method.schedule
+    worlds = [1, 2, 128]
+    found = scales(worlds, costs, dict.fromkeys(worlds, step), "auto", update, MACHINE)
+    one, two, many = found
+    # 64 images of 2 networks at 3 ms: 384 ms; in two processes 192, logits and three messages.
+    assert one.images_per_second == pytest.approx(64 / 0.384)
+    assert one.efficiency == pytest.approx(1)
+    seconds = 0.192 + (64 * 10 * 4 + 24) / 1e6 + 3e-3
+    assert two.chosen is not None and two.chosen.kind == "split"
+    assert two.chosen.step_seconds == pytest.approx(seconds)
+    assert two.efficiency == pytest.approx(0.384 / 2 / seconds)
+    assert many.chosen is None and many.batch_size == 128
+
+
+def test_four_thousand_processes_are_planned_at_once() -> None:
+    costs = {"a-0": SMALL, "b-0": LARGE, "b-1": LARGE, "c-0": SMALL}
+    worlds = [1, *(2**n for n in range(3, 13))]
+    step = load(tiny_config(batch_size=5000))
+    update, began = UPDATE_SCHEDULES["simultaneous"], time.process_time()
+    found = scales(worlds, costs, dict.fromkeys(worlds, step), "auto", update, MACHINE)
+    assert time.process_time() - began < 2
+    assert all(one.chosen is not None for one in found)
+
+
+def test_processes_are_named_in_ranges() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2 5 7-8"
+    assert ranges([]) == ""
+    assert _which([0, 1, 3, 5, 7]) == "0-1 3 5 7"
+    assert _which(range(0, 1024, 2)) == "512 of 0-1022"
+    update = UPDATE_SCHEDULES["simultaneous"]
+    equal, step = {"a-0": LARGE, "b-0": LARGE}, load(tiny_config(batch_size=2048))
+    why = choose(equal, 1024, step, "split", update, MACHINE)[1]
+    assert why == "as asked, a-0 on 0-511, b-0 on 512-1023"
+
+
+# ---------------------------------------------------------------- sums, rounding, decoding
 
 
 @pytest.mark.parametrize("peers", [2, 4, 8])
