@@ -2,7 +2,8 @@
 # Start one training on two hosts with addresses of their own: network namespaces joined by a veth.
 #   sudo bash tests/two_hosts.sh ACCELERATE train.py [flags]
 # ACCELERATE is the accelerate program to use. With CUT_WHEN=metrics.jsonl the link goes down when that
-# file reports step 4. Needs root and iproute2; leaves nothing behind.
+# file reports step 4; PROCESSES (2) is how many there are on both. Needs root and iproute2; leaves
+# nothing behind.
 set -euo pipefail
 accelerate=$1
 shift
@@ -37,7 +38,7 @@ launch() { # host, then the program and its flags
   shift
   ip netns exec "${hosts[$host]}" env GLOO_SOCKET_IFNAME="${links[$host]}" \
     "$accelerate" launch --config_file launch/multi_node.yaml --machine_rank "$host" \
-    --num_processes 2 --main_process_ip 10.77.0.1 --mixed_precision no "$@"
+    --num_processes "${PROCESSES:-2}" --main_process_ip 10.77.0.1 --mixed_precision no "$@"
 }
 
 if [ -n "${CUT_WHEN:-}" ]; then
