@@ -5,8 +5,8 @@
 ``killed``: one process is killed (kill -9) in the middle of training, and the command is repeated
 on 12 processes. ``cut``: the link between two hosts of 8 processes goes down (see two_hosts.sh,
 which needs root). ``slow``: one process sleeps between two steps. Weights are compared with those
-of an undisturbed run of one process. Writes benchmarks/failures.json and .md; cases that are not run
-stay there as they are.
+of an undisturbed run of one process. Writes benchmarks/failures.json and .md; cases that are not
+run stay there as they are.
 """
 
 import argparse

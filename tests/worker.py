@@ -158,6 +158,7 @@ def run_case(case: dict, source: sources.Source, folder: Path) -> None:
     placement.processes.stop_heartbeat()  # the next case has processes of its own
     report = {
         "pid": os.getpid(),
+        "collectives": collectives(placement),
         "host": socket.gethostname(),
         "rank": placement.processes.rank,
         "world_size": placement.processes.world_size,
@@ -195,8 +196,18 @@ def run_methods(case: dict, source: sources.Source, folder: Path) -> None:
         tensors |= {f"state/{name}/{key}": value for key, value in state.items()}
     training.placement.processes.stop_heartbeat()
     placement = training.placement
-    report = {"rank": placement.processes.rank, "kind": placement.kind}
+    report = {
+        "rank": placement.processes.rank,
+        "kind": placement.kind,
+        "collectives": collectives(placement),
+    }
     write(folder, placement.processes.rank, tensors, report)
+
+
+def collectives(placement: Placement) -> int:
+    """How many collectives this process has come to, by which the slow ones are known."""
+    liveness = placement.processes._liveness
+    return liveness.collectives if liveness else 0
 
 
 def write(folder: Path, rank: int, tensors: dict[str, torch.Tensor], report: dict) -> None:

@@ -313,9 +313,11 @@ def test_several_processes_share_the_batch(found: Callable[[int], Found], proces
     even = {2: [[0, 24], [24, 48]], 3: [[0, 16], [16, 32], [32, 48]]}[processes]
     uneven = {2: [[0, 23], [23, 47]], 3: [[0, 15], [15, 31], [31, 47]]}[processes]
     for name, ranks in found(processes).items():
+        reports = [report for report, _ in ranks]
+        (collectives,) = {report["collectives"] for report in reports}
+        assert collectives > 0, name
         if "methods" in name:
             continue
-        reports = [report for report, _ in ranks]
         assert len({report["pid"] for report in reports}) == processes
         assert [report["rank"] for report in reports] == list(range(processes))
         assert {report["world_size"] for report in reports} == {processes}
