@@ -13,7 +13,7 @@ from dml_accel.mutual.losses import mutual_loss
 
 PAIR, TRIO = ("resnet8*2",), ("resnet8*3",)
 # These have other steps, links or stages, not another loss.
-OTHERS = {"sequential", "official", "switokd", "okddip-leader", IN_STAGES}
+OTHERS = {"sequential", "official", "switokd", "okddip-leader", "codistillation", IN_STAGES}
 
 
 def left_out(cohort: tuple[str, ...], **changes: object) -> dict[str, str]:
@@ -35,8 +35,8 @@ def left_out(cohort: tuple[str, ...], **changes: object) -> dict[str, str]:
         (
             TRIO,
             {"exchange": "sum"},
-            "mean-prob jsd renyi kdcl-naive kdcl-minlogit okddip-leader switokd distill semi "
-            "ensemble-distill",
+            "mean-prob jsd renyi kdcl-naive kdcl-minlogit okddip-leader switokd codistillation "
+            "distill semi ensemble-distill",
         ),
         (TRIO, {"epochs": 1}, "mean-prob switokd distill semi ensemble-distill"),
     ],

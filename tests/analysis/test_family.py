@@ -79,6 +79,7 @@ def test_every_method_is_its_flags() -> None:
     # Of 200 epochs: 1/12, and 80 of 300.
     assert unusual("kl_warmup", 0) == {"dkd": 17, "okddip-leader": 53}
     assert unusual("kl_ramp", "linear") == {"okddip-leader": "sigmoid"}
+    assert unusual("exchange_every", 1) == {"codistillation": 50}
     assert unusual("links", "full") == {
         "okddip-leader": "leader",
         "distill": "frozen",

@@ -49,6 +49,12 @@ from tests.helpers import ROOT
             "standardized",
         ),
         ({"update": "switch"}, 2, "switokd"),
+        ({"exchange_every": 50}, 2, "codistillation"),
+        (
+            {"exchange_every": 10, "burn_in": 300},
+            2,
+            "mutual, burn in 300, exchange every 10",
+        ),
         ({"links": "leader", "target": "mean-logit"}, 3, "mean-logit, links leader"),
         (
             METHODS["okddip-leader"].flags(200),

@@ -45,13 +45,14 @@ def test_the_rate_is_the_same_at_the_same_share_of_the_epochs(flags: dict) -> No
 def test_the_pupil_is_the_first_network_and_its_teachers_are_all() -> None:
     cohort = ("timm:resnet18[stem=cifar]*2", "resnet8")
     optim = {"peer_opt": ("resnet18-0:lr=0.2", "resnet8-0:lr=0.3"), "kl_warmup": 5, "epochs": 15}
+    optim["burn_in"] = 100  # 9/15 of it
     config = Config(cohort=cohort, target="mean-prob", **optim)
     teachers, pupil = teachers_config(config), pupil_config(config)
     assert teachers.cohort == cohort and teachers.method.kl_weight == 0
     assert teachers.optim.peer_opt == config.optim.peer_opt
     assert pupil.cohort == ("timm:resnet18[stem=cifar]",) and pupil.method.target == "mean-prob"
     assert pupil.optim.peer_opt == ("resnet18-0:lr=0.2",)
-    assert (pupil.optim.epochs, pupil.method.kl_warmup) == (9, 3)
+    assert (pupil.optim.epochs, pupil.method.kl_warmup, pupil.method.burn_in) == (9, 3, 60)
     for stage in (teachers, pupil):  # what is recorded makes the flags of the others of it again
         others = stage.changed(**shared_flags(config, stage))
         assert others.differences(config).keys() <= {"kl_weight", "target"}

@@ -225,6 +225,29 @@ def test_equal_networks_have_no_row_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("ranks", "target", "per_step"),
+    [
+        ([[0, 1], [0, 1], [0, 1]], "peers", 12),  # all three predict for all
+        ([[0], [1], [2, 3]], "peers", 9 + 6),  # two in each process: of the others
+        ([[0], [1], [2, 3]], "mean-logit-all", 9 + 9),
+        ([[0], [1], [1]], "peers", 9 + 2 + 3),
+    ],
+    ids=str,
+)
+def test_passes_of_the_last_exchange_by_hand(
+    tmp_path: Path, ranks: list[list[int]], target: str, per_step: int
+) -> None:
+    names = [f"resnet8-{place}" for place in range(3)]
+    description = {
+        "peers": [{"name": name} for name in names],
+        "placement": {"ranks": dict(zip(names, ranks, strict=True))},
+    }
+    config = Config(batch_size=16, cohort=("resnet8*3",), exchange_every=50, target=target)
+    run = Run(tmp_path, "", "x", config, description, {"steps": 50}, [])
+    assert passes_per_image(run) == per_step
+
+
+@pytest.mark.parametrize(
     ("changes", "peers", "frozen", "per_image", "per_step"),
     [
         ({}, 1, 0, 3, 3),
@@ -236,6 +259,8 @@ def test_equal_networks_have_no_row_twice(tmp_path: Path) -> None:
         ({"frozen_peers": ("x",), "links": "frozen"}, 2, 3, 9, 9),
         ({"frozen_peers": ("x",), "kl_weight": 0.0}, 2, 3, 6, 6),
         ({"low_memory": True}, 2, 0, 8, 8),
+        ({"burn_in": 20, "update": "sequential"}, 3, 0, 10.2, 10.2),  # 9 in 20 of 50 steps, then 11
+        ({"exchange_every": 50, "burn_in": 25}, 4, 0, 14, 14),  # 12, then 4 weights teach
     ],
     ids=str,
 )

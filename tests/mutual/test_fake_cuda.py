@@ -56,6 +56,8 @@ CASES = [
     (1, {"ema": 0.9}),
     (1, TAUGHT_BY_AVERAGES | {"mixed_precision": "fp16"}),
     (1, TAUGHT_BY_AVERAGES | {"low_memory": True, "grad_accum": 2}),
+    (1, {"exchange_every": 2, "mixed_precision": "fp16"}),
+    (2, SPLIT | {"exchange_every": 2, "grad_accum": 2}),
     (2, {"links": "ring", "grad_accum": 2}),
     (2, {"labelled_fraction": 0.5, "update": "official", "grad_accum": 2}),
     (2, {"batch_norm": "local", "clip_norm": 1.0}),

@@ -5,11 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from dml_accel import learn
+from dml_accel.core.errors import UsageError
+from dml_accel.data.sources import Source
 from dml_accel.models.optim import make_optimizer
 from dml_accel.mutual import reference
 from dml_accel.mutual.snapshots import Snapshots
-from tests.helpers import assert_same_state
+from dml_accel.training import setup
+from tests.helpers import assert_same_state, tiny_config
 from tests.mutual.references import (
     Build,
     assert_as_reference,
@@ -126,3 +131,66 @@ def test_low_memory_takes_the_same_steps(training: Build) -> None:
 def test_what_teaches_never_waits_for_a_kl_term(training: Build) -> None:
     assert training(exchange_every=3, kl_weight=0.0).cohort.snapshots is None
     assert training().cohort.snapshots is None
+
+
+class Odd(nn.Module):
+    """A network with a weight in two places, a constant, and a buffer that it replaces."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.b.weight = self.a.weight
+        nn.init.constant_(self.a.weight, value)
+        self.register_buffer("seen", torch.tensor(int(value)))
+        self.register_buffer("mask", torch.tensor([-torch.inf, 0.0]), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x))
+
+
+def test_shared_weights_and_buffers_are_those_of_the_exchange(training: Build) -> None:
+    t = training()
+    network = Odd(1)
+    snapshot = Snapshots(
+        dict.fromkeys(t.placement.names, Odd(0)),
+        {"resnet8-0": network},
+        t.placement,
+        training(exchange_every=2).config.method,
+    )
+    with torch.no_grad():
+        network.a.weight += 1
+    network.seen = torch.tensor(7)  # replaced, not changed
+    snapshot.begin_step(1)  # nothing is due
+    ours = snapshot.of["resnet8-0"].module
+    assert (ours.a.weight == 0).all()
+    snapshot.begin_step(2)
+    assert (ours.a.weight == 2).all() and ours.b.weight is ours.a.weight
+    assert ours.seen == 7 and torch.equal(ours.mask, network.mask)
+
+
+def test_what_would_never_begin_or_has_nobody_to_learn_from_is_refused(digits: Source) -> None:
+    images = len(digits.train)
+    steps = 2 * (images // 8)
+    long = {"epochs": 2, "max_steps": None}
+    setup.check(tiny_config(burn_in=steps - 1, **long), digits)
+    said = f"--burn-in {steps} is not below the {steps} steps of the run, so the KL term would"
+    with pytest.raises(UsageError, match=said):
+        setup.check(tiny_config(burn_in=steps, **long), digits)
+    with pytest.raises(UsageError, match="--exchange-every 3 is about what peers teach each other"):
+        setup.check(tiny_config(cohort=("resnet8",), exchange_every=3), digits)
+
+
+def test_networks_of_the_callers_learn_from_the_last_exchange() -> None:
+    images = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
+    flags = {"batch_size": 4, "lr": 0.1, "epochs": 1, "cpu": True, "exchange_every": 3}
+
+    def losses(**changes: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        nets = {name: nn.Linear(4, 3) for name in ("a", "b")}
+        records = list(learn(nets, images, images, **flags | changes))
+        return torch.stack([record.losses_KP for record in records[:4]])  # type: ignore[union-attr]
+
+    stale, fresh = losses(), losses(exchange_every=1)
+    assert torch.equal(stale[0], fresh[0]) and not torch.equal(stale[1:3], fresh[1:3])
+    with pytest.raises(UsageError, match="--burn-in 4 is not below the 4 steps of the run"):
+        losses(burn_in=4)

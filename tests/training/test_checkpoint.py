@@ -1,5 +1,6 @@
 """Checkpoints: what is written is what is read, bit for bit; what is damaged is not read at all."""
 
+import copy
 import hashlib
 import json
 import pickle
@@ -16,6 +17,7 @@ from torch import nn
 from dml_accel.core.errors import UnreadableError
 from dml_accel.models.spec import PeerSpec
 from dml_accel.mutual.peer import Peer
+from dml_accel.mutual.snapshots import Snapshot
 from dml_accel.training import checkpoint
 from dml_accel.training.checkpoint import load_peers, named, read_state
 
@@ -103,6 +105,44 @@ def test_a_fresh_peer_without_optimizer_state_can_be_loaded(tmp_path: Path) -> N
     load_peers(saved(tmp_path, [first], 2), [fresh])
     for name, value in everything(first).items():
         assert torch.equal(everything(fresh)[name], value), name
+
+
+def test_weights_of_the_last_exchange_are_there_from_the_first_exchange_on(tmp_path: Path) -> None:
+    def exchanging() -> Peer:  # before the fourth step
+        one = peer("a-0")
+        one.snapshot = Snapshot(copy.deepcopy(one.module), first=3)
+        return one
+
+    def taken(one: Peer) -> bool:
+        assert one.snapshot is not None
+        return one.snapshot.is_taken
+
+    first, second = exchanging(), exchanging()
+    learn(first, 3)
+    early = saved(tmp_path / "early", [first], 3)
+    load_peers(early, [second])
+    assert not taken(second)
+    assert first.snapshot is not None and second.snapshot is not None
+    first.snapshot.is_taken = True
+    learn(first, 1, start=3)
+    load_peers(saved(tmp_path / "late", [first], 4), [second])
+    assert taken(second)
+    right = first.snapshot.module.state_dict()
+    assert not torch.equal(right["3.weight"], first.module.state_dict()["3.weight"])
+    for name, value in second.snapshot.module.state_dict().items():
+        assert torch.equal(value, right[name])
+
+    with pytest.raises(UnreadableError, match="safetensors has weights of an exchange at step 3"):
+        load_peers(saved(tmp_path / "too early", [first], 3), [exchanging()])
+    first.snapshot.is_taken = False
+    with pytest.raises(UnreadableError, match="safetensors lacks weights of an exchange at step 4"):
+        load_peers(saved(tmp_path / "too late", [first], 4), [exchanging()])
+    first.snapshot = None
+    with pytest.raises(UnreadableError, match="lacks weights"):
+        load_peers(saved(tmp_path / "none", [first], 4), [exchanging()])
+    first.snapshot = Snapshot(copy.deepcopy(peer("a-0", width=5).module), 3, is_taken=True)
+    with pytest.raises(UnreadableError, match="snapshot.0.weight .* does not fit a-0"):
+        load_peers(saved(tmp_path / "other", [first], 4), [exchanging()])
 
 
 def test_channels_last_and_tied_weights_are_written(tmp_path: Path) -> None:

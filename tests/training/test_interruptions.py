@@ -94,7 +94,7 @@ def test_restarts_resume_after_a_crash_and_not_after_a_stop(tmp_path: Path) -> N
 def test_a_stopped_split_run_is_resumed_by_one_process_and_back(tmp_path: Path) -> None:
     words = "--cohort resnet8 resnet20 --dataset digits --image-size 8 --batch-size 9 --lr 0.001"
     words = [*words.split(), "--float64", "--cpu", "--save-every", "5", "--eval-every", "100"]
-    words += ["--resume", "auto"]
+    words += ["--resume", "auto", "--exchange-every", "7"]  # most stops are between two exchanges
     two, moved = ["train.py", "--placement", "split", *words], tmp_path / "moved"
     two += ["--output-dir", str(moved)]
     # The launcher's SIGTERM stops all processes at one step.
