@@ -26,7 +26,7 @@ METRICS = {"top1": ("top-1, %", 100), "nll": ("NLL, nats", 1)}
 
 
 def values(folder: Path, method: str, metric: str, whole: bool) -> dict[int, float | None]:
-    """Return a metric of the test split for each seed: of the ensemble, or the mean of the peers."""
+    """Return a metric on the test split by seed: of the ensemble, or the mean of the peers."""
     found: dict[int, float | None] = {}
     for seed in SEEDS:
         results = read_json(folder / method / f"seed-{seed}" / "results.json")
@@ -77,10 +77,10 @@ def _write(folder: Path, command: str) -> None:
     headers = ["metric", "of", "method", "mean", "less mutual (95% interval)"]
     text = f"""# Fresh against stale exchange
 
-A pair of ResNet-8 on {Path(config["dataset"]).name}, {len(SEEDS)} seeds, {config["epochs"]} epochs of \
-batches of {config["batch_size"]}. `mutual` learns from the logits of every step, `every-N` from the \
-other's weights of the last exchange, one every N steps (`--exchange-every N`). Differences are paired \
-by seed.
+A pair of ResNet-8 on {Path(config["dataset"]).name}, {len(SEEDS)} seeds, {config["epochs"]} \
+epochs of batches of {config["batch_size"]}. `mutual` learns from the logits of every step, \
+`every-N` from the other's weights of the last exchange, one every N steps (`--exchange-every N`). \
+Differences are paired by seed.
 
 {tabulate(rows(folder), headers, tablefmt="github", disable_numparse=True)}
 
