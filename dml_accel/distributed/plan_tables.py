@@ -171,7 +171,7 @@ class Scale:
 
 def scales(
     worlds: Sequence[int],
-    costs: Mapping[str, Cost],
+    costs: Mapping[int, Mapping[str, Cost]],
     loads: Mapping[int, StepLoad],
     asked: str,
     schedule: UpdateSchedule,
@@ -181,13 +181,13 @@ def scales(
 
     Args:
         worlds: numbers of processes.
-        costs: of each peer.
+        costs: of each peer, by number of processes, also for one.
         loads: of a step, by number of processes, also of one.
         asked: ``--placement``.
         schedule: the update schedule.
         machine: rates.
     """
-    alone = predict(everywhere(costs, 1), costs, loads[1], machine)
+    alone = predict(everywhere(costs[1], 1), costs[1], loads[1], machine)
     of_one = loads[1].images / alone.step_seconds
     found = []
     for world in worlds:
@@ -196,9 +196,9 @@ def scales(
         if min(load.micro_batches) < world:
             found.append(Scale(world, needed))
             continue
-        both = predict_both(costs, world, load, machine)
-        ranks, _ = choose(costs, world, load, asked, schedule, machine)
-        chosen = both[0] if ranks == both[0].ranks else predict(ranks, costs, load, machine)
+        both = predict_both(costs[world], world, load, machine)
+        ranks, _ = choose(costs[world], world, load, asked, schedule, machine)
+        chosen = predict(ranks, costs[world], load, machine)
         rate = load.images / chosen.step_seconds
         found.append(Scale(world, needed, both, chosen, rate, rate / world / of_one))
     return found
@@ -232,7 +232,7 @@ def scaling_text(
     )
     text = table([_scale_cells(one) for one in found], headers, "simple", left=2)
     return (
-        f"{text}\n\n--placement {asked}; a step takes the time of the placement in its row. Rows "
+        f"{text}\n\n--placement {asked}: a step takes the time of the placement in its row. Rows "
         "of a process: the least and the most. Bytes, memory and rows are those of a step and of "
         "the process that has most. Efficiency: images per second, over those of as many single "
         "processes. Exchange: what a process receives from those of other peers, and the time of "

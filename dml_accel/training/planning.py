@@ -1,6 +1,5 @@
 """What ``dml-accel plan`` prints: the cost of both placements, without training."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from dml_accel.distributed.device import choose_device
 from dml_accel.distributed.plan import (
     SECONDS_TO_DECODE,
     Machine,
+    StepLoad,
     choose,
     predict_both,
     timed_as_a_whole,
@@ -69,45 +69,62 @@ def plan(config: Config, asked: Question) -> tuple[str, list[Scale]]:
     """
     parse_augment(config.data.augmentation)
     config, listed = _listed(config)
+    basis = _basis(config, asked, listed)
+    placement, schedule = config.compute.placement, config.method.schedule
+    loads, costs, machine = basis.loads, basis.costs, basis.machine
+    found = scales(asked.worlds, costs, loads, placement, schedule, machine)
+    if len(asked.worlds) > 1:
+        return scaling_text(found, loads[1], placement, basis.words, machine), found
+    (world,) = asked.worlds
+    _, why = choose(costs[world], world, loads[world], placement, schedule, machine)
+    both = predict_both(costs[world], world, loads[world], machine)
+    return plan_text(both, why, loads[world], placement, basis.words, machine), found
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What is predicted from: steps and costs by number of processes, also for one; rates."""
+
+    loads: dict[int, StepLoad]
+    costs: dict[int, dict[str, Cost]]
+    machine: Machine
+    words: Assumptions
+
+
+def _basis(config: Config, asked: Question, listed: Listed | None) -> _Basis:
+    compute, machine = config.compute, asked.machine
     classes = _classes(config, asked.classes, listed)
-    specs, compute = parse_cohort(config.cohort), config.compute
+    specs = parse_cohort(config.cohort)
     check_optimizers(config.optim, [spec.name for spec in specs])
     modules = build_networks(config, specs, classes)
-    times_images = listed is not None and compute.measure and compute.feed == "loader"
-    decoding = SECONDS_TO_DECODE
-    if listed is not None and times_images:
-        decoding = seconds_to_decode(config.data, listed)
+    decoding, how = SECONDS_TO_DECODE, "assumed"
+    if listed is not None and compute.measure and compute.feed == "loader":
+        decoding, how = seconds_to_decode(config.data, listed), "timed on this machine"
     loads = {
         world: step_load(config, classes, compute.feed, world, decoding)
         for world in {1, *asked.worlds}
     }
-    costs, machine = count_all(config, modules), asked.machine
+    counted = count_all(config, modules)
     computing = f"{machine.macs_per_second / 1e9:.0f} billion multiply-accumulates per second"
     computing += " and process"
     if asked.seconds is not None:
-        costs, machine = timed_as_a_whole(costs, loads[1], machine, asked.seconds)
+        counted, machine = timed_as_a_whole(counted, loads[1], machine, asked.seconds)
         computing = (
             f"{1e3 * asked.seconds:g} ms for a step of the cohort in one process, which its peers "
             "share by their multiply-accumulates"
         )
-    elif compute.measure:
-        costs = _measured(config, specs, modules, costs, max(asked.worlds))
+    costs = dict.fromkeys(loads, counted)
+    if compute.measure:
+        costs = _measured(config, specs, modules, counted, sorted(loads))
         computing = "networks timed on this machine"
+    decodes = f"{1e3 * decoding:.1f} ms of a core to decode an image ({how})"
     words = Assumptions(
-        config.data.size, computing, compute.measure or asked.seconds is not None, ""
+        config.data.size,
+        computing,
+        timed=compute.measure or asked.seconds is not None,
+        decoding=decodes if loads[1].decoding else "",
     )
-    if loads[1].decoding:
-        how = "timed on this machine" if times_images else "assumed"
-        text = f"{1e3 * decoding:.1f} ms of a core to decode an image ({how})"
-        words = dataclasses.replace(words, decoding=text)
-    placement, schedule = compute.placement, config.method.schedule
-    found = scales(asked.worlds, costs, loads, placement, schedule, machine)
-    if len(asked.worlds) > 1:
-        return scaling_text(found, loads[1], placement, words, machine), found
-    (world,) = asked.worlds
-    _, why = choose(costs, world, loads[world], placement, schedule, machine)
-    both = predict_both(costs, world, loads[world], machine)
-    return plan_text(both, why, loads[world], placement, words, machine), found
+    return _Basis(loads, costs, machine, words)
 
 
 def _measured(
@@ -115,10 +132,13 @@ def _measured(
     specs: list[PeerSpec],
     modules: Modules,
     costs: dict[str, Cost],
-    processes: int,
-) -> dict[str, Cost]:
+    worlds: Sequence[int],
+) -> dict[int, dict[str, Cost]]:
+    """Return the costs with times measured here, by number of processes."""
     device = choose_device(config.compute.cpu)
-    return with_times(costs, specs, modules, config, device, processes)
+    if device.type == "cpu":  # where an image takes as long among few as among many
+        return dict.fromkeys(worlds, with_times(costs, specs, modules, config, device, 1))
+    return {world: with_times(costs, specs, modules, config, device, world) for world in worlds}
 
 
 def _listed(config: Config) -> tuple[Config, Listed | None]:

@@ -308,7 +308,9 @@ def test_a_step_on_many_processes() -> None:
     costs, step = {"a-0": SMALL, "a-1": SMALL}, load(config)
     update = config.method.schedule
     worlds = [1, 2, 128]
-    found = scales(worlds, costs, dict.fromkeys(worlds, step), "auto", update, MACHINE)
+    found = scales(
+        worlds, dict.fromkeys(worlds, costs), dict.fromkeys(worlds, step), "auto", update, MACHINE
+    )
     one, two, many = found
     # 64 images of 2 networks at 3 ms: 384 ms; in two processes 192, logits and three messages.
     assert one.images_per_second == pytest.approx(64 / 0.384)
@@ -325,7 +327,9 @@ def test_four_thousand_processes_are_planned_at_once() -> None:
     worlds = [1, *(2**n for n in range(3, 13))]
     step = load(tiny_config(batch_size=5000))
     update, began = UPDATE_SCHEDULES["simultaneous"], time.process_time()
-    found = scales(worlds, costs, dict.fromkeys(worlds, step), "auto", update, MACHINE)
+    found = scales(
+        worlds, dict.fromkeys(worlds, costs), dict.fromkeys(worlds, step), "auto", update, MACHINE
+    )
     assert time.process_time() - began < 2
     assert all(one.chosen is not None for one in found)
 
