@@ -7,7 +7,7 @@ no logit crosses between processes.
 Shape letters: K peers of the cohort, B rows of our slice, C classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +110,7 @@ class Snapshots:
         return torch.stack([found[name] for name in self.of])
 
 
-def _by_dtype(
-    module: nn.Module, network: nn.Module
-) -> list[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+def _by_dtype(module: nn.Module, network: nn.Module) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Return parameters and buffers of two equal networks in pairs, one pair of lists a dtype.
 
     Tensors that several modules share come once. They are looked up anew each time, because a
