@@ -129,6 +129,7 @@ def killed(root: Path) -> dict[str, Any]:
             time.sleep(0.05)
         seconds = time.monotonic() - start
         _, said = run.communicate(timeout=PATIENCE)
+    # The launcher lists the first failure twice.
     codes = Counter(re.findall(r"exitcode\s*: (-?\d+)", said))
     status, newest = load(folder / "status.json"), saved_steps(folder)[-1]
     complete(FEWER, folder)
@@ -248,26 +249,31 @@ def write(outcomes: dict[str, Any]) -> None:
     """Write benchmarks/failures.md."""
     sections = []
     for name, one in outcomes.items():
-        shown = [
-            [key, "; ".join(map(str, value)) if isinstance(value, list) else value]
-            for key, value in one.items()
-            if key not in ("versions", "processor", "system", "cores", "command", "n", "commit")
-        ]
+        about = ("versions", "processor", "system", "cores", "command", "n", "commit")
+        rows = [[what, _shown(value)] for what, value in one.items() if what not in about]
         sections.append(
-            f"## {name}\n\n{CASES[name].__doc__} n = 1.\n\n"
-            f"{tabulate(shown, ['what', 'measured'], tablefmt='github', floatfmt='.3g')}\n\n"
+            f"## {name}\n\n{CASES[name].__doc__} n = {one['n']}.\n\n"
+            f"{tabulate(rows, ['what', 'measured'], tablefmt='github', disable_numparse=True)}\n\n"
             f"`{one['command']}`: {one['processor']}, {one['cores']} cores, {one['system']}; torch "
             f"{one['versions']['torch']}, commit {one['commit']}.\n"
         )
     head = f"""# Failures of {PROCESSES} processes
 
-{PROCESSES} gloo processes on one machine train four ResNet-8 on digits (`{" ".join(WORDS)}`). Each
-case is one launch: what happened once, not how often. Differences are those of any weight or
+{PROCESSES} gloo processes on one machine train four ResNet-8 on digits (`{" ".join(WORDS)}`).
+Each case is one launch: what happened once, not how often. Differences are those of any weight or
 running statistic to a run of one process that nobody disturbed; law 2 allows {TOLERANCE:g}. Every
 number is in [failures.json](failures.json).
 
 """
     (HERE / "failures.md").write_text(head + "\n".join(sections))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{number} times {code}" for code, number in value.items())
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
