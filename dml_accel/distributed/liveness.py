@@ -310,10 +310,10 @@ class Liveness:
         ranks = behind(before, self._everyone)
         if self._rank in ranks or (self._rank > 0 and 0 not in ranks):
             return ""
-        if len(ranks) > _NAMES_AT_MOST:
-            return named(ranks)
         keys = [_host_key(rank) for rank in ranks]
-        hosts = self._store.multi_get(keys) if ranks and self._store.check(keys) else []
+        if not ranks or len(ranks) > _NAMES_AT_MOST or not self._store.check(keys):
+            return named(ranks)
+        hosts = self._store.multi_get(keys)
         return ", ".join(
             f"rank {rank} (host {host.decode()})" for rank, host in zip(ranks, hosts, strict=True)
         )

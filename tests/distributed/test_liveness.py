@@ -114,11 +114,11 @@ def test_the_slow_ones_are_alive_and_have_come_to_the_fewest_collectives(
 
 def test_the_slow_ones_are_named_once_while_we_wait_and_no_more_than_once_a_minute() -> None:
     waiting, read, said = Waiting(), [], []
-    # 80 looks: 12 in one place, then a step, then 66 in another one where they change.
-    for look, waited in enumerate([*range(12), 0, *range(1, 68)]):
-        said += [look] if waiting.names(waited, "rank 5" if look < 60 else "rank 6") else []
+    # 12 looks in one place, then a step, then the others in a second place, where they change.
+    for look, waited in enumerate([*range(12), 0, *range(1, 90)]):
+        said += [look] if waiting.names(waited, "rank 5" if look < 80 else "rank 6") else []
         read += [look] if waiting.reads else []
-    assert said == [5, 35, 65]  # named again in the second place, and as others
+    assert said == [5, 35, 80]
     assert read[:7] == [3, 4, 8, 9, 15, 16, 20]  # two in a row, before the look that names them
     assert not any(Waiting().names(waited, "") for waited in range(20))
 
