@@ -200,12 +200,11 @@ def _refuse_to_plan(
 ) -> None:
     """Refuse flags of ``plan`` that exclude each other."""
     measures = config.compute.measure
-    refuse(
-        measures and step_ms is not None,
-        f"--measure times the networks here, and --step-ms {step_ms:g} is of elsewhere: drop one"
-        if step_ms is not None
-        else "",
-    )
+    if measures and step_ms is not None:
+        raise UsageError(
+            f"--measure times the networks here, and --step-ms {step_ms:g} is of elsewhere: drop "
+            "one"
+        )
     refuse(
         assumes_gpus and (measures or config.compute.cpu),
         f"--gpus assumes rates, and {'--measure' if measures else '--cpu'} is about this machine: "
