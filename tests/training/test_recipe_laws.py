@@ -29,7 +29,7 @@ MODERN: dict[str, Any] = {
 EVERYTHING = {
     "as it is": {},
     "averages teach": {"teach_with": "ema"},
-    "the last exchange teaches": {"exchange_every": 2, "burn_in": 1},
+    "the last exchange teaches": {"exchange_every": 2},
     "low memory": {"low_memory": True},
     "accumulated and clipped": {"grad_accum": 3, "clip_norm": 0.5},
     "sequential": {"update": "sequential"},
