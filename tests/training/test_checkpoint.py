@@ -141,7 +141,7 @@ def test_weights_of_the_last_exchange_are_there_from_the_first_exchange_on(tmp_p
     with pytest.raises(UnreadableError, match="lacks weights"):
         load_peers(saved(tmp_path / "none", [first], 4), [exchanging()])
     first.snapshot = Snapshot(copy.deepcopy(peer("a-0", width=5).module), 3, is_taken=True)
-    with pytest.raises(UnreadableError, match="snapshot.0.weight .* does not fit a-0"):
+    with pytest.raises(UnreadableError, match=r"snapshot\.\S+ .* does not fit a-0"):
         load_peers(saved(tmp_path / "other", [first], 4), [exchanging()])
 
 
