@@ -14,6 +14,7 @@ import dataclasses
 import fnmatch
 import itertools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.hosts import check, hosts, start_everywhere
+from benchmarks.hosts import check, hosts, launches
 from benchmarks.measuring import HERE, ratio, surroundings
 from dml_accel.analysis.statistics import summarise
 from dml_accel.core.config import Config
@@ -126,22 +127,23 @@ MEASUREMENTS: dict[str, Job] = {
 
 def measure(job: Job, checkout: Path) -> dict[str, Any]:
     """Start the processes of a job with one checkout's code; return what they have measured."""
-    command = [sys.executable, "-P", str(_WORKER), json.dumps(dataclasses.asdict(job))]
-    environment = {
+    environment = os.environ | {
         "PYTHONPATH": str(checkout),
         "OMP_NUM_THREADS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     with hosts(job.hosts, job.rate, job.mtu) as cluster:
         each = job.processes // job.hosts
-        running = start_everywhere(
-            cluster, command, environment, each, stdout=subprocess.PIPE, text=True
-        )
-        answers = [process.communicate()[0] for process in running]
-    failed = [rank for rank, process in enumerate(running) if process.returncode]
-    if failed:
-        sys.exit(f"exchange: processes {failed} of {job.processes} failed, as printed above")
-    found = [json.loads(answer) for answer in answers]
+        launched = [
+            (cluster[rank // each].name, variables)
+            for rank, variables in enumerate(launches(cluster, each))
+        ]
+        words = [json.dumps(dataclasses.asdict(job)), json.dumps(launched)]
+        command = [sys.executable, "-P", str(_WORKER), *words]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit("exchange: a process failed, as printed above")
+    found = sorted(map(json.loads, done.stdout.splitlines()), key=lambda one: one.pop("rank"))
     (commit,) = {one.pop("commit") for one in found}
     return {"job": dataclasses.asdict(job), "processes": found, "commit": commit}
 
@@ -253,7 +255,7 @@ def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 COUNTED = [
-    "cohort",
+    "name",
     "processes",
     "plan",
     "on the link",
@@ -262,15 +264,16 @@ COUNTED = [
     "times plan",
     "commit",
 ]
-BYTES = f"""Four peers, each on as many processes; or two, on as many as the row names. One process
-on a host, 16 rows each (5-and-3: 60 images a batch, 6-and-2: 48), 100 classes if none are named.
-Each value is the difference between training with the mutual loss and with `--kl-weight 0`, in the
-same processes, 2 blocks of 6 steps of each in turn; a range is that over the processes. `plan`
-predicts payload after the change: (K - 1) x rows x classes x bytes of a number. The counter is the
-link's `rx_bytes`, with everything that comes: packets of up to 9,000 bytes, one segment each,
-acknowledgements, and the messages in which gloo says that it is ready. The third value leaves out
-{_HEADERS} bytes a packet (Ethernet, IP, TCP). ResNet-8 on 8 x 8 noise; heartbeats are stopped, and
-batch norm is local.
+BYTES = f"""The name says how many processes there are, for four peers on equally many; or how many
+each of two peers has. One process on a host, 16 rows each (5-and-3: 60 images a batch, 6-and-2:
+48), 100 classes where none are named; sum and bf16: 8 processes. Each value is the difference
+between training with the mutual loss and with `--kl-weight 0`, in the same processes, 2 blocks of 6
+steps of each in turn; a range is that over the processes. `plan` predicts payload after the change:
+(K - 1) x rows x classes x bytes of a number. The counter is the link's `rx_bytes`, with everything
+that comes: packets of up to 9,000 bytes, one segment each, acknowledgements, and the messages in
+which gloo says that it is ready. Those are a fixed number for each process that is exchanged with,
+so that they weigh less the more classes there are. The third value leaves out {_HEADERS} bytes a
+packet (Ethernet, IP, TCP). ResNet-8 on 8 x 8 noise, without heartbeats; batch norm is local.
 """
 TIMED = [
     "peers",
@@ -288,7 +291,8 @@ hosts, two on each. Four processes share two cores, so that a step takes about t
 a core for each. Two peers have two processes each, one host a peer; four peers one process each.
 Both ends of each link are shaped by `tc qdisc ... tbf` with a burst of two packets of 1,500 bytes.
 Each step waits for the slowest process before the exchange, which is left out of the step: the
-share is that of the exchange alone, in the first process.
+share is that of the exchange alone, in the first process. With four peers, each alone on a process,
+the change sends the same bytes. Another training run took about a third of both cores meanwhile.
 """
 
 
@@ -306,8 +310,9 @@ OVERLAP = """Four peers on two processes, two each, one process of one thread on
 `async_op=True`) while the next peer of the process predicts, and waited for where the exchange is
 now. Three cohorts with equal weights train in turn in the same two processes, a step of each, from
 a barrier to a barrier; the change is the geometric mean of the ratios of steps with the same
-number, with its 95% interval. Losses and weights of all three are equal, bit for bit. The code was
-tried for this table and is not kept.
+number, with its 95% interval. Losses and weights of all three are equal, bit for bit. Another
+training run took about a third of both cores meanwhile. The code was tried for this table and is
+not kept: more than the exchange's share of a step cannot be gained.
 """
 
 

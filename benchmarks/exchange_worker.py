@@ -1,15 +1,19 @@
-"""One process of ``benchmarks.exchange``: trains a cohort and measures its exchange.
+"""The processes of ``benchmarks.exchange``: they train a cohort and measure its exchange.
 
-    python -P benchmarks/exchange_worker.py JOB    (the fields of exchange.Job, in JSON)
+    python -P benchmarks/exchange_worker.py JOB PROCESSES
 
-It is started as a file, so that PYTHONPATH decides which checkout of dml_accel is measured. Each
-process prints one line of JSON.
+JOB has the fields of exchange.Job, PROCESSES a pair for each process: its network namespace, and
+its environment; both in JSON. It is started as a file, so that PYTHONPATH decides which checkout of
+dml_accel is measured. All processes are forks of one that has imported everything, because the
+imports take longer than the steps. Each prints one line of JSON: its rank, and what it measured.
 """
 
+import ctypes
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from dml_accel.mutual.step import Cohort, train_step
 
 _WARM_UP = 3
 _IMAGES, _LEARNING_RATE = 2_000, 0.1
+_NETWORK = 0x40000000  # CLONE_NEWNET
 _SECONDS_TO_SETTLE = 0.2  # until late acknowledgements have arrived
 
 
@@ -99,8 +104,11 @@ def _received(processes: Processes) -> list[int]:
     """Return the bytes and packets that this host has received, once nothing is on its way."""
     processes.barrier()
     time.sleep(_SECONDS_TO_SETTLE)
-    counters = Path("/sys/class/net", os.environ["GLOO_SOCKET_IFNAME"], "statistics")
-    received = [int((counters / name).read_text()) for name in ("rx_bytes", "rx_packets")]
+    # Of our namespace; /sys would show that in which the first process has started.
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    ours = os.environ["GLOO_SOCKET_IFNAME"] + ":"
+    (counters,) = (line.split(":")[1].split() for line in lines if line.strip().startswith(ours))
+    received = [int(counters[0]), int(counters[1])]  # bytes and packets
     processes.barrier()
     return received
 
@@ -119,18 +127,41 @@ def time_exchange(job: dict[str, Any], processes: Processes) -> dict[str, list[f
     return {name: values[_WARM_UP:] for name, values in found.items()}
 
 
-def main() -> None:
-    """Measure what the job asks for."""
-    job = json.loads(sys.argv[1])
+def work(job: dict[str, Any], namespace: str, environment: dict[str, str]) -> None:
+    """Measure what the job asks for, as one process on the host with this namespace."""
+    os.environ.update(environment)
+    with open(f"/var/run/netns/{namespace}", "rb") as file:
+        if ctypes.CDLL(None).setns(file.fileno(), _NETWORK) != 0:
+            raise RuntimeError(f"cannot enter the network namespace {namespace}")
     config = Config(cpu=True, batch_size=job["batch"])
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     check_launch(config.numerics, config.compute, config.optim)
     processes = Processes(config.numerics, config.compute)
     measure = {"bytes": count_traffic, "time": time_exchange}[job["kind"]]
-    print(json.dumps({**measure(job, processes), "commit": commit()}), flush=True)
+    found = {"rank": processes.rank, **measure(job, processes), "commit": commit()}
+    os.write(1, (json.dumps(found) + "\n").encode())  # at once, or lines would be mixed
     processes.close()
 
 
+def main() -> int:
+    """Fork a process for each that is asked for; return whether one has failed."""
+    job, launched = map(json.loads, sys.argv[1:])
+    torch.set_num_threads(1)
+    children = []
+    for namespace, environment in launched:
+        child = os.fork()
+        if child == 0:
+            failed = 1
+            try:
+                work(job, namespace, environment)
+                failed = 0
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(failed)
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

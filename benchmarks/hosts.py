@@ -1,7 +1,7 @@
 """Hosts of a cluster on one machine: network namespaces, each with one link to a common bridge.
 
     with hosts(2, rate="1gbit") as cluster:
-        processes = start_everywhere(cluster, [sys.executable, "-m", "some.worker"])
+        subprocess.run(["ip", "netns", "exec", cluster[0].name, "ip", "addr"])
 
 Needs root and iproute2, on Linux. Nothing is left behind, however the context ends, but by SIGKILL.
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,43 +37,12 @@ class Host:
     name: str
     address: str
 
-    def start(
-        self, command: Sequence[str], environment: Mapping[str, str], **options: Any
-    ) -> subprocess.Popen[Any]:
-        """Start a program on this host.
 
-        Args:
-            command: program and arguments.
-            environment: variables on top of those of this process.
-            **options: of ``subprocess.Popen``.
-        """
-        words = ["ip", "netns", "exec", self.name, *command]
-        return subprocess.Popen(words, env=os.environ | dict(environment), **options)
-
-    def connect(self, connected: bool) -> None:
-        """Connect the link, or cut it: packets are lost then, and nobody is told."""
-        _ip("-n", self.name, "link", "set", LINK, "up" if connected else "down")
-
-
-def start_everywhere(
-    cluster: Sequence[Host],
-    command: Sequence[str],
-    environment: Mapping[str, str] | None = None,
-    each: int = 1,
-    **options: Any,
-) -> list[subprocess.Popen[Any]]:
-    """Start one program in ``each`` processes a host, as ``torchrun`` would; return them by rank.
-
-    Args:
-        cluster: the hosts.
-        command: program and arguments.
-        environment: variables on top of those of this process and of a launcher.
-        each: processes on a host.
-        **options: of ``subprocess.Popen``.
-    """
-    size, found = each * len(cluster), []
-    for rank in range(size):
-        launched = {
+def launches(cluster: Sequence[Host], each: int = 1) -> list[dict[str, str]]:
+    """Return the variables that ``torchrun`` would set, of each process by rank."""
+    size = each * len(cluster)
+    return [
+        {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank % each),
             "WORLD_SIZE": str(size),
@@ -82,9 +51,8 @@ def start_everywhere(
             "MASTER_PORT": str(_MASTER_PORT),
             "GLOO_SOCKET_IFNAME": LINK,
         }
-        host = cluster[rank // each]
-        found.append(host.start(command, launched | dict(environment or {}), **options))
-    return found
+        for rank in range(size)
+    ]
 
 
 @contextlib.contextmanager
