@@ -2,8 +2,9 @@
 
     accelerate launch --multi_gpu --num_processes N tests/worker.py CASES.json FOLDER
 
-``CASES.json`` maps a case's name to {"config": ..., "break": what to break or None}, and where each
-of some methods is to take a step, to their "methods": flags by name.
+``CASES.json`` maps a case's name to {"config": ..., "break": what to break or None}, where each of
+some methods is to take a step, to their "methods": flags by name, and to "own group" where ranks 0
+and 1 are in a process group more than the others.
 """
 
 import dataclasses
@@ -236,6 +237,8 @@ def main(cases: str, folder: str) -> None:
         patch: dict = {}
         AcceleratorState._reset_state()  # its precision is fixed for good otherwise
         break_it(case["break"], patch)
+        if case.get("own group") and torch.distributed.is_initialized():
+            torch.distributed.new_group([0, 1])  # as a caller of ours may
         config, images = Config(**case["config"]), source
         if config.data.dataset != configs[0].data.dataset:
             images = sources.read(config.data, True, None, config.compute)

@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
                 f"{command}: unexpected argument {unknown[0]}; see --help, and what must be quoted"
             )
         if command == "plan" and _flag_name(name) in flag_types():
-            raise UsageError(f"plan has no {name}, which changes nothing that it predicts: drop it")
+            raise UsageError(f"plan has no {name}: it does not count what that changes; drop it")
         flags = commands[command]._option_string_actions
         positive = f"--{name.removeprefix('--no-')}"
         if name != positive and positive in flags:

@@ -164,6 +164,11 @@ class MethodConfig(Section):
             "--ce-weight and --kl-weight are both 0, so there is nothing to learn",
         )
         refuse(
+            self.ce_weight == 0 and self.burn_in > 0,
+            f"--ce-weight 0 leaves nothing to learn in the {self.burn_in} steps of --burn-in: drop "
+            "one",
+        )
+        refuse(
             self.links == "frozen" and not self.frozen_peers,
             "--links frozen needs --frozen-peers, the only teachers",
         )

@@ -39,9 +39,10 @@ LOOK_SECONDS = 2.0
 LOOKS = 10
 _LOOKS_FOR_MAIN_THREAD = 3  # to stand still, once another process has announced a loss
 _LOOKS_WITHOUT_STORE = 60
-_SECONDS_TO_ANSWER = 12.0  # a request to a store behind a broken link never returns
 _SECONDS_TO_READ = 3.0  # between two readings of all heartbeats: each has changed, or has stopped
 _SECONDS_TO_INQUIRE = 4.5  # of another process, which reads them
+# Two that inquire may die before we do; a request to a store behind a broken link never returns.
+_SECONDS_TO_ANSWER = 2 * _SECONDS_TO_INQUIRE + 2 * _SECONDS_TO_READ
 _LOOKS_TO_WAIT = 5  # in one collective, before the slow processes are named, and between readings
 _LOOKS_BETWEEN_LINES = 30
 _NAMES_AT_MOST = 8  # more ranks are named as ranges
@@ -300,7 +301,7 @@ class Liveness:
         if self._waiting.names(waited, self._slow):
             minutes = self._timeout.total_seconds() / 60
             _say(
-                f"waiting for {self._slow}, alive but behind for {waited * LOOK_SECONDS:g} seconds;"
+                f"waiting for {self._slow} for {waited * LOOK_SECONDS:g} seconds: alive but behind;"
                 f" --timeout ends the run after {minutes:g} minutes"
             )
 

@@ -148,6 +148,7 @@ class Placement:
             tensors: of equal shapes in all processes; overwritten in those of other peers.
         """
         if self._exchange is not None:
+            self.processes.comes_to_collective()
             self._exchange.broadcast(peer, tensors)
 
     def sum_over_rows(self, sums: Tensor) -> Tensor:

@@ -194,14 +194,28 @@ class Processes:
         division = tuple(sorted(map(tuple, parts)))
         if len(division) in (1, self.world_size):
             return None
-        # Kept by the whole division, so that all processes have created as many groups: torch makes
-        # a group's name of its ranks and of how many there are.
-        if division not in self._groups:
-            (ours,) = (part for part in division if self.rank in part)
-            self._groups[division] = dist.new_group(
-                list(ours), timeout=self._timeout, use_local_synchronization=True
-            )
+        if division not in self._groups:  # kept by the whole division: all processes have the same
+            self._groups[division] = self._make_group(division)
         return self._groups[division]
+
+    def _make_group(self, division: Sequence[tuple[int, ...]]) -> Any:
+        # torch names a group by its ranks and by how many groups there are, which differs between
+        # processes where a caller of ours has made groups of its own.
+        world = dist.distributed_c10d._world
+        made = [world.group_count, len(world.pg_names)]
+        alike = [self.all_reduce_max(one) == -self.all_reduce_max(-one) for one in made]
+        if not alike[0]:
+            raise UsageError(
+                "the processes have made different numbers of process groups before this run, so "
+                "that torch cannot name further ones: call torch.distributed.new_group in all "
+                "processes, or after it"
+            )
+        groups = [
+            dist.new_group(list(part), timeout=self._timeout, use_local_synchronization=alike[1])
+            for part in division
+            if self.rank in part or not alike[1]
+        ]
+        return next(group for group in groups if group is not dist.GroupMember.NON_GROUP_MEMBER)
 
     # ------------------------------------------------------------ liveness
 

@@ -8,6 +8,7 @@ a skipped step without waiting for the device.
 import copy
 import itertools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,38 @@ def refuse_uncopied(modules: Mapping[str, nn.Module]) -> None:
         copy_of(module, name)
 
 
+class Match(NamedTuple):
+    """A tensor of a copy, and where the network has its own.
+
+    Attributes:
+        path: its name in the network.
+        ours: the copy's.
+        owner: parameters or buffers of a module of the network, by name.
+        name: there.
+    """
+
+    path: str
+    ours: Tensor
+    owner: dict[str, Tensor]
+    name: str
+
+
+def matches(module: nn.Module, network: nn.Module) -> list[Match]:
+    """Return parameters and buffers of a copy of a network, those that modules share once.
+
+    The network's own has to be looked up whenever it is read, because a network may replace a
+    buffer. Buffers that it has got after the copy was made are not among them.
+    """
+    found = []
+    for path, ours, kind in (
+        *((*one, "_parameters") for one in module.named_parameters()),
+        *((*one, "_buffers") for one in module.named_buffers()),
+    ):
+        parent, _, name = path.rpartition(".")
+        found.append(Match(path, ours, getattr(network.get_submodule(parent), kind), name))
+    return found
+
+
 class Average:
     """The average of the weights of one network.
 
@@ -64,22 +97,13 @@ class Average:
     def __init__(self, module: nn.Module, network: nn.Module, decay: float) -> None:
         self.module, self._decay = module, decay
         saved = module.state_dict(keep_vars=True).keys()
-        # Each tensor once, however many modules share it; the network's own is looked up in every
-        # step, because a network may replace a buffer.
-        owners = [
-            *((name, "_parameters") for name, _ in module.named_parameters()),
-            *((name, "_buffers") for name, _ in module.named_buffers()),
-        ]
         self._groups: dict[torch.dtype | None, _Group] = {}
-        for path, kind in owners:
-            parent, _, name = path.rpartition(".")
-            ours = getattr(module.get_submodule(parent), kind)[name]
-            theirs = getattr(network.get_submodule(parent), kind)
+        for one in matches(module, network):
             # What is not saved is not trained: a constant, perhaps with infinities.
-            averaged = ours.is_floating_point() and path in saved
-            group = self._groups.setdefault(ours.dtype if averaged else None, _Group())
-            group.ours.append(ours)
-            group.theirs.append((theirs, name))
+            averaged = one.ours.is_floating_point() and one.path in saved
+            group = self._groups.setdefault(one.ours.dtype if averaged else None, _Group())
+            group.ours.append(one.ours)
+            group.theirs.append((one.owner, one.name))
         for dtype, group in self._groups.items():
             if dtype is not None:
                 group.make_room()

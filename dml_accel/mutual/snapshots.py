@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dml_accel.core.method import MethodConfig
 from dml_accel.distributed.placement import Placement
+from dml_accel.mutual.averages import matches
 
 
 @dataclass
@@ -53,7 +54,8 @@ class Snapshots:
         method: MethodConfig,
     ) -> None:
         self.of = {name: Snapshot(copies[name], method.burn_in) for name in placement.names}
-        self._networks, self._placement = networks, placement
+        self._matches = {name: matches(copies[name], one) for name, one in networks.items()}
+        self._placement = placement
         self._first, self._every = method.burn_in, method.exchange_every
         # A peer that is alone here learns from the others only, unless its target is that of all.
         alone = len(placement.mine) == 1 and not method.one_target.is_shared
@@ -71,9 +73,9 @@ class Snapshots:
         if after < 0:
             return
         if after % self._every == 0:
-            for name, network in self._networks.items():
-                for ours, theirs in _by_dtype(self.of[name].module, network):
-                    torch._foreach_copy_(ours, theirs)
+            for found in self._matches.values():
+                theirs = [one.owner[one.name] for one in found]
+                torch._foreach_copy_([one.ours for one in found], theirs)
             self._exchange()
         elif not self._is_exchanged:
             self._exchange()
@@ -87,11 +89,11 @@ class Snapshots:
         self._is_exchanged = True
 
     def _broadcast(self, name: str, module: nn.Module) -> None:
-        for tensors, _ in _by_dtype(module, module):
+        for tensors in _by_dtype(module):
             # One broadcast for all of them; as bytes, because not every backend sends every dtype.
             flat = torch.cat([one.flatten() for one in tensors])
             self._placement.broadcast(name, [flat.view(torch.uint8)])
-            if name not in self._networks:
+            if name not in self._matches:
                 parts = flat.split([one.numel() for one in tensors])
                 shaped = [part.view(one.shape) for part, one in zip(parts, tensors, strict=True)]
                 torch._foreach_copy_(tensors, shaped)
@@ -110,20 +112,9 @@ class Snapshots:
         return torch.stack([found[name] for name in self.of])
 
 
-def _by_dtype(module: nn.Module, network: nn.Module) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return parameters and buffers of two equal networks in pairs, one pair of lists a dtype.
-
-    Tensors that several modules share come once. They are looked up anew each time, because a
-    network may replace a buffer.
-    """
-    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    pairs = zip(
-        [*module.parameters(), *module.buffers()],
-        [*network.parameters(), *network.buffers()],
-        strict=True,
-    )
-    for ours, theirs in pairs:
-        group = groups.setdefault(ours.dtype, ([], []))
-        group[0].append(ours)
-        group[1].append(theirs)
+def _by_dtype(module: nn.Module) -> list[list[Tensor]]:
+    """Return parameters and buffers, a list for each dtype; those that modules share come once."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for one in (*module.parameters(), *module.buffers()):
+        groups.setdefault(one.dtype, []).append(one)
     return list(groups.values())

@@ -132,7 +132,9 @@ class Teaching:
         logits = self._rounded(logits)
         own = self.lesson.contributions(logits, labels)
         gathered, places = logits, [placement.names.index(name) for name in placement.mine]
-        if len(logits) == len(placement.names):
+        if placement.holds_all:
+            everyone = own
+        elif len(logits) == len(placement.names):
             everyone, own = own, torch.stack([own[place] for place in places])
         elif self._exchange == "sum":
             everyone = placement.sum_over_peers(own, count)[None]

@@ -28,7 +28,14 @@ from dml_accel.distributed.plan_tables import (
 )
 from dml_accel.models.optim import check_optimizers
 from dml_accel.models.spec import PeerSpec, parse_cohort
-from dml_accel.training.setup import Modules, build_networks, count_all, step_load, with_times
+from dml_accel.training.setup import (
+    Modules,
+    build_networks,
+    count_all,
+    refuse_alone,
+    step_load,
+    with_times,
+)
 
 # Data sets of which the classes are known without asking the hub: by the column of the labels.
 _CLASSES = {
@@ -95,6 +102,7 @@ def _basis(config: Config, asked: Question, listed: Listed | None) -> _Basis:
     compute, machine = config.compute, asked.machine
     classes = _classes(config, asked.classes, listed)
     specs = parse_cohort(config.cohort)
+    refuse_alone(config, len(specs))
     check_optimizers(config.optim, [spec.name for spec in specs])
     modules = build_networks(config, specs, classes)
     decoding, how = SECONDS_TO_DECODE, "assumed"

@@ -211,6 +211,24 @@ def check_exchange(config: Config, source: Source, peers: int) -> None:
             f"--burn-in {burn_in} is not below the {steps} steps of the run, so the KL term would "
             "never begin: lower it"
         )
+    epochs, per_epoch = config.method.kl_warmup, trained // config.optim.batch_size
+    whole = config.optim.epochs * per_epoch
+    if burn_in and burn_in + epochs * per_epoch > whole:
+        raise UsageError(
+            f"--burn-in {burn_in} and --kl-warmup {epochs} are more than the {whole} steps of "
+            f"--epochs {config.optim.epochs}, so the KL weight would never reach --kl-weight: "
+            "lower one"
+        )
+    refuse_alone(config, peers)
+
+
+def refuse_alone(config: Config, peers: int) -> None:
+    """Refuse a stale exchange without anybody to exchange with.
+
+    Args:
+        config: of the run.
+        peers: how many are trained.
+    """
     every = config.method.exchange_every
     if every > 1 and peers == 1:
         raise UsageError(

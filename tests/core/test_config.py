@@ -441,6 +441,7 @@ def test_a_slip_in_a_name_is_answered_with_the_nearest() -> None:
         ),
         ({"update": "switch", "frozen_peers": ("x",)}, "of two peers, not of averages or frozen"),
         ({"kl_weight": 0.0, "ce_weight": 0.0}, "both 0, so there is nothing to learn"),
+        ({"ce_weight": 0.0, "burn_in": 5}, "--ce-weight 0 leaves nothing to learn in the 5 steps"),
         ({"kl_ramp": "sigmoid"}, "--kl-ramp sigmoid has no effect without --kl-warmup"),
         ({"links": "ring", "exchange": "sum"}, "--links weighs every peer separately, but --exch"),
         ({"exchange": "sum", "exchange_dtype": "bf16"}, "--exchange-dtype bf16 rounds logits, but"),

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import slices
 from dml_accel.distributed.exchange import Overlap, Team, blocks_of, overlaps_of, teams_of
+from dml_accel.distributed.processes import Processes
 from tests import worker
 from tests.distributed.test_processes import worst
 from tests.helpers import BIN, load, run_program
@@ -51,6 +53,7 @@ def cases() -> dict[str, dict[str, Any]]:
         cohort, _, sums = name.partition(", ")
         exchange = {"exchange": "sum"} if sums else {}
         found[name] = {"config": {**shared, "cohort": cohorts[cohort], **exchange}, "break": None}
+    found["three and one"]["own group"] = True
     return found
 
 
@@ -109,6 +112,14 @@ def test_every_row_comes_once_from_every_other_team_and_from_the_own_block(
             for one in found:  # and the other process sends what we receive
                 back = next(o for o in overlaps_of(teams, one.rank, count) if o.rank == rank)
                 assert back.end - back.first == one.end - one.first
+
+
+def test_groups_that_torch_cannot_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = object.__new__(Processes)
+    processes.rank, processes.world_size, processes._groups = 0, 4, {}
+    monkeypatch.setattr(processes, "all_reduce_max", lambda one: one + 1)  # others have made more
+    with pytest.raises(UsageError, match="made different numbers of process groups before"):
+        processes.group_in([[0, 1], [2, 3]])
 
 
 def test_sixteen_processes_take_the_step_of_one(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_lost_rank_ends_the_run_with_its_name(tmp_path: Path, death: signal.Si
     assert said.count("stopped responding") == 1
     # Rank 2 was slow before, while the others waited.
     assert said.count("waiting for rank 2 (host ") == (death == signal.SIGSTOP)
-    assert said.count("waiting for") == said.count("alive but behind for")
+    assert said.count("waiting for") == said.count("seconds: alive but behind")
     assert not any(alive(pid) for pid in ranks.values())
     status = load(tmp_path / "run" / "status.json")
     assert status["status"] == "failed" and "rank 1 stopped responding" in status["reason"]

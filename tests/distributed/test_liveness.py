@@ -367,6 +367,6 @@ def test_a_slow_process_is_named_by_one_that_waits(
     for one in everyone:
         one.close()
     assert said == [
-        f"waiting for rank {slow} (host here), alive but behind for 1 seconds; "
+        f"waiting for rank {slow} (host here) for 1 seconds: alive but behind; "
         "--timeout ends the run after 10 minutes"
     ]
