@@ -153,7 +153,7 @@ METHODS = {
         {"update": "switch"},
     ),
     "codistillation": Method(
-        "each learns from the others' weights of the last exchange, at most 50 steps old",
+        "each learns from the others' weights of the last exchange, 0 to 49 steps old",
         "arXiv 1804.03235",
         {"exchange_every": 50},
     ),
