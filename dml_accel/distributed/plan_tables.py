@@ -52,11 +52,12 @@ class Assumptions:
         form = "along a tree, 2 log2 n" if machine.trees else "around a ring, 2 (n - 1)"
         whose = "NCCL's" if machine.trees else "gloo's"
         return (
-            f"{load.images} images of {self.image_size} pixels per step, {load.classes} classes; "
-            f"measured: {', '.join(measured) or 'nothing'}; assumed: {', '.join(assumed)}, "
-            f"all-reduces {form} messages for n processes, as {whose}; an idle machine, equal "
-            "processes, nothing sent while something is computed, and half the rows take half the "
-            f"time{' above that of the starts' if machine.start else ''}.\n"
+            f"{load.images} images of {self.image_size} pixels per step, {load.classes} classes\n"
+            f"measured: {', '.join(measured) or 'nothing'}\n"
+            f"assumed: {', '.join(assumed)}, all-reduces {form} messages for n processes, as "
+            f"{whose};\n"
+            "an idle machine, equal processes, nothing sent while something is computed, and half "
+            f"the rows take half the time{' above that of the starts' if machine.start else ''}.\n"
             f"Memory is {_copies_in_words(load)} and activations, without images and libraries."
         )
 
@@ -232,11 +233,12 @@ def scaling_text(
     )
     text = table([_scale_cells(one) for one in found], headers, "simple", left=2)
     return (
-        f"{text}\n\n--placement {asked}: a step takes the time of the placement in its row. Rows "
-        "of a process: the least and the most. Bytes, memory and rows are those of a step and of "
-        "the process that has most. Efficiency: images per second, over those of as many single "
-        "processes. Exchange: what a process receives from those of other peers, and the time of "
-        "that as a share of the step.\n\n"
+        f"{text}\n\n"
+        f"--placement {asked}: a step takes the time of the placement in its row.\n"
+        "rows: of a process, the least and the most\n"
+        "kB and MB: of a step, for the process that has most\n"
+        "efficiency: images per second, over those of as many single processes\n"
+        "exchange: received from processes of other peers, and the share of the step for that\n\n"
         f"{assumptions.text(load, machine)}"
     )
 
