@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +127,14 @@ def render(template: Path, *, html: bool = False, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return ascending numbers in few words: ``0-3 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(f"{lo}-{hi}" if hi > lo else str(lo) for lo, hi in runs)

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from dml_accel.core.errors import ProcessLostError
+from dml_accel.core.tables import ranges
 from dml_accel.distributed.launch import launched_local_rank
 
 BEAT_SECONDS = 0.5
@@ -444,15 +445,7 @@ def named(ranks: Sequence[int]) -> str:
     """Return the names of ranks, ascending; more than a few as ranges: ``ranks 0-7, 12``."""
     if len(ranks) <= _NAMES_AT_MOST:
         return ", ".join(f"rank {rank}" for rank in ranks)
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return "ranks " + ", ".join(
-        f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs
-    )
+    return "ranks " + ranges(ranks).replace(" ", ", ")
 
 
 def _say(line: str) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
+from dml_accel.core.tables import ranges
 from dml_accel.core.updates import UpdateSchedule
 from dml_accel.data.batches import slices
 from dml_accel.data.mixing import Mixing
@@ -576,17 +577,6 @@ def _span(team: Team) -> range:
 
 
 # ---------------------------------------------------------------- in words
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Return ascending numbers in few words: ``0-3 5``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return " ".join(f"{lo}-{hi}" if hi > lo else str(lo) for lo, hi in runs)
 
 
 def _named(ranks: Mapping[str, Sequence[int]]) -> str:

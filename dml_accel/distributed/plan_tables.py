@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dml_accel.core.tables import table
+from dml_accel.core.tables import ranges, table
 from dml_accel.core.updates import UpdateSchedule
 from dml_accel.distributed.costs import Cost
 from dml_accel.distributed.plan import (
@@ -15,7 +15,6 @@ from dml_accel.distributed.plan import (
     everywhere,
     predict,
     predict_both,
-    ranges,
 )
 
 # Processes that are alike but do not follow each other are listed in at most so many ranges.

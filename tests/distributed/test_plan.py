@@ -13,6 +13,7 @@ from PIL import Image
 
 from dml_accel import cli
 from dml_accel.core.config import Config
+from dml_accel.core.tables import ranges
 from dml_accel.core.updates import UPDATE_SCHEDULES
 from dml_accel.data.batches import ImageFormat
 from dml_accel.distributed.costs import Cost, _timed_rows, count, timed
@@ -25,7 +26,6 @@ from dml_accel.distributed.plan import (
     everywhere,
     predict,
     predict_both,
-    ranges,
     splits,
     timed_as_a_whole,
 )
