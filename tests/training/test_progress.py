@@ -6,8 +6,9 @@ import re
 import struct
 import sys
 import termios
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TextIO
 
@@ -23,28 +24,27 @@ WIDTHS = (40, 80, 200)
 
 
 class Terminal:
-    """A terminal of a given width, and what is on it at the end."""
+    """A terminal of a given width; once it is closed, ``text`` is everything that was written."""
 
     def __init__(self, columns: int) -> None:
-        self.columns = columns
         self._master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.stream: TextIO = open(slave, "w")  # noqa: SIM115
+        self._content = b""
+        # Nobody may write more than some thousand characters to a terminal that is not read.
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-    def written(self) -> str:
-        """Everything that was written."""
-        self.stream.flush()
-        os.set_blocking(self._master, False)
-        content = b""
-        while True:
-            try:
-                content += os.read(self._master, 65536)
-            except (BlockingIOError, OSError):
-                return content.decode()
+    def _read(self) -> None:
+        with suppress(OSError):  # nobody can write to it any more
+            while part := os.read(self._master, 65536):
+                self._content += part
 
     def close(self) -> None:
         self.stream.close()
+        self._reader.join()
         os.close(self._master)
+        self.text = self._content.decode()
 
 
 def lines_of(written: str) -> list[list[str]]:
@@ -96,7 +96,7 @@ def shown(peers: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch)
         display.evaluation(evaluation(peers))
         display.end()
         display.close()
-        return there.written()
+    return there.text
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
@@ -179,4 +179,4 @@ def test_other_processes_clear_the_line_of_the_bar(monkeypatch: pytest.MonkeyPat
         print("50%|###", end="\r", file=there.stream, flush=True)  # of the first process
         print("rank 1 warns", file=sys.stderr)
         display.close()
-        assert lines_of(there.written())[0][-1] == "rank 1 warns"
+    assert lines_of(there.text)[0][-1] == "rank 1 warns"
