@@ -42,6 +42,7 @@ class Cost:
         optimizer_state: numbers that the optimizer keeps for each parameter.
         state_bytes: of parameters and buffers.
         dtypes: how many dtypes these have, which are sent apart.
+        largest_bytes: of the largest tensor that the forward pass of one image keeps.
     """
 
     macs: int
@@ -54,6 +55,7 @@ class Cost:
     optimizer_state: float = 1.0
     state_bytes: int = 0
     dtypes: int = 1
+    largest_bytes: int = 0
 
 
 class _Operations(TorchDispatchMode):
@@ -100,6 +102,7 @@ def count(module: nn.Module, image_size: int) -> Cost:
         started.count,
         state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state),
         dtypes=len({tensor.dtype for tensor in state}),
+        largest_bytes=max(kept.values(), default=0),
     )
 
 

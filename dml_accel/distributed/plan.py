@@ -32,6 +32,9 @@ _BACKWARD = 2  # a backward pass costs as much as two forward passes
 _COPIES = 2  # parameters, gradients
 # Of one core, for a photograph of 400 x 300 pixels that is cut to 224: benchmarks/photographs.md.
 SECONDS_TO_DECODE = 3e-3
+# What a process on a CPU takes besides, in tensors as large as the largest that a network keeps:
+# for what is being computed, and for gaps between what is kept (benchmarks/plan.md).
+_TEMPORARIES_ON_A_CPU = 13
 _BUCKET_BYTES = 25e6  # DDP averages gradients in messages of this size
 
 Ranks = dict[str, list[int]]
@@ -50,6 +53,8 @@ class Machine:
         start: seconds to start one operation; no network computes faster than it is started.
         trees: whether an all-reduce goes up and down a tree, as NCCL's do for few bytes; else
             around a ring, as gloo's do. Either sends as many bytes.
+        temporaries: memory beside what is kept, in tensors as large as the largest of these; 0: not
+            known.
     """
 
     bandwidth: float = 1e9
@@ -57,6 +62,7 @@ class Machine:
     macs_per_second: float = _MACS_PER_SECOND_OF_A_THREAD
     start: float = 0.0
     trees: bool = False
+    temporaries: int = 0
 
     def messages_of_all_reduce(self, width: int) -> int:
         """Return the messages of an all-reduce that wait for each other."""
@@ -70,7 +76,8 @@ def gpus() -> Machine:
 
 def cpus() -> Machine:
     """Return the rates that are assumed of CPUs with gloo, with as many threads as this process."""
-    return Machine(macs_per_second=_MACS_PER_SECOND_OF_A_THREAD * torch.get_num_threads())
+    rate = _MACS_PER_SECOND_OF_A_THREAD * torch.get_num_threads()
+    return Machine(macs_per_second=rate, temporaries=_TEMPORARIES_ON_A_CPU)
 
 
 def this_machine() -> Machine:
@@ -178,7 +185,7 @@ class Prediction:
         sent: payload bytes that each process sends per step.
         received: payload bytes that each process receives per step.
         memory: bytes of each process's parameters, their copies (gradients, optimizer, averages,
-            best weights, peers of an earlier step) and activations.
+            best weights, peers of an earlier step), activations and temporary tensors.
         exchange: seconds of the step in which processes of different peers exchange.
         exchanged: payload bytes that each process receives in that time.
         decoded: images that each process decodes per step, if they are not in memory.
@@ -359,6 +366,7 @@ def _work(
 ) -> _Work:
     width, parts, activations = len(team.ranks), len(rows), []
     busy = averaged = memory = 0.0
+    largest = 0
     passes = load.passes if load.mutual else 1.0 + _BACKWARD
     if load.mutual and not load.is_stale and (load.low_memory or load.averages_teach):
         passes += 1  # every network predicts twice, or once and its average once
@@ -372,6 +380,7 @@ def _work(
         copies = _COPIES + kept + (width > 1)
         memory += copies * load.number_bytes * cost.parameters
         activations.append(max(rows) * cost.activation_bytes)
+        largest = max(largest, max(rows) * cost.largest_bytes)
     if load.is_stale:
         # A peer that is alone here does not teach itself, unless it is part of its own target.
         is_teacher = len(team.peers) > 1 or load.shared_target
@@ -382,7 +391,8 @@ def _work(
     together = max if load.low_memory or not load.mutual else sum
     # All peers of a process see the same rows.
     images = sum(row * (1 + (load.mixes and row < sum(load.micro_batches))) for row in rows)
-    return _Work(rows, busy, averaged, memory + together(activations), images)
+    memory += together(activations) + machine.temporaries * largest
+    return _Work(rows, busy, averaged, memory, images)
 
 
 def _forward_seconds(cost: Cost, rows: int, parts: int, machine: Machine) -> float:

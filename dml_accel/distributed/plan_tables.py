@@ -57,7 +57,7 @@ class Assumptions:
             f"{whose};\n"
             "an idle machine, equal processes, nothing sent while something is computed, and half "
             f"the rows take half the time{' above that of the starts' if machine.start else ''}.\n"
-            f"Memory is {_copies_in_words(load)} and activations, without images and libraries."
+            f"Memory is {_copies_in_words(load)} and {_computing_in_words(machine)}."
         )
 
 
@@ -143,6 +143,13 @@ def _copies_in_words(load: StepLoad) -> str:
     kept += ["averages"] * load.averages + ["best weights"] * load.best
     kept += ["weights of all peers at the last exchange"] * load.is_stale
     return ", ".join(kept)
+
+
+def _computing_in_words(machine: Machine) -> str:
+    if not machine.temporaries:
+        return "activations, without images, libraries and what these work with"
+    beside = f"{machine.temporaries} tensors like the largest of these for what is computed"
+    return f"activations, with {beside}; without images and libraries"
 
 
 # ---------------------------------------------------------------- several numbers of processes

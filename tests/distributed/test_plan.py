@@ -137,6 +137,12 @@ def test_split_sends_only_logits() -> None:
     assert found.step_seconds == pytest.approx(0.072 + 344 / 1e6 + 3e-3)
     assert found.idle[0] == pytest.approx(1 - 0.024 / found.step_seconds)
     assert found.memory == [3 * 4 * 1000 + 8 * 50, 3 * 4 * 500_000 + 8 * 70]
+    # What computing takes goes with the largest tensor of a process, not with its networks.
+    costs = {n: dataclasses.replace(c, largest_bytes=c.norms) for n, c in costs.items()}
+    working = dataclasses.replace(MACHINE, temporaries=5)
+    for ranks_now, more in ((ranks, [5 * 8 * 2, 5 * 8 * 4]), (everywhere(costs, 1), [5 * 8 * 4])):
+        without, found = (predict(ranks_now, costs, load(config), m) for m in (MACHINE, working))
+        assert [a - b for a, b in zip(found.memory, without.memory, strict=True)] == more
     # Weights, gradients, two moments, the average and its moves, the best weights.
     moments = {"a-0": dataclasses.replace(SMALL, optimizer_state=2.0), "b-0": LARGE}
     config = tiny_config(batch_size=8, float64=False, ema=0.9, keep="best", val_fraction=0.1)
@@ -465,6 +471,7 @@ def test_a_network_is_counted_by_hand() -> None:
     # The image, the outputs of convolution and ReLU, the pooled four: what backward needs.
     least = 4 * (3 * 64 + 2 * 4 * 64 + 4)
     assert least <= found.activation_bytes <= least + 4 * 5 * 4
+    assert found.largest_bytes == 4 * 4 * 64  # the output of the convolution or of ReLU
     assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -518,7 +525,7 @@ def test_plan_counts_what_each_optimizer_keeps(capsys: pytest.CaptureFixture[str
         assert cli.main(["plan", *shape, *words]) == 0
         said = capsys.readouterr().out
         copies = "averages and" if words else "state of the optimizer and"
-        assert f" {copies} activations, without images" in said
+        assert f" {copies} activations, with 13 tensors like the largest of these" in said
         (row,) = {line for line in said.splitlines() if line.startswith("0 ")}
         return int(row.split()[-1])
 
