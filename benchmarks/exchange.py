@@ -310,7 +310,8 @@ OVERLAP = """Four peers on two processes, two each, one process of one thread on
 `async_op=True`) while the next peer of the process predicts, and waited for where the exchange is
 now. Three cohorts with equal weights train in turn in the same two processes, a step of each, from
 a barrier to a barrier; the change is the geometric mean of the ratios of steps with the same
-number, with its 95% interval. Losses and weights of all three are equal, bit for bit. What a
+number, with its 95% interval. Losses and weights of all three are equal, bit for bit. Another
+training run took about a third of both cores meanwhile, so that the intervals are wide. What a
 process receives, 25.6 kB, takes 2.0 ms of a link of 100 Mbit/s and 0.2 ms of one of 1 Gbit/s, at
 most 0.6% and 0.1% of a step; the rest of the exchange is processor time, of which these cores have
 none to spare. No gain was measured, so that the code is not kept.
