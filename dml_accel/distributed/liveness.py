@@ -303,7 +303,7 @@ class Liveness:
             minutes = self._timeout.total_seconds() / 60
             _say(
                 f"waiting for {self._slow} for {waited * LOOK_SECONDS:g} seconds: alive but behind;"
-                f" --timeout ends the run after {minutes:g} minutes"
+                f" --timeout ends the run after {minutes:g} minute{'s' * (minutes != 1)}"
             )
 
     def _who_is_slow(self) -> str:
