@@ -34,6 +34,7 @@ from dml_accel.distributed.launch import launched_processes, launched_rank
 # How long a process waits for rank 0 to print an error that all of them have.
 _SECONDS_FOR_RANK_0 = 20.0
 _INTERRUPTED = 130  # as shells report SIGINT
+_MOST_PLANNED = 65_536  # processes; a plan of so many takes ten seconds
 # Their results are what they print; those of the other commands are in files.
 _PRINT_RESULTS = ("cache", "check-data", "evaluate", "plan", "predict")
 _TRAIN = ("train", "compare")
@@ -157,8 +158,10 @@ def _plan(values: dict[str, Any]) -> int:
     names = ("world", "classes", "gpus", "bandwidth", "latency", "step_ms", "plot")
     worlds, classes, assumes_gpus, bandwidth, latency, step_ms, plot = map(values.pop, names)
     config = settled("plan", values).config
+    worlds = list(dict.fromkeys(worlds))
     for world in worlds:
-        require(world >= 1, "world", world, "at least 1")
+        where = f"at least 1 and at most {_MOST_PLANNED:,}"
+        require(1 <= world <= _MOST_PLANNED, "world", world, where)
     require(classes is None or classes >= 1, "classes", classes, "at least 1")
     for name, value in (("bandwidth", bandwidth), ("latency", latency), ("step_ms", step_ms)):
         require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")
@@ -212,9 +215,9 @@ def _refuse_to_plan(
     )
     least = config.optim.smallest_micro_batch
     refuse(
-        len(worlds) == 1 and worlds[0] > least,
-        f"--world {worlds[0]} is more than the {least} images of a micro-batch (--batch-size, "
-        f"--grad-accum): --batch-size {worlds[0] * config.optim.grad_accum} would do",
+        min(worlds) > least,
+        f"--world {min(worlds)} is more than the {least} images of a micro-batch (--batch-size, "
+        f"--grad-accum): --batch-size {min(worlds) * config.optim.grad_accum} would do",
     )
 
 

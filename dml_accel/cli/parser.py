@@ -223,7 +223,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         (
             "step-ms",
             "milliseconds of an optimizer step of the whole cohort in one process, measured "
-            "elsewhere: results.json of such a run has them as throughput.step_seconds_median "
+            "elsewhere: 1000 times throughput.step_seconds_median in results.json of such a run "
             "(default: counted operations over an assumed rate)",
         ),
     ):

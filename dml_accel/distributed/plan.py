@@ -432,9 +432,10 @@ def choose(
         return split.ranks, f"as asked, {_named(split.ranks)}"
     chosen, other = sorted((split, replicate), key=lambda p: p.step_seconds)
     kinds = ("split", "replicate") if chosen is split else ("replicate", "split")
+    learning = "" if load.mutual else ", both with the mutual loss"
     return chosen.ranks, (
         f"{kinds[0]}, {_named(chosen.ranks)}: {_milliseconds(chosen)} per step predicted, "
-        f"{_milliseconds(other)} for {kinds[1]}"
+        f"{_milliseconds(other)} for {kinds[1]}{learning}"
     )
 
 

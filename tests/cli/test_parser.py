@@ -217,6 +217,8 @@ USAGE = {
     "no file": (["plan", "--config", "no/such.yaml"], "no/such.yaml cannot be read: No such file"),
     "a flag that is never off": (["train", "--no-batch-size"], "--batch-size is never off, give"),
     "no processes": (["plan", "--world", "0"], "--world is 0; it must be at least 1"),
+    "millions of processes": (["plan", "--world", "2", "1000000"], "at least 1 and at most 65,536"),
+    "only too many processes": (["plan", "--world", "66", "65"], "--world 65 is more than the 64"),
     "no bandwidth": (["plan", "--bandwidth", "0"], "--bandwidth is 0.0; it must be above 0"),
     "too many processes": (["plan", "--world", "65"], "--world 65 is more than the 64 images of a"),
     "a flag that changes no plan": (["plan", "--lr", "1"], "plan has no --lr: it does not count"),

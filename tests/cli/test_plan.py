@@ -150,9 +150,9 @@ def test_several_numbers_of_processes_are_rows_of_one_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["plan", "--cohort", "resnet8*2", "--image-size", "8", "--batch-size", "64", "--gpus"]
-    words += ["--step-ms", "30", "--world", "1", "2", "48", "65", "--plot", str(tmp_path / "x.svg")]
-    assert cli.main(words) == 0
-    out = capsys.readouterr().out
+    words += ["--step-ms", "30", "--world", "1", "2", "2", "48", "65"]
+    assert cli.main([*words, "--plot", str(tmp_path / "x.svg")]) == 0
+    out = capsys.readouterr().out  # a row for 2, which was named twice
     one, two, many, more = (
         re.split(r"  +", line.strip())
         for line in out.splitlines()
@@ -166,6 +166,15 @@ def test_several_numbers_of_processes_are_rows_of_one_table(
     assert "measured: 30 ms for a step of the cohort in one process" in out
     assert "10 GB/s, 20 us per message, all-reduces along a tree, 2 log2 n messages" in out
     assert (tmp_path / "x.svg").read_text().startswith("<?xml")
+
+
+def test_a_placement_is_chosen_as_for_mutual_training(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--cohort", "resnet8*2", "--image-size", "8", "--cpu", "--kl-weight"]
+    chosen = []
+    for weight in ("1", "0"):
+        assert cli.main([*words, weight]) == 0
+        chosen.append(capsys.readouterr().out.splitlines()[-1])
+    assert chosen[1] == f"{chosen[0]}, both with the mutual loss"
 
 
 def test_a_thousand_processes_are_a_few_rows(capsys: pytest.CaptureFixture[str]) -> None:
