@@ -26,7 +26,7 @@ class Chosen:
     Attributes:
         methods: those that are run, in the order asked for.
         left_out: of ``all``, the others, and why.
-        notes: a line for each that coincides with another one.
+        notes: a line for each that coincides with another one, and one if differences are missing.
     """
 
     methods: tuple[str, ...]
@@ -79,6 +79,8 @@ def choose(config: Config, cohorts: Sequence[tuple[str, ...]], asked: Sequence[s
             left_out[name] = f"it coincides with {same}: {why}"
         else:
             chosen[name] = found
+    if BASELINE not in chosen:
+        notes.append(f"differences are those to {BASELINE}, which is not among the methods")
     return Chosen(tuple(chosen), left_out, () if everything else tuple(notes))
 
 

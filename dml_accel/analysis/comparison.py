@@ -36,7 +36,7 @@ class ComparisonFolder(LockedFolder):
         path: the folder; None for a new one.
         plan: the runs.
         left_out: methods that are not among them although all were asked for, and why.
-        notes: a line for each method that coincides with another one.
+        notes: what to know about the methods, a line each.
 
     Attributes:
         failed: runs that ended without results in this command, and why.

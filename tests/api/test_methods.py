@@ -83,7 +83,7 @@ def test_arguments_of_a_method_are_compared_as_they_are_written() -> None:
 def test_methods_that_coincide_are_named() -> None:
     register()
     dml_accel.register_method("again", "The same", divergence="hellinger")
-    chosen = choose(Config(), [("resnet8*3",)], ["hellinger", "again"])
+    chosen = choose(Config(), [("resnet8*3",)], ["independent", "hellinger", "again"])
     assert chosen.notes == ("again coincides with hellinger: ",)
 
 
