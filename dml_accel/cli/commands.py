@@ -159,9 +159,9 @@ def _plan(values: dict[str, Any]) -> int:
     worlds, classes, assumes_gpus, bandwidth, latency, step_ms, plot = map(values.pop, names)
     config = settled("plan", values).config
     worlds = list(dict.fromkeys(worlds))
+    allowed = f"at least 1 and at most {_MOST_PLANNED:,}"
     for world in worlds:
-        where = f"at least 1 and at most {_MOST_PLANNED:,}"
-        require(1 <= world <= _MOST_PLANNED, "world", world, where)
+        require(1 <= world <= _MOST_PLANNED, "world", world, allowed)
     require(classes is None or classes >= 1, "classes", classes, "at least 1")
     for name, value in (("bandwidth", bandwidth), ("latency", latency), ("step_ms", step_ms)):
         require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")

@@ -526,6 +526,7 @@ def test_plan_counts_what_each_optimizer_keeps(capsys: pytest.CaptureFixture[str
         said = capsys.readouterr().out
         copies = "averages and" if words else "state of the optimizer and"
         assert f" {copies} activations, with 13 tensors like the largest of these" in said
+        assert "; without images and libraries." in said
         (row,) = {line for line in said.splitlines() if line.startswith("0 ")}
         return int(row.split()[-1])
 
