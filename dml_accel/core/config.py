@@ -515,10 +515,17 @@ class ComputeConfig(Section):
         "this machine's cores; else OMP_NUM_THREADS, or all)",
         Range(at_least=1),
     )
+    processes: str = flag(
+        "auto",
+        "processes that the command starts by itself on a CPU, each for a part of the cohort: a "
+        "number, 1 for none; auto: as many as finish sooner, by a fixed rule (not in Python, not "
+        "under accelerate launch or torchrun)",
+        metavar="N",
+    )
     compile: str = flag(
-        "off",
-        "torch.compile for each network that a single process trains; --compile alone means on, "
-        "auto measures first and compiles if the run is long enough to repay it",
+        "auto",
+        "torch.compile for each network that a single process trains: off, on (--compile alone), "
+        "or auto: if the run is long enough to repay it, by a fixed rule",
         nargs="?",
         const="on",
         choices=("off", "on", "auto"),
@@ -911,7 +918,7 @@ def near(name: str, known: Iterable[str]) -> list[str]:
 
 
 # Flags whose words may be whole numbers: 4 networks, every 500 steps.
-_WORDS_OR_NUMBERS = ("cohort", "eval_every", "save_every")
+_WORDS_OR_NUMBERS = ("cohort", "eval_every", "processes", "save_every")
 
 
 def _plain(value: Any, accepted: Iterable[Any]) -> Any:

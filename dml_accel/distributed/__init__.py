@@ -14,6 +14,7 @@ In reading order:
     exchange     what processes of different peers send each other
     placement    which processes train which peer, and the collectives between them
     plan         the predicted cost of each placement, and the choice between them
+    rules        what ``auto`` chooses for speed, by fixed rules
     plan_tables  a plan in tables and words, for one number of processes or for several
     wrap         a network made ready for training: on its device, compiled, in DDP
 """
