@@ -18,20 +18,25 @@ from dml_accel.analysis.published import is_cifar100
 from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
 from dml_accel.core.errors import DivergedError, UsageError
+from dml_accel.core.host import cores
 from dml_accel.core.versions import Caller
 from dml_accel.data import sources
 from dml_accel.data.catalogue import located
+from dml_accel.data.memory import processes_here
 from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source
-from dml_accel.distributed.costs import count
+from dml_accel.distributed.children import replace_by
+from dml_accel.distributed.costs import Cost
 from dml_accel.distributed.launch import (
     Stop,
     check_launch,
     launched_rank,
+    own_processes,
     share_cores,
 )
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes
+from dml_accel.distributed.rules import Work, processes_to_start
 from dml_accel.mutual.teachers import read_teachers
 from dml_accel.training import trackers
 from dml_accel.training.loop import steps_to_take
@@ -40,10 +45,21 @@ from dml_accel.training.resume import (
     Origin,
     find_origin,
     has_checkpoint,
+    recorded_count,
     refuse_other_images,
 )
 from dml_accel.training.run_folder import RunFolder, SavedRun, explaining_stop
-from dml_accel.training.setup import Checked, check, choose_ranks, list_and_size, seconds_saved
+from dml_accel.training.setup import (
+    Checked,
+    check,
+    choose_ranks,
+    count_all,
+    list_and_size,
+    print_processes,
+    processes_without_rule,
+    seconds_saved,
+    step_load,
+)
 from dml_accel.training.train import Session, run_one
 
 
@@ -73,21 +89,32 @@ def compare(
         UsageError: the input does not allow one of the runs, or the folder holds runs that were
             started with other flags; nothing has been written.
     """
-    check_launch(config.numerics, config.compute, config.optim)
+    check_launch(config.numerics, config.compute, config.optim, caller.in_python)
     trackers.resolve(config.run.log_with)
     share_cores(config.compute)
     config, first = located(config), launched_rank() == 0
+    # What the command finds before it starts processes, it has printed.
+    quiet = not first or own_processes() > 1
     # Refused before images are looked for.
     chosen = choose(config, cohorts, methods)
     plan_runs(config, cohorts, chosen.methods, seeds)
-    config, listed = list_and_size(config, cohorts, quiet=not first)
+    config, listed = list_and_size(config, cohorts, quiet)
     plan, folder = plan_runs(config, cohorts, chosen.methods, seeds), None
     if first:
         folder = ComparisonFolder(config.run.output_dir, plan, chosen.left_out, chosen.notes)
-        for line in chosen.lines:
+        for line in () if quiet else chosen.lines:
             print(line, file=sys.stderr, flush=True)
-    source = sources.read(config.data, not first, listed, config.compute)
-    operations = _check_cohorts(plan, source, config.run.output_dir)
+    source = sources.read(config.data, quiet, listed, config.compute)
+    costs = _check_cohorts(plan, source, config.run.output_dir)
+    count = _choose_processes(config, plan, source, costs, folder, caller)
+    if count > 1:
+        print_processes(config, count)
+        again = caller.again_with(output_dir=config.run.output_dir or "its folder")
+        del source, listed, folder
+        replace_by(count, caller.arguments, again)
+    operations = {
+        cohort: {name: cost.macs for name, cost in found.items()} for cohort, found in costs.items()
+    }
     with (
         explaining_stop(folder, caller),
         Stop(caller.in_python) as stop,
@@ -144,17 +171,18 @@ def _needs_start(planned: PlannedRun, root: str | None) -> bool:
 
 # ---------------------------------------------------------------- checks
 
+_Costs = dict[str, dict[str, Cost]]  # by cohort and peer
 _Operations = Mapping[str, Mapping[str, float]]  # of a forward pass of one image, by cohort, peer
 
 
-def _check_cohorts(plan: Sequence[PlannedRun], source: Source, root: str | None) -> _Operations:
-    """Check one run of each cohort; return the operations of each of its networks.
+def _check_cohorts(plan: Sequence[PlannedRun], source: Source, root: str | None) -> _Costs:
+    """Check one run of each cohort; return what each of its networks costs.
 
     Raises:
         UsageError: see ``training.setup.check``; or saved runs started from other weights, images
             or teachers.
     """
-    operations: dict[str, dict[str, float]] = {}
+    costs: _Costs = {}
     for cohort in dict.fromkeys(planned.cohort for planned in plan):
         runs = [planned for planned in plan if planned.cohort == cohort]
         to_start = [planned for planned in runs if _needs_start(planned, root)]
@@ -169,10 +197,9 @@ def _check_cohorts(plan: Sequence[PlannedRun], source: Source, root: str | None)
                 _refuse_other_starts(saved, checked)
                 if saved.has_description:
                     refuse_other_images(saved, planned.config, source)
-        size = config.data.size
-        operations[cohort] = {name: count(net, size).macs for name, net in modules.items()}
+        costs[cohort] = count_all(config, modules)
         modules.clear()
-    return operations
+    return costs
 
 
 def _refuse_other_starts(saved: SavedRun, checked: Checked) -> None:
@@ -217,6 +244,53 @@ def _refuse_other_teachers(planned: PlannedRun, root: Path | None, source: Sourc
             f"{saved.path} learned from other teachers than {', '.join(paths)} hold now: restore "
             "them, or remove its folder to train it again"
         )
+
+
+def _choose_processes(
+    config: Config,
+    plan: Sequence[PlannedRun],
+    source: Source,
+    costs: _Costs,
+    folder: ComparisonFolder | None,
+    caller: Caller,
+) -> int:
+    """Return how many processes the command starts for all runs; 1: it trains in this one.
+
+    A comparison that has begun keeps its number, so that its runs differ in nothing else.
+
+    Args:
+        config: what the runs share.
+        plan: all runs.
+        source: their images.
+        costs: of the networks.
+        folder: in the first process, not entered.
+        caller: who asks for the comparison.
+    """
+    unfinished = folder.unfinished() if folder else []
+    if not unfinished:
+        return 1
+    before = [saved for saved in map(folder.saved, plan) if saved.has_description] if folder else []
+    recorded = recorded_count(before[0].description.get("resolved", {})) if before else None
+    fixed = processes_without_rule(config, caller, recorded)
+    if fixed is not None:
+        return fixed
+    counts = []
+    for cohort in dict.fromkeys(planned.cohort for planned in unfinished):
+        configs = [planned.config for planned in unfinished if planned.cohort == cohort]
+        mutual = [one for one in configs if one.method.kl_weight > 0]
+        # Peers that take turns are in every process, and nobody trains faster with parts of images.
+        if not mutual or any(one.method.schedule.takes_turns for one in mutual):
+            return 1
+        load = step_load(mutual[0], len(source.classes), source.feed[0], processes_here())
+        work = Work(costs[cohort], load, _all_steps(configs, source))
+        counts.append(processes_to_start(work, mutual[0].method.schedule, cores()))
+    return min(counts)
+
+
+def _all_steps(configs: Sequence[Config], source: Source) -> int:
+    """Return the optimizer steps of several runs."""
+    trained = [training_sizes(len(source.train), config.data)[0] for config in configs]
+    return sum(map(steps_to_take, [config.optim for config in configs], trained))
 
 
 def _image_cost(planned: PlannedRun, operations: _Operations) -> float:
@@ -350,10 +424,7 @@ class _Trainer:
         processes, seconds = self._session.processes, 0.0
         for cohort in dict.fromkeys(planned.config.cohort for planned in runs):
             configs = [planned.config for planned in runs if planned.config.cohort == cohort]
-            trained = [
-                training_sizes(len(self._source.train), config.data)[0] for config in configs
-            ]
-            steps = sum(map(steps_to_take, [config.optim for config in configs], trained))
+            steps = _all_steps(configs, self._source)
             checked, modules = check(configs[0], self._source)
             ranks = choose_ranks(configs[0], checked, modules, processes, path)
             placement = Placement(processes, ranks, configs[0].numerics.batch_norm)

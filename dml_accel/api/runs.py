@@ -3,6 +3,7 @@
 torch is imported when they are called: the commands print usage errors at once.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,11 +18,12 @@ from dml_accel.core.config_file import read_config_file
 from dml_accel.core.errors import UsageError
 from dml_accel.core.files import read_json
 from dml_accel.core.flags import require
-from dml_accel.core.host import cores, expanded
+from dml_accel.core.host import cores, expanded, importing_for_good
 from dml_accel.core.recipes import Flags
 from dml_accel.core.settings import Settings, settle, with_homes, with_resolved
 from dml_accel.core.versions import Caller, call_text, require_packages
-from dml_accel.distributed.launch import launched_processes, launched_rank
+from dml_accel.distributed import environment
+from dml_accel.distributed.launch import launched_processes, launched_rank, own_processes
 
 if TYPE_CHECKING:
     import torch
@@ -274,13 +276,16 @@ _Folder = TypeVar("_Folder", Run, Comparison)
 # ---------------------------------------------------------------- what is asked for
 
 
-def settled(function: str, values: Mapping[str, Any], base: Flags | None = None) -> Settings:
+def settled(
+    function: str, values: Mapping[str, Any], base: Flags | None = None, in_python: bool = False
+) -> Settings:
     """Return what flags, a configuration or a file, and a recipe say together.
 
     Args:
         function: ``train``, ``compare`` or ``plan``.
         values: of all flags that are given, and ``config`` and ``recipe``.
         base: what a preset sets.
+        in_python: whether a function was called in Python, not a command.
 
     Raises:
         UsageError: a name is unknown, or values are wrong or exclude each other.
@@ -306,7 +311,8 @@ def settled(function: str, values: Mapping[str, Any], base: Flags | None = None)
         file = read_config_file(expanded(os.fspath(config)))
         with_homes(file.flags)
         if file.description is not None:
-            file = with_resolved(file, given, launched_processes(), cores())
+            started, alone = own_processes() > 1, not (in_python or environment.has_launcher())
+            file = with_resolved(file, given, launched_processes(), cores(), started or alone)
         _take_out(function, file.flags, str(file.path), repeats=file.description is not None)
     asked = settle(given, recipe, file, base)
     if asked.left_out and file and launched_rank() == 0:
@@ -404,8 +410,11 @@ def start_training(values: Mapping[str, Any], caller: Caller) -> tuple[Run, dict
         values: see ``settled``.
         caller: who asks.
     """
-    asked = settled("train", values)
-    from dml_accel.training import train as training
+    asked = settled("train", values, in_python=caller.in_python)
+    # A caller in Python has objects of its own, as has whoever imported torch before.
+    is_ours = not (caller.in_python or "torch" in sys.modules)
+    with importing_for_good() if is_ours else contextlib.nullcontext():
+        from dml_accel.training import train as training
 
     path, results = training.train(asked.config, caller, asked)
     return _at(Run, path), results
@@ -508,7 +517,8 @@ def start_comparison(
     if not isinstance(seeds, int) or isinstance(seeds, bool):
         raise UsageError(f"seeds is {seeds!r}; it must be a whole number")
     named = PRESETS.get(preset or "")
-    asked = settled("compare", values, named.changes if named else None)
+    base = named.changes if named else None
+    asked = settled("compare", values, base, caller.in_python)
     several = named if named and "cohort" not in asked.chosen else None
     if any(
         "peer_opt" in recipes.flags_of(asked.recipe, asked.chosen | {"cohort": cohort})

@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dml_accel.core.streams import open_missing
 
     open_missing()  # before other imports open files
+    from dml_accel.distributed.children import begin
+
+    begin()
     from dml_accel.cli import commands
 
     return commands.main(arguments)

@@ -73,6 +73,8 @@ def _run(arguments: Sequence[str]) -> int:
             # A launcher ends with its terminal, and asks its processes to stop.
             if command in _TRAIN and launched_processes() == 1:
                 contexts.enter_context(ignoring_hangup())
+            if command in _TRAIN:
+                values["caller"] = Caller(command_line(), arguments=tuple(arguments))
             code = _COMMANDS[command](values)
         sys.stdout.flush()
         return code
@@ -131,7 +133,8 @@ def _print_for_all(message: str) -> None:
 def _train(values: dict[str, Any]) -> int:
     from dml_accel.core.tables import results_table
 
-    run, results = start_training(values, Caller(command_line()))
+    caller = values.pop("caller")
+    run, results = start_training(values, caller)
     if results is not None:
         images, split = results["ensemble"]["n"], results["splits"]["test"]
         print(f"on the {images:,} images of the split {split}:\n")
@@ -141,8 +144,9 @@ def _train(values: dict[str, Any]) -> int:
 
 
 def _compare(values: dict[str, Any]) -> int:
-    methods, seeds, preset = (values.pop(name) for name in ("methods", "seeds", "preset"))
-    found, record = start_comparison(values, methods, seeds, preset, Caller(command_line()))
+    names = ("methods", "seeds", "preset", "caller")
+    methods, seeds, preset, caller = (values.pop(name) for name in names)
+    found, record = start_comparison(values, methods, seeds, preset, caller)
     if record is None:
         return 0
     from dml_accel.analysis.tables import comparison_table, comparison_title

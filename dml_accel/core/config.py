@@ -21,6 +21,7 @@ import itertools
 import math
 import numbers
 import os
+import re
 import reprlib
 import sys
 import types
@@ -594,11 +595,21 @@ class ComputeConfig(Section):
     )
 
     def check(self) -> None:
-        """Refuse a mode of compilation without compilation."""
+        """Refuse a mode of compilation without compilation, and no number of processes."""
+        word = self.processes
+        refuse(
+            word != "auto" and not re.fullmatch("[1-9][0-9]{0,5}", word),
+            f"--processes is {word}; it must be auto or a whole number of at least 1",
+        )
         refuse(
             self.compile == "off" and self.compile_mode != "default",
             f"--compile-mode {self.compile_mode} has no effect without --compile",
         )
+
+    @property
+    def own_processes(self) -> int | None:
+        """``processes``, read; None for ``auto``."""
+        return None if self.processes == "auto" else int(self.processes)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,18 @@ class CheckpointNotWrittenError(RunError):
     """A checkpoint could not be written; the text says why, and which one is the newest."""
 
 
+class OwnProcessesEndedError(RunError):
+    """The processes that a command has started have ended, well or not, and have said how.
+
+    Args:
+        exit_code: that the command ends with; 0 if all is well.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"its processes ended with exit code {exit_code}", prints=False)
+        self.exit_code = exit_code
+
+
 class UnreadableError(UsageError):
     """A file is missing, damaged, malformed or longer than allowed; the text names it."""
 

@@ -142,7 +142,7 @@ def _whence(text: str, origins: Mapping[str, str], given: Collection[str]) -> st
 
 
 def with_resolved(
-    file: ConfigFile, given: Collection[str], processes: int, cores: int
+    file: ConfigFile, given: Collection[str], processes: int, cores: int, starts: bool = False
 ) -> ConfigFile:
     """Return the file of a run with what that run found out where its flags left it to the machine.
 
@@ -151,6 +151,7 @@ def with_resolved(
         given: names of the flags on the command line.
         processes: of this command.
         cores: that this process may use.
+        starts: whether the command may start processes by itself, or has started this one.
     """
     # Of a file that anybody may have written; what becomes a flag is checked as one.
     flags, found = dict(file.flags), (file.description or {}).get("resolved")
@@ -170,4 +171,7 @@ def with_resolved(
         flags["cpu"] = True  # there was no accelerator; here may be one
     if isinstance(flags.get("threads"), int) and flags["threads"] > cores:
         flags["threads"] = None  # which the repeated run says
+    count = resolved.get("processes", 1)
+    fits = isinstance(count, int) and 1 <= count * (flags.get("threads") or 1) <= cores
+    flags["processes"] = str(count) if starts and fits else "auto"
     return ConfigFile(file.path, flags, file.recipe, file.description)

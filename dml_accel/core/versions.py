@@ -91,10 +91,12 @@ class Caller:
     Attributes:
         text: the command line or the call, for the record.
         in_python: whether it is a call. Then this process goes on after the run, whatever happens.
+        arguments: of a command, without the program's name.
     """
 
     text: str
     in_python: bool = False
+    arguments: tuple[str, ...] = ()
 
     def again_with(self, **flags: str) -> str:
         """Return how to say the same again with other flags, for messages."""

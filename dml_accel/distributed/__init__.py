@@ -3,6 +3,7 @@
 In reading order:
 
     environment  what launchers say in environment variables, checked
+    children     processes that a command starts by itself
     launch       how this process was started; what cannot work is refused
     device       the device of this process, and the versions of what drives it
     liveness     which processes are alive, and how a run ends that has lost one

@@ -38,6 +38,8 @@ _COPIES = (
 _MPI = re.compile(
     r"(OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI)_(LOCAL_)?(RANK|SIZE)|MPI_LOCAL(NRANKS|RANKID)"
 )
+# Set by a command of ours for processes that it starts: its process id.
+OWN = "DML_OWN_PROCESSES"
 _PRECISION = "ACCELERATE_MIXED_PRECISION"  # every accelerate launch sets it
 PRECISIONS = ("no", "bf16", "fp16")
 _ON, _OFF = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")
@@ -243,6 +245,17 @@ def precision() -> str:
             f"mixed precision {value} is not supported; {_PRECISION} must be no, bf16 or fp16"
         )
     return value
+
+
+def starter() -> int | None:
+    """Return the process id of the command that has started this process; None for all others."""
+    value = _value(OWN)
+    return int(value) if value.isdecimal() and _value("WORLD_SIZE") else None
+
+
+def has_launcher() -> bool:
+    """Return whether a launcher has started this process, be it alone."""
+    return any(map(_value, ("WORLD_SIZE", "TORCHELASTIC_RUN_ID", _PRECISION)))
 
 
 def started_by_torch() -> bool:

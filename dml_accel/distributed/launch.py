@@ -23,7 +23,8 @@ _APPLE_TORCH = (2, 15)
 class Stop:
     """A request to stop the run: SIGTERM, SIGINT or SIGUSR1; of several processes also SIGHUP.
 
-    A launcher passes the SIGHUP of its terminal on and ends. A process alone ignores it.
+    A launcher passes the SIGHUP of its terminal on and ends. A process alone ignores it, and so do
+    those that a command starts by itself.
 
     Within the context the first signal is recorded, and the run acts on it between two steps; a
     second signal ends the process at once. So does the first one while one of several processes
@@ -57,7 +58,8 @@ class Stop:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only it can handle signals
             several = launched_processes() > 1
-            signals = self._SIGNALS + self._OF_LAUNCHERS * several
+            launcher = several and environment.starter() is None
+            signals = self._SIGNALS + self._OF_LAUNCHERS * launcher
             action = signal.SIG_DFL if several else self._receive
             self._handlers = {one: signal.signal(one, action) for one in signals}
         return self
@@ -106,6 +108,11 @@ def launched_local_rank() -> int:
     return environment.launched().local_rank or 0
 
 
+def own_processes() -> int:
+    """Return how many processes the command has started by itself; 1 if it has started none."""
+    return launched_processes() if environment.starter() is not None else 1
+
+
 def launched_precision(numerics: NumericsConfig) -> str:
     """Return the mixed precision of the configuration, else the launcher's.
 
@@ -118,8 +125,14 @@ def launched_precision(numerics: NumericsConfig) -> str:
 # ---------------------------------------------------------------- what cannot work
 
 
-def check_launch(numerics: NumericsConfig, compute: ComputeConfig, optim: OptimConfig) -> None:
+def check_launch(
+    numerics: NumericsConfig, compute: ComputeConfig, optim: OptimConfig, in_python: bool = False
+) -> None:
     """Refuse what cannot work, before any process group exists.
+
+    Args:
+        numerics, compute, optim: of the run.
+        in_python: whether a function was called in Python, not a command.
 
     Raises:
         UsageError: the launcher, a plugin, the precision, the threads or the number of processes;
@@ -143,11 +156,40 @@ def check_launch(numerics: NumericsConfig, compute: ComputeConfig, optim: OptimC
             f"core{'s' * (usable > 1)}; more threads would wait for each other"
         )
     least = optim.smallest_micro_batch
-    if launched_processes() > least:
+    starts = 1 if environment.starter() is not None else compute.own_processes or 1
+    if starts > 1:
+        _check_own_processes(starts, compute, on_cpu, in_python)
+    if (count := max(starts, launched_processes())) > least:
         raise UsageError(
-            f"{launched_processes()} processes, but only {least} images in a micro-batch "
+            f"{count} processes, but only {least} images in a micro-batch "
             f"(--batch-size {optim.batch_size}, --grad-accum {optim.grad_accum}); each process "
             "needs at least one"
+        )
+
+
+def _check_own_processes(count: int, compute: ComputeConfig, on_cpu: bool, in_python: bool) -> None:
+    """Refuse to start processes where that is the business of a launcher, or too many."""
+    if in_python:
+        raise UsageError(
+            f"processes={count}: a call in Python starts no processes; use the command dml-accel, "
+            f"or start the script with accelerate launch --multi_gpu --num_processes {count}"
+        )
+    if environment.has_launcher():
+        raise UsageError(
+            f"--processes {count} would start processes, but a launcher has started this one "
+            f"({launched_processes()} in all): use one of the two"
+        )
+    if not on_cpu:
+        raise UsageError(
+            f"--processes {count} starts processes on a CPU: add --cpu, or for GPUs use accelerate "
+            f"launch --multi_gpu --num_processes {count}"
+        )
+    threads, usable = compute.threads or 1, cores()
+    if count * threads > usable:
+        with_threads = f" with --threads {threads}" if compute.threads else ""
+        raise UsageError(
+            f"--processes {count}{with_threads} needs {count * threads} cores, and this process "
+            f"can use {usable}: processes would wait for each other; use fewer"
         )
 
 

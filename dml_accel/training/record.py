@@ -17,8 +17,8 @@ from dml_accel.core.versions import commit, versions
 from dml_accel.data.pixels import Geometry
 from dml_accel.data.selection import SplitNames, split_names
 from dml_accel.distributed.device import device_versions
+from dml_accel.distributed.launch import own_processes
 from dml_accel.distributed.plan import StepLoad, predict, this_machine
-from dml_accel.models.build import memory_format
 from dml_accel.models.model_card import training_text
 from dml_accel.models.own_network import write_own
 from dml_accel.models.peer_folder import write_peer
@@ -35,7 +35,7 @@ from dml_accel.training.loop import (
 from dml_accel.training.progress import Display, Window, Windows
 from dml_accel.training.repeat import device_record, history
 from dml_accel.training.run_folder import WEIGHTS, RunFolder
-from dml_accel.training.setup import Prepared
+from dml_accel.training.setup import Prepared, layout_name
 from dml_accel.training.trackers import Trackers
 
 
@@ -189,16 +189,14 @@ def run_description(ready: Prepared, command: str, recipe: str = "") -> dict[str
 def _resolved(ready: Prepared) -> dict[str, Any]:
     config, placement = ready.config, ready.placement
     processes = placement.processes
-    layout = memory_format(
-        config.compute.memory_format, processes.mixed_precision, placement.device
-    )
     return {
         "augment": list(config.data.augmentation),
         "threads": torch.get_num_threads(),
         "device": device_record(placement.device),
         "mixed_precision": processes.mixed_precision,
-        "memory_format": "channels_last" if layout == torch.channels_last else "contiguous",
+        "memory_format": layout_name(config, placement.device),
         "world_size": processes.world_size,
+        "processes": own_processes(),
         "placement": placement.kind,
         "compile": "on" if ready.compiled else "off",
         "feed": ready.checked.source.feed[0],
@@ -219,6 +217,7 @@ def results(
         "device": str(placement.device),
         "mixed_precision": placement.processes.mixed_precision,
         "world_size": placement.processes.world_size,
+        "processes": own_processes(),
         "threads": torch.get_num_threads(),
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "peers": [

@@ -23,14 +23,14 @@ from dml_accel.core.tables import printable
 from dml_accel.core.versions import versions
 from dml_accel.data.sources import Source
 from dml_accel.distributed.device import device_versions, own_device
-from dml_accel.distributed.launch import launched_precision, restarts
+from dml_accel.distributed.launch import launched_precision, own_processes, restarts
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes
 from dml_accel.mutual.peer import Peer
 from dml_accel.training import checkpoint, choosing
 from dml_accel.training.loop import Start
 from dml_accel.training.run_folder import BAD_IMAGES, CHECKPOINTS, SavedRun
-from dml_accel.training.setup import Checked
+from dml_accel.training.setup import Checked, layout_name
 
 LEARN = "learn"  # marks a run of ``learn``
 # What a run adds to a checkpoint's state.json, with the type of each value.
@@ -38,6 +38,7 @@ _STATE_TYPES = {
     "config": dict,
     "lost": dict,
     "world_size": int,
+    "processes": int,
     "placement": dict,
     "versions": dict,
     "mixed_precision": str,
@@ -47,6 +48,7 @@ _STATE_TYPES = {
     "data": dict,
     "registered": dict,
     "compiled": list,
+    "memory_format": str,
     "starts": dict,
 }
 
@@ -91,8 +93,18 @@ class Origin:
             return None
         # Compiled kernels add up in another order, so a resumed run needs the same ones; but the
         # user may change the flag, and then another result in the last bits is asked for.
-        same = self.state["config"].get("compile", "off") == config.compute.compile
+        asked = config.compute.compile
+        same = asked in ("auto", self.state["config"].get("compile", "off"))
         return list(self.state["compiled"]) if same else None
+
+    def with_memory_format(self, config: Config) -> Config:
+        """Return the configuration with the memory format of the checkpoint, unless it names one.
+
+        Networks of one layout add up in another order than those of the other.
+        """
+        if not self.path or config.compute.memory_format is not None:
+            return config
+        return config.changed(memory_format=self.state["memory_format"])
 
     def agreed(self, processes: Processes) -> "Origin":
         """Return rank 0's origin in every process."""
@@ -120,6 +132,25 @@ def has_checkpoint(config: Config) -> bool:
         return False
     given = _resumed_path(config)
     return checkpoint.is_named(given) or bool(checkpoint.named(given / CHECKPOINTS))
+
+
+def recorded_processes(config: Config) -> int | None:
+    """Return how many processes the command had started for the run that ``--resume`` leads to.
+
+    1 for none; None where there is no checkpoint that can be read, so that the run starts.
+    """
+    if config.run.resume is None:
+        return None
+    given = _resumed_path(config)
+    paths = [given] if checkpoint.is_named(given) else checkpoint.named(given / CHECKPOINTS)
+    readable = next(filter(_is_readable, paths), None)
+    return None if readable is None else recorded_count(checkpoint.read_state(readable))
+
+
+def recorded_count(record: Mapping[str, Any]) -> int:
+    """Return how many processes the command had started for a run, by what it has recorded."""
+    count = record.get("processes", 1)  # absent from older ones
+    return count if type(count) is int and count >= 1 else 1
 
 
 def nothing_to_do(config: Config, source: Source, path: Path, steps: int) -> str:
@@ -268,6 +299,8 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     state = checkpoint.verify(path, peers)
     state.setdefault("starts", {})  # absent from older checkpoints
     state.setdefault("compiled", [])
+    state.setdefault("processes", 1)
+    state.setdefault("memory_format", _earlier_memory_format(state))
     state.setdefault("data", {})
     state.setdefault("registered", {})  # also absent where nothing is
     # An untrusted file can have a matching sha256 as well, so every type is checked.
@@ -275,6 +308,8 @@ def _verified(path: Path, peers: Sequence[str]) -> Origin:
     if not wrong:
         if not is_a_placement(state["placement"].get("ranks"), state["world_size"], peers):
             wrong.append("placement")
+        if state["memory_format"] not in ("contiguous", "channels_last"):
+            wrong.append("memory_format")
         counts = state["lost"].values()
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             wrong.append("lost")
@@ -496,6 +531,15 @@ def with_starts(checked: Checked, origin: Origin) -> Checked:
     return checked
 
 
+def _earlier_memory_format(state: Mapping[str, Any]) -> str:
+    """Return the memory format of a checkpoint that does not say it, because it is older."""
+    config, used = state.get("config"), state.get("versions")
+    asked = config.get("memory_format") if isinstance(config, dict) else None
+    on_gpu = isinstance(used, dict) and "gpu" in used
+    half = state.get("mixed_precision") == "bf16" and not on_gpu
+    return str(asked or ("channels_last" if half else "contiguous"))
+
+
 def load_peers(origin: Origin, peers: Sequence[Peer], processes: Processes) -> None:
     """Load this process's peers from the checkpoint, in all processes or in none.
 
@@ -528,9 +572,11 @@ def checkpoint_state(
     return {
         "config": config.as_dict(),
         "world_size": placement.processes.world_size,
+        "processes": own_processes(),
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "versions": versions() | device_versions(placement.device),
         "compiled": compiled,
+        "memory_format": layout_name(config, placement.device),
         "starts": checked.starts,
         **({"registered": checked.registered} if checked.registered else {}),
         **run_facts(config, checked),

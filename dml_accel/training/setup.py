@@ -1,6 +1,7 @@
 """Validate a run, choose a placement, and put together what a process trains with.
 
     check          builds the networks; refuses what does not fit them or the images
+    choose_processes  how many processes the command starts by itself
     choose_ranks   rank 0 chooses who trains which peer, and all processes learn it
     compiles       whether to compile, as asked or as measured
     make_cohort    the peers of this process, wrapped for training
@@ -23,6 +24,7 @@ from torch import nn
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
 from dml_accel.core.host import cores, is_on_hub
+from dml_accel.core.versions import Caller
 from dml_accel.data import sources
 from dml_accel.data.batches import ImageFormat
 from dml_accel.data.catalogue import Listed
@@ -32,11 +34,12 @@ from dml_accel.data.memory import processes_here
 from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.data.workers import worker_count
+from dml_accel.distributed import environment
 from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.compile import Trial
 from dml_accel.distributed.costs import Cost, count, timed
 from dml_accel.distributed.device import choose_device
-from dml_accel.distributed.launch import launched_precision, launched_processes
+from dml_accel.distributed.launch import launched_precision, launched_processes, runs_on_cpu
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import (
     SECONDS_TO_DECODE,
@@ -48,6 +51,7 @@ from dml_accel.distributed.plan import (
     this_machine,
 )
 from dml_accel.distributed.processes import Processes
+from dml_accel.distributed.rules import Work, processes_to_start
 from dml_accel.distributed.wrap import Wrapper
 from dml_accel.models.build import (
     build,
@@ -63,7 +67,7 @@ from dml_accel.models.own_network import OwnNetwork
 from dml_accel.models.own_optim import OptimizerOf, make_own_optimizer, rates_of
 from dml_accel.models.peer_folder import PeerFolder, load_network
 from dml_accel.models.pretrained import PretrainedWeights, read_weights, trained_size
-from dml_accel.models.spec import PeerSpec, parse_cohort
+from dml_accel.models.spec import PeerSpec, parse_cohort, registered_by
 from dml_accel.mutual.averages import Average, copy_of, refuse_uncopied
 from dml_accel.mutual.links import LinkWeights, read_links
 from dml_accel.mutual.losses import balanced_weights
@@ -258,9 +262,18 @@ def refuse_idle(config: Config, names: Sequence[str], frozen: Sequence[str], lin
 
 def image_format(config: Config, device: torch.device) -> ImageFormat:
     """Return what the networks of a run are given on a device."""
-    precision = launched_precision(config.numerics)
-    layout = memory_format(config.compute.memory_format, precision, device)
-    return ImageFormat(config.data.size, _dtype(config), layout, device)
+    asked, dtype = config.compute.memory_format, _dtype(config)
+    # A network of somebody's own may rely on the usual layout, as Tensor.view does.
+    if asked is None and any(registered_by(spec.arch) for spec in parse_cohort(config.cohort)):
+        asked = "contiguous"
+    layout = memory_format(asked, dtype, launched_precision(config.numerics), device)
+    return ImageFormat(config.data.size, dtype, layout, device)
+
+
+def layout_name(config: Config, device: torch.device) -> str:
+    """Return the memory format of a run as ``--memory-format`` names it."""
+    layout = image_format(config, device).layout
+    return "channels_last" if layout == torch.channels_last else "contiguous"
 
 
 def _dtype(config: Config) -> torch.dtype:
@@ -434,10 +447,72 @@ def _check_batch_norm(config: Config, modules: Modules, ranks: Ranks, classes: i
 # ---------------------------------------------------------------- placement
 
 
+def processes_without_rule(config: Config, caller: Caller, recorded: int | None) -> int | None:
+    """Return how many processes the command starts for training; 1: it trains in this one.
+
+    None if a rule has to decide (see ``distributed.rules``).
+
+    Args:
+        config: of the run, or of several.
+        caller: who asks for it.
+        recorded: the number of a run that is resumed; None for a new one.
+    """
+    compute, usable = config.compute, cores()
+    if environment.starter() is not None:  # this is one of them
+        return 1
+    if compute.own_processes is not None:
+        return compute.own_processes
+    if caller.in_python or environment.has_launcher() or not runs_on_cpu(compute):
+        return 1
+    if recorded is not None:
+        return recorded if recorded * (compute.threads or 1) <= usable else 1
+    is_fixed = compute.threads or environment.threads()
+    if is_fixed or usable == 1 or compute.measure or compute.placement == "replicate":
+        return 1
+    return None
+
+
+def choose_processes(
+    config: Config, checked: Checked, modules: Modules, caller: Caller, recorded: int | None
+) -> int:
+    """Return how many processes the command starts for a run; 1: it trains in this one.
+
+    Args:
+        config: of the run.
+        checked: its images.
+        modules: its networks.
+        caller: who asks for it.
+        recorded: see ``processes_without_rule``.
+    """
+    fixed = processes_without_rule(config, caller, recorded)
+    if fixed is not None:
+        return fixed
+    source = checked.source
+    trained, _ = training_sizes(len(source.train), config.data)
+    load = step_load(config, len(source.classes), source.feed[0], processes_here())
+    work = Work(count_all(config, modules), load, steps_to_take(config.optim, trained))
+    return processes_to_start(work, config.method.schedule, cores())
+
+
+def print_processes(config: Config, count: int) -> None:
+    """Print how many processes the command starts, if nobody has named the number."""
+    if config.compute.own_processes is None:
+        threads = config.compute.threads or max(1, cores() // count)
+        print(
+            f"processes: {count} of {threads} thread{'s' * (threads > 1)} each, each for a part of "
+            "the cohort (--processes 1 for one)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _choose(
     config: Config, costs: dict[str, Cost], world_size: int, load: StepLoad, machine: Machine
 ) -> tuple[Ranks, str]:
     asked, schedule = config.compute.placement, config.method.schedule
+    # The rule has started these processes for parts of the cohort.
+    by_rule = environment.starter() is not None and config.compute.own_processes is None
+    asked = "split" if asked == "auto" and by_rule else asked
     return choose(costs, world_size, load, asked, schedule, machine)
 
 

@@ -26,7 +26,14 @@ from dml_accel.core.versions import Caller
 from dml_accel.data import sources
 from dml_accel.data.catalogue import folders_read, located
 from dml_accel.data.decode import DamagedImagesError
-from dml_accel.distributed.launch import Stop, check_launch, launched_rank, share_cores
+from dml_accel.distributed.children import replace_by
+from dml_accel.distributed.launch import (
+    Stop,
+    check_launch,
+    launched_rank,
+    own_processes,
+    share_cores,
+)
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import Ranks
 from dml_accel.distributed.processes import Processes, is_out_of_memory
@@ -66,36 +73,52 @@ def train(
         caller: who asks for the run.
         asked: what lies behind ``config``: a recipe, or the run that this one repeats.
 
+    A command may start processes for it, which do all of it: see ``setup.choose_processes``.
+
     Returns:
         The run folder, in every process once its records are written, and the content of its
         results.json; None in all processes but the first, and if there was nothing to do.
 
     Raises:
         UsageError: the input does not allow the run; nothing has been written.
+        OwnProcessesEndedError: processes that the command has started have done it, or have failed.
         ProcessLostError: another process is gone.
         StoppedError, DivergedError, CheckpointNotWrittenError: see ``run_one``.
     """
-    check_launch(config.numerics, config.compute, config.optim)
+    check_launch(config.numerics, config.compute, config.optim, caller.in_python)
     trackers.resolve(config.run.log_with)
     share_cores(config.compute)
     config, first = located(config), launched_rank() == 0
+    # What the command finds before it starts processes, it has printed.
+    quiet = not first or own_processes() > 1
     names = [spec.name for spec in parse_cohort(config.cohort)]
     in_place = resume.resumes_in_place(config)
     folder = None
     if first:
         where, label = config.run.output_dir, cohort_label(names)
         folder = RunFolder(where, label, in_place, folders_read(config.data))
-    config, listed = setup.list_and_size(config, [config.cohort], quiet=not first)
+    config, listed = setup.list_and_size(config, [config.cohort], quiet)
     broke = bad_images.sizes_before(Path(config.run.output_dir or "")) if in_place else None
-    source = sources.read(config.data, not first, listed, config.compute, broke)
+    source = sources.read(config.data, quiet, listed, config.compute, broke)
     if broke:
         source = bad_images.measured_before(source, Path(config.run.output_dir or ""))
     checked, modules = setup.check(config, source, starts=not resume.has_checkpoint(config))
+    count = setup.choose_processes(
+        config, checked, modules, caller, resume.recorded_processes(config)
+    )
     recorded = None
     if asked is not None:
-        recorded = compare_with_original(asked, config, checked, modules, quiet=not first)
+        silent = not first or count > 1
+        recorded = compare_with_original(asked, config, checked, modules, silent)
     work = progress.workload(config, source)
     nothing = resume.nothing_to_do(config, source, folder.path, work.steps) if folder else ""
+    if count > 1 and not nothing:
+        setup.print_processes(config, count)
+        modules.clear()
+        del source, checked, listed, folder
+        folder_named = config.run.output_dir or "its folder"
+        again = caller.again_with(output_dir=folder_named, resume="auto")
+        replace_by(count, caller.arguments, again)
     # Elsewhere than in its own folder, a checkpoint is found before anything is written.
     origin = resume.find_origin(config, checked) if folder and not (in_place or nothing) else None
     display = Display(work.total, quiet=not first)
