@@ -1,5 +1,6 @@
-"""What a run asks of the C and OpenMP libraries."""
+"""What a run asks of the C and OpenMP libraries, and of Python."""
 
+import gc
 import getpass
 import os
 import pwd
@@ -53,6 +54,19 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(os, "confstr", confstr)
     assert not host.keep_memory()
+
+
+def test_what_is_imported_for_good_is_not_searched_for_garbage() -> None:
+    gc.unfreeze()
+    try:
+        with host.importing_for_good():
+            assert not gc.isenabled()
+            kept = [object()]
+        assert gc.isenabled()
+        assert not any(one is kept for one in gc.get_objects())
+    finally:
+        gc.unfreeze()
+    assert any(one is kept for one in gc.get_objects())
 
 
 def test_openmp_is_told_before_torch_loads_it() -> None:
