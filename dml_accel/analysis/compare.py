@@ -54,6 +54,8 @@ from dml_accel.training.setup import (
     check,
     choose_ranks,
     count_all,
+    gains,
+    layout_name,
     list_and_size,
     print_processes,
     processes_without_rule,
@@ -340,7 +342,7 @@ class _Trainer:
         """
         processes, folder = self._session.processes, self._folder
         root = Path(processes.broadcast_text(str(folder.path.resolve()) if folder else ""))
-        compiled = self._decide_compilation(unfinished)
+        compiled, layout = self._decide_compilation(unfinished), self._earlier_memory_format()
         for place, planned in enumerate(self._plan):
             if folder and planned.teachers in folder.failed:
                 folder.failed[planned.folder] = "its teachers could not be trained"
@@ -348,8 +350,11 @@ class _Trainer:
             if processes.broadcast_flag(bool(skips)):
                 continue
             label = f"run {place + 1}/{len(self._plan)}, {planned.folder}"
+            config = planned.config_in(root)
+            if layout not in ("", layout_name(config, processes.device)):
+                config = config.changed(memory_format=layout)
             try:
-                self._train(planned, planned.config_in(root), label, compiled)
+                self._train(planned, config, label, compiled)
             except DivergedError as error:  # raised in all processes
                 if folder:
                     folder.failed[planned.folder] = str(error)
@@ -417,7 +422,17 @@ class _Trainer:
         if decided:
             return any(decided)
         saved = self._seconds_saved([self._plan[place] for place in places], Path(path))
-        return bool(processes.all_reduce_max(saved > 0))
+        return gains(saved, processes)
+
+    def _earlier_memory_format(self) -> str:
+        """Return the memory format of runs that were started before; empty if there are none.
+
+        Earlier versions had another default, and methods are to differ in nothing else.
+        """
+        found: list[str] = []
+        if self._folder and self._config.compute.memory_format is None:
+            found = [_resolved(self._folder.saved(one), "memory_format") for one in self._plan]
+        return self._session.processes.broadcast_text(next(filter(None, found), ""))
 
     def _seconds_saved(self, runs: Sequence[PlannedRun], path: Path) -> float:
         """Return the seconds that compilation saves in this process, over all runs."""
@@ -431,6 +446,14 @@ class _Trainer:
             seconds += seconds_saved(configs[0], checked, modules, placement, steps)
             modules.clear()
         return seconds
+
+
+def _resolved(saved: SavedRun, name: str) -> str:
+    """Return what a flag of a saved run came to; empty if the run does not say it."""
+    with contextlib.suppress(UsageError):
+        found = saved.description.get("resolved")
+        return str(found.get(name, "")) if isinstance(found, dict) else ""
+    return ""
 
 
 def _was_compiled(saved: SavedRun) -> bool | None:

@@ -539,9 +539,8 @@ class ComputeConfig(Section):
     )
     memory_format: str | None = flag(
         None,
-        "memory layout of images and weights (default: channels_last on a CPU in bf16, else "
-        "contiguous); channels_last is faster on a CPU, but its sums in single precision are less "
-        "exact",
+        "memory layout of images and weights (default: channels_last on a CPU in single or half "
+        "precision, where it is faster, else contiguous; contiguous too for networks of your own)",
         choices=("contiguous", "channels_last"),
     )
     low_memory: bool = flag(
@@ -602,7 +601,7 @@ class ComputeConfig(Section):
             f"--processes is {word}; it must be auto or a whole number of at least 1",
         )
         refuse(
-            self.compile == "off" and self.compile_mode != "default",
+            self.compile != "on" and self.compile_mode != "default",
             f"--compile-mode {self.compile_mode} has no effect without --compile",
         )
 

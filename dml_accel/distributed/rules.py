@@ -16,10 +16,14 @@ from dml_accel.distributed.plan import Machine, StepLoad, allocate, everywhere, 
 _MACS_PER_SECOND = 30e9
 # Two threads train a network 1.79 times as fast as one; more are extrapolated by Amdahl's law.
 _SERIAL_SHARE = 0.117
-# Processes of one machine share caches and memory: a step must be predicted to be this much shorter.
+# Processes of one machine share caches and memory: a step must be predicted to be so much shorter.
 _LEAST_GAIN = 0.05
 # Processes start one after the other import their libraries and read the images again.
 _SECONDS_TO_START = 15.0
+# Compiled, a network takes so much less of a step in single precision; in bf16 it gains nothing.
+_COMPILED_SAVES = 0.15
+# To compile a network, for each operation of its forward pass; and to find it compiled for a peer.
+_SECONDS_TO_COMPILE, _SECONDS_TO_FIND = 0.5, 0.05
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,20 @@ def processes_to_start(work: Work, schedule: UpdateSchedule, cores: int) -> int:
         step = predict(ranks, work.costs, work.load, machine).step_seconds
         seconds[count] = work.steps * step + _SECONDS_TO_START
     return min(seconds, key=lambda count: seconds[count])
+
+
+def seconds_saved(work: Work, kinds: Mapping[str, str], threads: int) -> float:
+    """Return what compiling networks saves in single precision on a CPU, less what it takes.
+
+    Args:
+        work: of the peers that only this process trains.
+        kinds: their architectures, by name: each is compiled once, and found for further peers.
+        threads: of this process.
+    """
+    operations = {kind: work.costs[name].operations for name, kind in kinds.items()}
+    compiling = _SECONDS_TO_COMPILE * sum(operations.values())
+    finding = _SECONDS_TO_FIND * sum(work.costs[name].operations for name in kinds)
+    return _COMPILED_SAVES * work.seconds(threads) - compiling - finding
 
 
 def _process(threads: int) -> Machine:

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dml_accel.core.config import OptimConfig
 from dml_accel.data.batches import ImageFormat, slices
-from dml_accel.distributed.batchnorm import span_group
+from dml_accel.distributed.batchnorm import span_group, sum_exactly
 from dml_accel.distributed.compile import compiling, or_eager
 from dml_accel.distributed.placement import Placement
 from dml_accel.models.build import set_memory_format
@@ -41,7 +41,7 @@ class Wrapper:
 
         Args:
             module: the bare network. Its batch norms span the peer's processes afterwards, unless
-                the configuration says ``local``.
+                the configuration says ``local``; those of one process are exact in any layout.
             name: of the peer, for messages.
             compiled: whether to compile it, if no other process trains it; if compiling fails, a
                 message says so and the network runs eagerly.
@@ -52,6 +52,8 @@ class Wrapper:
         placement = self._placement
         if placement.spans_batch_norm:
             span_group(module, placement.group)
+        elif self._images.layout == torch.channels_last:
+            sum_exactly(module)
         set_memory_format(module, self._images.layout)
         accelerator = placement.processes.accelerator
         with compiling(accelerator, compiled and placement.is_alone, self._mode):

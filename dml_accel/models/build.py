@@ -270,21 +270,23 @@ def parameter_count(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def memory_format(asked: str | None, precision: str, device: torch.device) -> torch.memory_format:
+def memory_format(
+    asked: str | None, dtype: torch.dtype, precision: str, device: torch.device
+) -> torch.memory_format:
     """Return the memory layout of images and weights.
 
-    On a CPU, channels last is 15 to 30% faster in single and half precision for all of our
-    networks. But torch's batch norm then adds up one number after the other, and in single
-    precision the sums over a batch are 60 times less exact; in half precision the error is below
-    the rounding. In double precision depthwise convolutions are half as fast. GPUs were not
-    measured.
+    On a CPU, channels last is 10 to 30% faster in single and half precision
+    (benchmarks/choices.md). In double precision depthwise convolutions are half as fast in it, and
+    on the GPU that was measured (benchmarks/gpu.md) networks in half precision were slower.
 
     Args:
         asked: ``--memory-format``; None for the default.
+        dtype: of images and weights.
         precision: ``no``, ``bf16`` or ``fp16``.
         device: of the networks.
     """
-    default = "channels_last" if device.type == "cpu" and precision == "bf16" else "contiguous"
+    is_faster = device.type == "cpu" and (dtype == torch.float32 or precision == "bf16")
+    default = "channels_last" if is_faster else "contiguous"
     return torch.channels_last if (asked or default) == "channels_last" else torch.contiguous_format
 
 

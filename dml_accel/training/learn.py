@@ -193,6 +193,9 @@ def learn(
         )
     require_validation(config, has_split=val is not None)
     check_launch(config.numerics, config.compute, config.optim)
+    if config.compute.memory_format is None and launched_precision(config.numerics) == "no":
+        # The caller's networks may rely on the usual layout, as Tensor.view does.
+        config = config.changed(memory_format="contiguous")
     share_cores(config.compute)
     with _bare(modules):
         source, config = _check(modules, splits, per_epoch, config)
@@ -544,7 +547,7 @@ def _refuse_without_effect(
     if config.compute.placement == "split":
         refuse(["placement"], "learn trains every network in every process")
     if config.compute.compile == "auto":
-        refuse(["compile"], "learn does not measure whether it pays: say on or off")
+        refuse(["compile"], "learn compiles only where it is told to: say on or off")
     if has_optimizer:
         refuse(_OF_OPTIMIZERS, "optimizer= makes the optimizers: say it there")
     if has_schedule:

@@ -3,7 +3,7 @@
     check          builds the networks; refuses what does not fit them or the images
     choose_processes  how many processes the command starts by itself
     choose_ranks   rank 0 chooses who trains which peer, and all processes learn it
-    compiles       whether to compile, as asked or as measured
+    compiles       whether to compile, as asked or by a rule
     make_cohort    the peers of this process, wrapped for training
 
 ``train.py`` calls them in this order.
@@ -34,9 +34,9 @@ from dml_accel.data.memory import processes_here
 from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.data.workers import worker_count
-from dml_accel.distributed import environment
+from dml_accel.distributed import environment, rules
 from dml_accel.distributed.batchnorm import check_spanning
-from dml_accel.distributed.compile import Trial
+from dml_accel.distributed.compile import has_compiler
 from dml_accel.distributed.costs import Cost, count, timed
 from dml_accel.distributed.device import choose_device
 from dml_accel.distributed.launch import launched_precision, launched_processes, runs_on_cpu
@@ -755,21 +755,27 @@ def compiles(
     if config.compute.compile != "auto":
         return config.compute.compile == "on"
     saved = seconds_saved(config, checked, modules, placement, steps)
-    return bool(placement.processes.all_reduce_max(saved > 0))
+    return gains(saved, placement.processes)
+
+
+def gains(saved: float, processes: Processes) -> bool:
+    """Return whether compiling saves any process some seconds; all processes say the same."""
+    return bool(processes.all_reduce_max(saved > 0 and has_compiler()))
 
 
 def seconds_saved(
     config: Config, checked: Checked, modules: Modules, placement: Placement, steps: int
 ) -> float:
-    """Return the seconds that compiling this process's peers saves; 0 for those of several.
+    """Return the seconds that compiling this process's peers is expected to save, by a fixed rule.
 
-    All processes measure at the same time, so that none waits for another one that compiles.
+    0 where it is known to save nothing, or was not measured.
     """
-    if not placement.is_alone:
+    mine = {spec.name: spec for spec in checked.specs if spec.name in placement.mine}
+    single = launched_precision(config.numerics) == "no" and not config.numerics.float64
+    if not (placement.is_alone and single and placement.device.type == "cpu"):
         return 0.0
-    mine = [spec for spec in checked.specs if spec.name in placement.mine]
-    processes, images = placement.processes, image_format(config, placement.device)
-    trial = Trial(processes.accelerator, config.optim, images, config.compute.compile_mode)
-    saved = trial.seconds_saved(mine, modules, steps)
-    processes.free_networks()
-    return saved
+    source = checked.source
+    costs = count_all(config, {name: modules[name] for name in mine})
+    load = step_load(config, len(source.classes), source.feed[0], processes_here())
+    kinds = {name: repr((spec.arch, spec.arguments)) for name, spec in mine.items()}
+    return rules.seconds_saved(Work(costs, load, steps), kinds, torch.get_num_threads())

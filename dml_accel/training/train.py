@@ -474,7 +474,7 @@ def prepare(
         UsageError: see ``refuse_other_files``, ``with_starts``, ``choose_ranks``, ``load_peers``.
         OutOfMemoryError: a tensor could not be allocated.
     """
-    checked = resume.with_starts(checked, origin)
+    checked, config = resume.with_starts(checked, origin), origin.with_memory_format(config)
     setup.refuse_other_files(checked, processes)
     ranks = origin.ranks(config.compute.placement, processes.world_size)
     ranks = ranks or setup.choose_ranks(config, checked, modules, processes, path, recorded)
@@ -495,7 +495,7 @@ def prepare(
                 compiled = setup.compiles(config, checked, modules, placement, steps)
             to_compile = checked.names if compiled else []
         if to_compile and processes.rank == 0:
-            _print_compilation(placement, to_compile)
+            _print_compilation(placement, to_compile, config.compute.compile)
         cohort = setup.make_cohort(
             config,
             checked.specs,
@@ -521,10 +521,13 @@ def prepare(
     )
 
 
-def _print_compilation(placement: Placement, to_compile: Sequence[str]) -> None:
+def _print_compilation(placement: Placement, to_compile: Sequence[str], asked: str) -> None:
     shared = [name for name in to_compile if len(placement.ranks[name]) > 1]
     if shared:
         why = "because processes that share a network communicate between its layers"
         print(f"--compile: {', '.join(shared)} run eagerly, {why}", file=sys.stderr)
     if len(shared) < len(to_compile):
-        print("compiling, which takes minutes the first time", file=sys.stderr, flush=True)
+        why = ", which this run is long enough for (--compile off for none)"
+        rule = why if asked == "auto" else ""
+        text = f"compiling, which takes minutes the first time{rule}"
+        print(text, file=sys.stderr, flush=True)
