@@ -308,17 +308,9 @@ def span_group(net: nn.Module, group: Any) -> None:
 
     Args:
         net: the network.
-        group: the process group; None for all processes.
+        group: the process group; None for this process by itself, where the layers compute as
+            before, but exactly in channels last.
     """
-    _replace(net, dist.group.WORLD if group is None else group)
-
-
-def sum_exactly(net: nn.Module) -> None:
-    """Make the statistics of every batch norm exact in channels last, in place, as above."""
-    _replace(net, None)
-
-
-def _replace(net: nn.Module, group: Any) -> None:
     layers: Iterator[Any] = net.modules()
     for layer in filter(_spans, layers):
         layer.__class__ = _SPANNING[type(layer)]

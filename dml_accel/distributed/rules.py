@@ -58,7 +58,7 @@ def processes_to_start(work: Work, schedule: UpdateSchedule, cores: int) -> int:
         cores: that may be used.
     """
     alone = work.seconds(cores)
-    if schedule.takes_turns or not work.load.mutual:
+    if schedule.takes_turns:
         return 1
     seconds = {1: alone * (1 - _LEAST_GAIN)}
     for count in range(2, min(len(work.costs), cores) + 1):

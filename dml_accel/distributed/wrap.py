@@ -4,12 +4,13 @@ import inspect
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dml_accel.core.config import OptimConfig
 from dml_accel.data.batches import ImageFormat, slices
-from dml_accel.distributed.batchnorm import span_group, sum_exactly
+from dml_accel.distributed.batchnorm import span_group
 from dml_accel.distributed.compile import compiling, or_eager
 from dml_accel.distributed.placement import Placement
 from dml_accel.models.build import set_memory_format
@@ -51,9 +52,9 @@ class Wrapper:
         """
         placement = self._placement
         if placement.spans_batch_norm:
-            span_group(module, placement.group)
+            span_group(module, placement.group or dist.group.WORLD)
         elif self._images.layout == torch.channels_last:
-            sum_exactly(module)
+            span_group(module, None)
         set_memory_format(module, self._images.layout)
         accelerator = placement.processes.accelerator
         with compiling(accelerator, compiled and placement.is_alone, self._mode):

@@ -1,10 +1,14 @@
-"""Batch norm over processes: what is converted, what is refused; test_processes has the values."""
+"""Batch norm over processes: what is converted, what is refused; test_processes has the values.
+
+And its exactness in channels last, for a process by itself.
+"""
 
 import copy
 import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 
 import pytest
 import timm
@@ -119,11 +123,129 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_start(
             learn({"own": net}, images, images, ours)
 
 
-def test_one_process_keeps_the_native_layers(training: Callable[..., Training]) -> None:
-    peers = training(cohort=("resnet8", "wrn_16_2")).peers
-    kinds = {type(layer) for peer in peers for layer in peer.net.modules()}
-    assert {nn.BatchNorm2d, BatchNormAct2d} <= kinds
-    assert not kinds & {GroupBatchNorm2d, GroupBatchNormAct2d}
+def test_one_process_keeps_the_native_layers_where_they_are_exact(
+    training: Callable[..., Training],
+) -> None:
+    native, ours = {nn.BatchNorm2d, BatchNormAct2d}, {GroupBatchNorm2d, GroupBatchNormAct2d}
+    for memory_format, expected in (("contiguous", native), ("channels_last", ours)):
+        peers = training(cohort=("resnet8", "wrn_16_2"), memory_format=memory_format).peers
+        kinds = {type(layer) for peer in peers for layer in peer.net.modules()}
+        assert kinds & (native | ours) == expected
+
+
+# ---------------------------------------------------------------- channels last
+
+
+@dataclass
+class Passed:
+    """What a layer makes of images and of gradients."""
+
+    y: Tensor
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    def through(cls, layer: nn.Module, x: Tensor, dy: Tensor) -> "Passed":
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        y.backward(dy)
+        grads = (x.grad, layer.weight.grad, layer.bias.grad)
+        return cls(y.detach(), *grads, layer.running_mean, layer.running_var)
+
+    def error(self, exact: "Passed") -> float:
+        """The largest difference to exact numbers, relative to the largest of each kind."""
+        pairs = [(getattr(self, f.name), getattr(exact, f.name)) for f in fields(self)]
+        return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def through_all(layer: nn.Module, shape: tuple[int, ...]) -> dict[str, Passed]:
+    """Return what a layer gives in double precision, and in single in both layouts, as torch's
+    and as ours."""
+    x, dy = 2 * torch.randn(shape) + 1, torch.randn(shape) + 0.1
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    nn.init.uniform_(layer.bias)
+    found = {"exact": Passed.through(copy.deepcopy(layer).double(), x.double(), dy.double())}
+    last = [one.contiguous(memory_format=torch.channels_last) for one in (x, dy)]
+    found["contiguous"] = Passed.through(copy.deepcopy(layer), x, dy)
+    found["torch, channels_last"] = Passed.through(copy.deepcopy(layer), *last)
+    ours = nn.Sequential(layer)
+    span_group(ours, None)
+    found["channels_last"] = Passed.through(layer, *last)
+    return found
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(8), BatchNormAct2d(8), nn.BatchNorm2d(8, momentum=None)], ids=repr
+)
+def test_statistics_in_channels_last_are_as_exact_as_in_the_usual_layout(layer: nn.Module) -> None:
+    found = through_all(layer, (64, 8, 32, 32))  # 65,536 pixels of each channel
+    exact = found.pop("exact")
+    errors = {name: one.error(exact) for name, one in found.items()}
+    assert errors["channels_last"] < 5 * errors["contiguous"] < 1e-5
+    assert errors["channels_last"] < errors["torch, channels_last"] / 3
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (7, 3, 5, 5),  # 175 pixels, in blocks of 25
+        (13, 2, 1, 1),  # one pixel an image
+        (5, 2000, 3, 3),  # more channels than the width of a block
+        (1, 5, 7, 7),
+        (3, 1, 4, 4),  # one channel: both layouts are the same
+        (2, 4, 1, 3),
+    ],
+)
+def test_any_number_of_pixels_and_channels_can_be_cut_into_blocks(shape: tuple[int, ...]) -> None:
+    found = through_all(nn.BatchNorm2d(shape[1]), shape)
+    assert found["channels_last"].error(found["exact"]) < 2e-5
+    for own in (found["channels_last"].y, found["channels_last"].dx):
+        assert own.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_gradient_of_another_layout_is_the_same_gradient() -> None:
+    layer, x, dy = nn.BatchNorm2d(6), torch.randn(4, 6, 8, 8), torch.randn(4, 6, 8, 8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    ours = nn.Sequential(layer)
+    span_group(ours, None)
+    found = [
+        Passed.through(copy.deepcopy(layer), x, one)
+        for one in (dy, dy.contiguous(memory_format=torch.channels_last))
+    ]
+    assert found[0].error(found[1]) == 0
+
+
+def test_compiled_statistics_in_channels_last_are_exact_too() -> None:
+    layer, x = nn.BatchNorm2d(8), 2 * torch.randn(64, 8, 32, 32) + 1
+    dy = (torch.randn_like(x) + 0.1).contiguous(memory_format=torch.channels_last)
+    exact = Passed.through(copy.deepcopy(layer).double(), x.double(), dy.double())
+    ours = nn.Sequential(layer)
+    span_group(ours, None)
+    ours.compile(dynamic=False)
+    last = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = ours(last)
+    y.backward(dy)
+    found = Passed(
+        y.detach(),
+        last.grad,
+        layer.weight.grad,
+        layer.bias.grad,
+        layer.running_mean,
+        layer.running_var,
+    )
+    assert found.error(exact) < 1e-5
+
+
+def test_half_precision_keeps_torchs_own_kernels() -> None:
+    x = torch.randn(4, 6, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
+    layer = nn.BatchNorm2d(6)
+    expected = copy.deepcopy(layer)(x)
+    ours = nn.Sequential(layer)
+    span_group(ours, None)
+    assert torch.equal(layer(x), expected)
 
 
 # ---------------------------------------------------------------- CUDA's fused kernels

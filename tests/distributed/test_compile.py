@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from dml_accel import cli
 from dml_accel.data import sources
-from dml_accel.distributed.compile import Trial, or_eager
-from dml_accel.distributed.processes import Processes
+from dml_accel.distributed import rules
+from dml_accel.distributed.compile import has_compiler, or_eager
+from dml_accel.distributed.rules import Work
 from dml_accel.distributed.wrap import Wrapper
-from dml_accel.models.spec import parse_cohort
+from dml_accel.training import setup
 from dml_accel.training.setup import image_format
 from tests.helpers import (
     BIN,
     ROOT,
     Training,
     assert_same_state,
-    build_peer,
     load,
     run_program,
     tiny_config,
@@ -165,68 +165,16 @@ def test_running_out_of_memory_is_not_a_failed_compilation(training: Build) -> N
 # ---------------------------------------------------------------- --compile auto
 
 
-class Networks:
-    """Two networks of one architecture, and the trial of compiling them."""
-
-    def __init__(self) -> None:
-        config = tiny_config(**PAIR, float64=False)
-        self.specs = parse_cohort(config.cohort)
-        self.modules = {spec.name: build_peer(spec, config, classes=10) for spec in self.specs}
-        processes = Processes(config.numerics, config.compute)
-        images = image_format(config, processes.device)
-        self.trial = Trial(processes.accelerator, config.optim, images, "default")
-
-
-@pytest.mark.parametrize(
-    ("steps", "compiled", "saved", "says"),
-    [
-        # Two peers of one architecture: 0.2 s per step eagerly, and it is compiled once.
-        (100_000, 0.075, 5_000 - 20, "200 ms per step eagerly, 150 ms compiled, 20 s to compile"),
-        (100_000, 0.105, -1_000 - 20, "200 ms per step eagerly, 210 ms compiled, 20 s to compile"),
-        (2_999, 0.075, 0, "the run is too short to repay it"),
-    ],
-)
-def test_auto_weighs_what_compiling_saves(
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    steps: int,
-    compiled: float,
-    saved: float,
-    says: str,
-) -> None:
-    compared: list[str] = []
-
-    def compare(_: Trial, __: nn.Module, name: str, ___: tuple) -> tuple[float, float, float]:
-        compared.append(name)
-        return 0.1, compiled, 20.0
-
-    monkeypatch.setattr(Trial, "_step", lambda *_: 0.1)
-    monkeypatch.setattr(Trial, "_compare", compare)
-    it = Networks()
-    assert it.trial.seconds_saved(it.specs, it.modules, steps) == pytest.approx(saved)
-    assert len(compared) == (saved != 0)
-    assert says in capfd.readouterr().err
-
-
-def test_the_trial_times_both_and_leaves_the_network_as_it_was() -> None:
-    it, name = Networks(), "small_for_compiling-0"
-    before = {key: value.clone() for key, value in it.modules[name].state_dict().items()}
-    prepared = it.trial._prepared(it.modules[name], name, compiled=False)
-    eager, compiled, seconds = it.trial._compare(it.modules[name], name, prepared)
-    assert 0 < eager < 5 and 0 < compiled < 5 and seconds > compiled
-    assert_same_state(before, it.modules[name].state_dict())
-
-
 def test_a_comparison_decides_once_for_all_its_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decided: list[int] = []
 
-    def saved(_: Trial, __: object, ___: object, steps: int) -> float:
-        decided.append(steps)
+    def saved(work: Work, _: object, __: int) -> float:
+        decided.append(work.steps)
         return 1.0
 
-    monkeypatch.setattr(Trial, "seconds_saved", saved)
+    monkeypatch.setattr(rules, "seconds_saved", saved)
     words = ["compare", "--cohort", "timm:small_for_compiling*2", *TINY, "--compile", "auto"]
     words += ["--output-dir", str(tmp_path), "--max-steps", "2"]
     assert cli.main([*words, "--seeds", "1"]) == 0
@@ -241,13 +189,38 @@ def test_a_comparison_decides_once_for_all_its_runs(
 def test_a_decision_of_auto_is_kept_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trial, "seconds_saved", lambda *_: 1.0)
+    monkeypatch.setattr(rules, "seconds_saved", lambda *_: 1.0)
     words = ["--cohort", "timm:small_for_compiling", *TINY, "--compile", "auto"]
     words += ["--resume", "auto"]
     assert train(tmp_path, *words, "--max-steps", "1") == 0
-    monkeypatch.setattr(Trial, "seconds_saved", lambda *_: 1 / 0)
+    monkeypatch.setattr(rules, "seconds_saved", lambda *_: 1 / 0)
     assert train(tmp_path, *words, "--max-steps", "2") == 0
     assert load(tmp_path / "config.json")["compiled"] == ["small_for_compiling-0"]
+
+
+def test_auto_says_that_it_compiles_and_needs_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--cohort", "timm:small_for_compiling", *TINY, "--max-steps", "1"]
+    for name, saved, compiler, compiled in (
+        ("long", 1.0, True, True),
+        ("short", -1.0, True, False),
+        ("without", 1.0, False, False),
+    ):
+        monkeypatch.setattr(rules, "seconds_saved", lambda *_, saved=saved: saved)
+        monkeypatch.setattr(setup, "has_compiler", lambda compiler=compiler: compiler)
+        assert train(tmp_path / name, *words) == 0
+        assert bool(load(tmp_path / name / "config.json")["compiled"]) == compiled
+        assert ("(--compile off for none)" in capfd.readouterr().err) == compiled
+    monkeypatch.setattr(rules, "seconds_saved", lambda *_: 1 / 0)
+    for more in ("--float64", "--mixed-precision=bf16", "--compile=off"):
+        assert train(tmp_path / more, *words, more) == 0  # the rule is not asked
+
+
+def test_a_compiler_is_looked_for_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_compiler()
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert not has_compiler()
 
 
 def test_gradients_with_memory_of_their_own_are_the_same(training: Build) -> None:

@@ -277,8 +277,10 @@ def test_the_documentation_lists_the_parameter_counts() -> None:
 @pytest.mark.parametrize(
     ("device", "changes", "expected"),
     [
-        ("cpu", {"float64": False}, torch.contiguous_format),
+        ("cpu", {"float64": False}, torch.channels_last),
+        ("cpu", {"float64": False, "memory_format": "contiguous"}, torch.contiguous_format),
         ("cpu", {}, torch.contiguous_format),  # double precision
+        ("cuda", {"float64": False}, torch.contiguous_format),
         ("cpu", {"float64": False, "mixed_precision": "bf16"}, torch.channels_last),
         ("cuda", {"float64": False, "mixed_precision": "bf16"}, torch.contiguous_format),
         ("cuda", {"float64": False, "memory_format": "channels_last"}, torch.channels_last),
@@ -289,3 +291,15 @@ def test_the_memory_format_follows_device_and_precision(
     device: str, changes: dict, expected: torch.memory_format
 ) -> None:
     assert image_format(tiny_config(**changes), torch.device(device)).layout == expected
+
+
+@register_model
+def own_with_a_view(pretrained: bool = False, num_classes: int = 10, **_: object) -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, num_classes))
+    net.pretrained_cfg = {"architecture": "own_with_a_view"}
+    return net
+
+
+def test_networks_of_somebodys_own_keep_the_usual_layout() -> None:
+    config = tiny_config(cohort=("resnet8", "timm:own_with_a_view"), float64=False)
+    assert image_format(config, torch.device("cpu")).layout == torch.contiguous_format

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from dml_accel.training import checkpoint
 from dml_accel.training.run_folder import RunFolder
 from tests import helpers
 from tests.helpers import assert_same_state, load, status_of
@@ -84,3 +85,13 @@ def killed(folder: Path, owner: Any, name: str, call: int, *words: str) -> None:
         on_call(patch, owner, name, call, die)
         patch.setattr(RunFolder, "__exit__", leave)
         train(folder, *words)
+
+
+def forged(folder: Path, **changes: Any) -> None:
+    """Change state.json and its sha256, as an attacker could."""
+    path = folder / "state.json"
+    state = load(path) | changes
+    state.pop("sha256")
+    state = {name: value for name, value in state.items() if value is not None}
+    sha256 = checkpoint._sha256(checkpoint._dump(state))
+    path.write_bytes(checkpoint._dump(state | {"sha256": sha256}))

@@ -12,7 +12,15 @@ import pytest
 
 from dml_accel.training import checkpoint, loop
 from tests.helpers import events, load, saved_steps
-from tests.training.interrupting import NAMES, assert_same_run, content, killed, on_call, train
+from tests.training.interrupting import (
+    NAMES,
+    assert_same_run,
+    content,
+    forged,
+    killed,
+    on_call,
+    train,
+)
 
 # ---------------------------------------------------------------- damage and forgery
 
@@ -53,16 +61,6 @@ def test_the_last_good_checkpoint_is_kept_beside_damaged_newer_ones(interrupted:
     damage(newer / "state.json")
     killed(interrupted, loop, "train_step", 5)  # after the checkpoint of step 9
     assert saved_steps(interrupted) == [6, 9, 99]
-
-
-def forged(folder: Path, **changes: Any) -> None:
-    """Change state.json and its sha256, as an attacker could."""
-    path = folder / "state.json"
-    state = load(path) | changes
-    state.pop("sha256")
-    state = {name: value for name, value in state.items() if value is not None}
-    sha256 = checkpoint._sha256(checkpoint._dump(state))
-    path.write_bytes(checkpoint._dump(state | {"sha256": sha256}))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tests.training.interrupting import (
     WORDS,
     assert_same_run,
     content,
+    forged,
     killed,
     on_call,
     train,
@@ -38,6 +39,23 @@ def test_killed_in_a_step(tmp_path: Path, straight: Path, step: int) -> None:
     resumed = [event["step"] for event in events(tmp_path) if event["event"] == "resume"]
     assert resumed == [(step - 1) // 3 * 3]
     assert_same_run(tmp_path, straight)
+
+
+def test_a_run_of_earlier_defaults_goes_on_as_it_was(tmp_path: Path) -> None:
+    # It was eager and contiguous, in one process, and its checkpoint does not say so.
+    explicit = ["--compile=off", "--memory-format=contiguous", "--processes=1"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert train(whole, *explicit) == 0
+    assert train(cut, *explicit, "--max-steps", "6") == 0
+    (last,) = [path for path in (cut / "checkpoints").iterdir() if path.name.endswith("6")]
+    was = load(last / "state.json")["config"] | {"memory_format": None}
+    del was["processes"]
+    forged(last, config=was, memory_format=None, processes=None)
+    assert train(cut) == 0
+    assert_same_run(cut, whole)
+    found = load(cut / "config.json")
+    assert found["resolved"]["memory_format"] == "contiguous"
+    assert found["compiled"] == [] and found["resolved"]["world_size"] == 1
 
 
 def test_killed_before_the_first_checkpoint_starts_again(tmp_path: Path, straight: Path) -> None:
