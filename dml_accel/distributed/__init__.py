@@ -9,9 +9,9 @@ In reading order:
     liveness     which processes are alive, and how a run ends that has lost one
     accelerator  an accelerator of HF Accelerate that belongs to one run
     processes    the process group, and its small collectives
-    batchnorm    batch norm whose statistics span several processes
+    batchnorm    batch norm whose statistics span several processes, or are exact in any layout
     costs        what an image costs a network: operations, memory, time
-    compile      torch.compile: whether it pays, and what happens if it fails
+    compile      torch.compile: its settings, and what happens if it fails
     exchange     what processes of different peers send each other
     placement    which processes train which peer, and the collectives between them
     plan         the predicted cost of each placement, and the choice between them

@@ -219,6 +219,8 @@ def results(
         "world_size": placement.processes.world_size,
         "processes": own_processes(),
         "threads": torch.get_num_threads(),
+        "memory_format": layout_name(config, placement.device),
+        "compiled": ready.compiled,
         "placement": {"kind": placement.kind, "ranks": placement.ranks},
         "peers": [
             {
