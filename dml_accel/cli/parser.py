@@ -23,6 +23,7 @@ _ELSEWHERE = {
     ("compare", "--resume"): "the same command with the same --output-dir resumes by itself",
     **{("compare", f"--{name.replace('_', '-')}"): "use --methods" for name in SET_BY_METHODS},
     ("compare", "--exchange-every"): "the method codistillation has 50; register one with another",
+    ("plan", "--processes"): "use --world",
     ("compare", "--kl-images"): "with --labelled-fraction, the method semi has KL on all images",
 }
 

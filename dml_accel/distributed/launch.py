@@ -184,11 +184,11 @@ def _check_own_processes(count: int, compute: ComputeConfig, on_cpu: bool, in_py
             f"--processes {count} starts processes on a CPU: add --cpu, or for GPUs use accelerate "
             f"launch --multi_gpu --num_processes {count}"
         )
-    threads, usable = compute.threads or 1, cores()
+    threads, usable = compute.threads or environment.threads() or 1, cores()
     if count * threads > usable:
-        with_threads = f" with --threads {threads}" if compute.threads else ""
+        each = f" of {threads} threads" if threads > 1 else ""
         raise UsageError(
-            f"--processes {count}{with_threads} needs {count * threads} cores, and this process "
+            f"--processes {count}{each} needs {count * threads} cores, and this process "
             f"can use {usable}: processes would wait for each other; use fewer"
         )
 
@@ -269,6 +269,12 @@ def share_cores(compute: ComputeConfig) -> None:
     threads = _threads(compute.threads, environment.launched())
     if threads and runs_on_cpu(compute):
         torch.set_num_threads(threads)
+
+
+def threads_each(compute: ComputeConfig, count: int) -> int:
+    """Return the threads of each of ``count`` processes on the CPU of this machine."""
+    world = environment.World(count, local_size=count)
+    return _threads(compute.threads, world) or environment.threads() or 1
 
 
 def _threads(asked: int | None, world: environment.World) -> int | None:

@@ -105,6 +105,7 @@ _OF_COMMANDS = {
         *("bad_images", "feed"),
     ),
     "learn trains every network in every process": ("measure",),
+    "learn starts no processes; accelerate launch does": ("processes",),
 }
 _OF_A_FOLDER = ("resume", "save_every", "keep_checkpoints", "log_with")
 _OF_LABELS = (

@@ -39,7 +39,12 @@ from dml_accel.distributed.batchnorm import check_spanning
 from dml_accel.distributed.compile import has_compiler
 from dml_accel.distributed.costs import Cost, count, timed
 from dml_accel.distributed.device import choose_device
-from dml_accel.distributed.launch import launched_precision, launched_processes, runs_on_cpu
+from dml_accel.distributed.launch import (
+    launched_precision,
+    launched_processes,
+    runs_on_cpu,
+    threads_each,
+)
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.plan import (
     SECONDS_TO_DECODE,
@@ -464,10 +469,10 @@ def processes_without_rule(config: Config, caller: Caller, recorded: int | None)
         return compute.own_processes
     if caller.in_python or environment.has_launcher() or not runs_on_cpu(compute):
         return 1
+    threads = compute.threads or environment.threads()
     if recorded is not None:
-        return recorded if recorded * (compute.threads or 1) <= usable else 1
-    is_fixed = compute.threads or environment.threads()
-    if is_fixed or usable == 1 or compute.measure or compute.placement == "replicate":
+        return recorded if recorded * (threads or 1) <= usable else 1
+    if threads or usable == 1 or compute.measure or compute.placement == "replicate":
         return 1
     return None
 
@@ -497,7 +502,7 @@ def choose_processes(
 def print_processes(config: Config, count: int) -> None:
     """Print how many processes the command starts, if nobody has named the number."""
     if config.compute.own_processes is None:
-        threads = config.compute.threads or max(1, cores() // count)
+        threads = threads_each(config.compute, count)
         print(
             f"processes: {count} of {threads} thread{'s' * (threads > 1)} each, each for a part of "
             "the cohort (--processes 1 for one)",

@@ -96,6 +96,7 @@ OTHER: dict[str, typing.Any] = {
     "exchange_dtype": "bf16",
     "cpu": True,
     "threads": 2,
+    "processes": "2",
     "compile": "on",
     "compile_mode": "max-autotune",
     "memory_format": "channels_last",

@@ -144,6 +144,29 @@ RESOLVED: list[tuple[dict[str, Any], dict[str, Any], set[str], dict[str, Any]]] 
 ]
 
 
+# What a run's flags and its record say of processes that its command started, the cores and whether
+# this command may start some; and what it is told.
+STARTED: list[tuple[dict[str, Any], dict[str, Any], int, bool, str]] = [
+    ({}, {"processes": 2}, 2, True, "2"),
+    ({}, {"processes": 1}, 2, True, "1"),
+    ({}, {}, 2, True, "1"),  # of a run from before there were any
+    ({}, {"processes": 4}, 2, True, "auto"),
+    ({}, {"processes": 2, "threads": 2}, 4, True, "2"),
+    ({}, {"processes": 2, "threads": 2}, 3, True, "auto"),
+    ({"processes": "2"}, {"processes": 2}, 2, False, "auto"),
+    ({}, {"processes": "2"}, 2, True, "auto"),
+]
+
+
+@pytest.mark.parametrize(("flags", "resolved", "cores", "starts", "expected"), STARTED)
+def test_as_many_processes_are_started_as_then(
+    flags: dict[str, Any], resolved: dict[str, Any], cores: int, starts: bool, expected: str
+) -> None:
+    values = Config().as_dict() | flags
+    file = ConfigFile(Path("config.json"), values, "", {"resolved": resolved})
+    assert with_resolved(file, set(), 1, cores, starts).flags["processes"] == expected
+
+
 @pytest.mark.parametrize(("flags", "resolved", "given", "expected"), RESOLVED)
 def test_what_a_run_left_to_its_machine_is_filled_in(
     flags: dict[str, Any], resolved: dict[str, Any], given: set[str], expected: dict[str, Any]
