@@ -43,12 +43,11 @@ class Child:
         if competitor.beside:
             beside = competitor.beside
             asked["beside"] = {"kind": beside.kind, "options": beside.options}
-        command = [sys.executable]
-        if competitor.processes > 1:
-            count = str(competitor.processes)
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+        folder = competitor.checkout or HERE.parent
+        command = [sys.executable, *_launcher(competitor)]
         command += ["-m", "benchmarks.worker", json.dumps(asked)]
         environment = {
+            "PYTHONPATH": str(folder),
             "OMP_NUM_THREADS": str(THREADS // competitor.processes),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no idle processes of the compiler
             # As our commands ask, and nobody else's.
@@ -59,7 +58,7 @@ class Child:
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
                 command,
-                cwd=HERE.parent,
+                cwd=folder,
                 env=os.environ | environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -101,6 +100,18 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+
+
+def _launcher(competitor: Competitor) -> list[str]:
+    """Return the words that start several processes; none for a single one."""
+    count = str(competitor.processes)
+    if competitor.by_accelerate:
+        options = ["--num_processes", count, "--main_process_port", "0"]
+        file = str(HERE.parent / "launch" / "cpu_processes.yaml")
+        return ["-m", "accelerate.commands.launch", "--config_file", file, *options]
+    if competitor.processes > 1:
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+    return []
 
 
 def measure(

@@ -1,25 +1,58 @@
 """Who is measured beside whom: tables of names and options, part by part."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import BATCH, MEMORY_KEPT
 
 THREADS = 2  # of all processes of one competitor together
+COUNTS = (1, 2)  # of processes
 
-# Our modes: flags of train.py, as fields of its configuration.
-MODES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "channels_last": {"memory_format": "channels_last"},
-    "low memory": {"low_memory": True},
-    "bf16": {"mixed_precision": "bf16"},
-    "compiled": {"compile": "on"},
-    "compiled, bf16": {"compile": "on", "mixed_precision": "bf16"},
-}
-# Modes that are measured in two processes of one thread as well, a network in each.
-IN_TWO_PROCESSES = ("default", "compiled, bf16")
-# ... and with memory that the C library keeps instead of returning it after each step.
-WITH_MEMORY_KEPT = ("default", "compiled, bf16")
+
+@dataclass(frozen=True)
+class Mode:
+    """A way in which we train a cohort; every part of it can also be asked for by a flag.
+
+    Attributes:
+        bf16: whether networks compute in half precision.
+        compiled: whether ``torch.compile`` compiles them.
+        channels_last: the layout of images and weights; otherwise contiguous.
+        processes: how many train it, each some of the peers.
+    """
+
+    bf16: bool = False
+    compiled: bool = False
+    channels_last: bool = False
+    processes: int = 1
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Flags of train.py, as fields of its configuration; nothing is left to ``auto``."""
+        return {
+            "mixed_precision": "bf16" if self.bf16 else "no",
+            "compile": "on" if self.compiled else "off",
+            "memory_format": "channels_last" if self.channels_last else "contiguous",
+        }
+
+    def __str__(self) -> str:
+        words = ["compiled" if self.compiled else "eager"]
+        words += ["channels_last" if self.channels_last else "contiguous"]
+        words += ["bf16"] * self.bf16
+        words += [f"{self.processes} processes"] * (self.processes > 1)
+        return ", ".join(words)
+
+
+# What the plain command did before anything was chosen for it.
+EAGER = Mode()
+# Modes that are set beside the networks' own step, and profiled. In half precision channels_last
+# is the default.
+BF16 = Mode(bf16=True, channels_last=True)
+COMPILED = Mode(compiled=True)
+COMPILED_BF16 = Mode(bf16=True, compiled=True, channels_last=True)
+
 # What pytorch-dml's trainer can be given, and what its fastest is the fastest of.
 TUNED: dict[str, dict[str, bool]] = {
     "channels_last": {"channels_last": True},
@@ -27,21 +60,32 @@ TUNED: dict[str, dict[str, bool]] = {
     "compiled": {"channels_last": True, "compiled": True},
     "compiled, bf16": {"channels_last": True, "compiled": True, "bf16": True},
 }
-TUNED_WITH_MEMORY_KEPT = tuple(TUNED)
 FASTEST_TUNED = "channels_last, bf16"  # as measured
 # Each of our modes, and the networks' own step in the same way, which is its limit.
-LIMITS: dict[str, tuple[str, dict[str, bool]]] = {
-    "default": ("contiguous", {}),
-    "channels_last": ("channels_last", {"channels_last": True}),
-    "bf16": ("channels_last, bf16", {"channels_last": True, "bf16": True}),
-    "compiled": ("compiled", {"compiled": True}),
-    "compiled, bf16": (
-        "compiled, bf16",
-        {"channels_last": True, "compiled": True, "bf16": True},
-    ),
+LIMITS: dict[Mode, tuple[str, dict[str, bool]]] = {
+    EAGER: ("contiguous", {}),
+    replace(EAGER, channels_last=True): ("channels_last", {"channels_last": True}),
+    BF16: ("channels_last, bf16", TUNED["channels_last, bf16"]),
+    COMPILED: ("compiled", {"compiled": True}),
+    COMPILED_BF16: ("compiled, bf16", TUNED["compiled, bf16"]),
 }
 # Changes of the configuration under which the memory of few and many peers is measured too.
 MEMORY_MODES: dict[str, dict[str, Any]] = {"low memory": {"low_memory": True}}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the competitors depend on.
+
+    Attributes:
+        plain: what the plain command chooses by itself.
+        half: what it chooses with ``--mixed-precision bf16``.
+        before: the folder of an older checkout, whose default is measured as well.
+    """
+
+    plain: Mode = EAGER
+    half: Mode = BF16
+    before: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +103,8 @@ class Competitor:
         profiled: whether the seconds in torch's operations are taken, too.
         beside: what the same process does in turn with it, where both must have the same memory:
             two processes alike can differ by some percent.
+        by_accelerate: whether ``accelerate launch`` starts its processes, instead of ``torchrun``.
+        checkout: folder of the code that is measured, if it is not this one.
     """
 
     name: str
@@ -70,47 +116,98 @@ class Competitor:
     share: float = 1.0
     profiled: bool = False
     beside: "Competitor | None" = None
+    by_accelerate: bool = False
+    checkout: Path | None = None
 
 
-def _ours(mode: str, processes: int = 1, kept: bool = False) -> Competitor:
-    name = f"ours, {mode}"
-    name += ", 2 processes" if processes > 1 else ""
-    name += ", memory kept" if kept else ""
-    return Competitor(
-        name,
-        "training",
-        MODES[mode],
-        {"whose": "ours", "bf16": "bf16" in mode},
-        processes,
-        MEMORY_KEPT if kept else {},
-    )
+def _ours(mode: Mode, command: str = "") -> Competitor:
+    """Return one of our modes, and which command chooses it."""
+    about = {"whose": "ours", "bf16": mode.bf16, "command": command}
+    name = f"ours, {command}: {mode}" if command else f"ours, {mode}"
+    return Competitor(name, "training", mode.flags, about, mode.processes)
 
 
-def _tuned(how: str, kept: bool = False) -> Competitor:
-    return Competitor(
-        f"pytorch-dml, tuned: {how}" + (", memory kept" if kept else ""),
-        "pytorch-dml",
-        {"tuned": True, **TUNED[how]},
-        {"whose": "pytorch-dml", "tuned": True},
-        environment=MEMORY_KEPT if kept else {},
-    )
+def _modes(asked: Asked) -> list[Competitor]:
+    """Return our modes, those that a command chooses by itself among them and first."""
+    commands = {asked.plain: "plain command", asked.half: "--mixed-precision bf16"}
+    grid = [
+        Mode(bf16, compiled, channels_last, processes)
+        for bf16, compiled, channels_last, processes in itertools.product(
+            (False, True), (False, True), (False, True), COUNTS
+        )
+        if channels_last or not bf16
+    ]
+    ordered = dict.fromkeys([*commands, *grid])
+    return [_ours(mode, commands.get(mode, "")) for mode in ordered]
 
 
-def others() -> list[Competitor]:
-    """Whole steps with their input: others' and ours."""
+def _before(checkout: Path) -> list[Competitor]:
     return [
-        Competitor("pytorch-dml, as its README", "pytorch-dml", {}, {"whose": "pytorch-dml"}),
-        *map(_tuned, TUNED),
-        *(_tuned(how, kept=True) for how in TUNED_WITH_MEMORY_KEPT),
-        Competitor("plain loop", "plain", {}, {"whose": "plain"}),
-        *map(_ours, MODES),
-        *(_ours(mode, kept=True) for mode in WITH_MEMORY_KEPT),
-        *(_ours(mode, processes=2) for mode in IN_TWO_PROCESSES),
-        _ours("compiled, bf16", processes=2, kept=True),
+        Competitor(
+            f"before, {command}",
+            "training",
+            # Said, because older code does not make noise of a size that it chooses itself.
+            {"image_size": 32, "mixed_precision": "bf16" if bf16 else "no"},
+            {"whose": "before", "bf16": bf16, "command": command},
+            checkout=checkout,
+        )
+        for command, bf16 in (("plain command", False), ("--mixed-precision bf16", True))
     ]
 
 
-def limits() -> list[Competitor]:
+def _tuned(how: str) -> Competitor:
+    """Return pytorch-dml made fast, with memory kept as we keep it: that made none slower."""
+    about = {"whose": "pytorch-dml", "tuned": True, "bf16": "bf16" in how}
+    options = {"tuned": True, **TUNED[how]}
+    return Competitor(f"pytorch-dml, tuned: {how}", "pytorch-dml", options, about, 1, MEMORY_KEPT)
+
+
+def _plain_loop(how: str, processes: int) -> Competitor:
+    name = f"plain loop, tuned: {how}" + ", 2 processes (DDP)" * (processes > 1)
+    about = {"whose": "plain", "tuned": True, "bf16": "bf16" in how}
+    options = {"tuned": True, **TUNED[how]}
+    return Competitor(name, "plain", options, about, processes, MEMORY_KEPT)
+
+
+def others(asked: Asked) -> list[Competitor]:
+    """Whole steps with their input: others' and ours."""
+    about = {"whose": "plain", "bf16": False}
+    launched = "plain loop, accelerate launch, 2 processes (DDP)"
+    return [
+        Competitor(
+            "pytorch-dml, as its README",
+            "pytorch-dml",
+            {},
+            {"whose": "pytorch-dml", "bf16": False},
+        ),
+        *map(_tuned, TUNED),
+        Competitor("plain loop", "plain", {}, about),
+        Competitor(launched, "accelerate", {}, about, 2, by_accelerate=True),
+        *(
+            _plain_loop(how, count)
+            for how in ("compiled", "channels_last, bf16", "compiled, bf16")
+            for count in COUNTS
+        ),
+        *(_before(asked.before) if asked.before else []),
+        *_modes(asked),
+    ]
+
+
+def single(asked: Asked) -> list[Competitor]:
+    """Our step of one network, and timm's in the same process and in turns with it."""
+    ways = [(mode, True) for mode in (EAGER, replace(EAGER, channels_last=True), BF16)]
+    found = []
+    for mode, ready in [*ways, (EAGER, False)]:
+        name = f"{mode}, {'a ready batch' if ready else 'own input'}"
+        fast = {"channels_last": mode.channels_last, "bf16": mode.bf16, "ready": ready}
+        theirs = Competitor(f"timm, {name}", "timm", fast, {"whose": "timm"})
+        options = {"cohort": ["resnet32"], "ready": ready, **mode.flags}
+        about = {"whose": "ours", "way": name, "beside": theirs.name}
+        found.append(Competitor(f"ours, {name}", "training", options, about, beside=theirs))
+    return found
+
+
+def limits(asked: Asked) -> list[Competitor]:
     """Our whole steps beside what they cannot beat."""
     found = []
     for mode, (name, options) in LIMITS.items():
@@ -131,7 +228,7 @@ def _small(
     return Competitor(f"{series}: {x}", "training", options, about, processes, share=share)
 
 
-def growth() -> list[Competitor]:
+def growth(asked: Asked) -> list[Competitor]:
     """ResNet-8 cohorts: more peers, more classes, larger batches; the losses' own share."""
     peers, many = (1, 2, 4, 8), 8
     found = [_small("peers", k, 1, many / k, cohort=[f"resnet8*{k}"]) for k in peers]
@@ -156,11 +253,17 @@ def growth() -> list[Competitor]:
     return found
 
 
-def profiles() -> list[Competitor]:
+def profiles(asked: Asked) -> list[Competitor]:
     """Where the time of whole steps goes: the two rivals, and ours in the modes to set beside."""
-    readme, fastest = others()[0], _tuned(FASTEST_TUNED)
-    measured = [readme, fastest, *map(_ours, ("default", "bf16", "compiled, bf16"))]
+    readme, fastest = others(asked)[0], _tuned(FASTEST_TUNED)
+    measured = [readme, fastest, *map(_ours, (EAGER, BF16, COMPILED_BF16))]
     return [replace(one, profiled=True) for one in measured]
 
 
-PARTS = {"others": others, "limits": limits, "growth": growth, "profile": profiles}
+PARTS: dict[str, Callable[[Asked], list[Competitor]]] = {
+    "others": others,
+    "single": single,
+    "limits": limits,
+    "growth": growth,
+    "profile": profiles,
+}

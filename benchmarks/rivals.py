@@ -1,4 +1,4 @@
-"""What others measure: the PyPI package pytorch-dml, and the loop of public ports of the method.
+"""What others do: the PyPI package pytorch-dml, loops that people write, timm's training step.
 
 pytorch-dml (import name ``pydml``) is the nearest package. It is measured twice: as its README
 uses it, and as fast as its trainer can be made from outside. Its trainer takes any loader, network
@@ -15,9 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor
+from timm.data import create_loader
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -36,11 +41,15 @@ def has_pytorch_dml() -> bool:
 
 
 class _Images(Dataset):
-    """Images as torchvision's CIFAR-100 gives them: a PIL image each, then its transforms."""
+    """Images as torchvision's CIFAR-100 gives them: a PIL image each, then its transforms.
+
+    Attributes:
+        transform: of each image; timm's loader puts its own there.
+    """
 
     def __init__(self, pixels: np.ndarray, labels: list[int]) -> None:
         self._pixels, self._labels = pixels, labels
-        self._transform = transforms.Compose(
+        self.transform: Callable[[Image.Image], Any] = transforms.Compose(
             [
                 transforms.RandomCrop(32, padding=4),
                 transforms.RandomHorizontalFlip(),
@@ -52,26 +61,28 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        return self._transform(Image.fromarray(self._pixels[row])), self._labels[row]
+    def __getitem__(self, row: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self._pixels[row])), self._labels[row]
 
 
-def _per_image(images: str | None) -> tuple[Callable[[], Batches], int]:
-    """Return epochs of the loader that everybody writes, and the classes."""
+def _loader(images: str | None, batch: int = BATCH) -> tuple[DataLoader, int]:
+    """Return the loader that everybody writes, and the classes."""
     source = read(configuration(images, {}))
     dataset = _Images(source.train.images.numpy(), source.train.labels.tolist())
-    loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=_WORKERS, drop_last=True)
-    return lambda: iter(loader), len(source.classes)
+    loader = DataLoader(dataset, batch, shuffle=True, num_workers=_WORKERS, drop_last=True)
+    return loader, len(source.classes)
 
 
 def _in_memory(images: str | None, channels_last: bool) -> tuple[Callable[[], Batches], int]:
-    """Return epochs of our own batches in memory, and the classes."""
-    _, _, found = prepared(images, {})
+    """Return epochs of our own batches in memory, a share for each process, and the classes."""
+    _, placement, found = prepared(images, {})
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    share = BATCH // placement.processes.world_size
+    first = share * placement.processes.rank
 
     def epoch() -> Batches:
         for step in itertools.count():
-            x, y = found.train.batch(step, BATCH, 0, BATCH)
+            x, y = found.train.batch(step, BATCH, first, first + share)
             yield x.contiguous(memory_format=layout), y
 
     return epoch, len(found.classes)
@@ -103,6 +114,16 @@ class _Part:
             yield batch
 
 
+def _epochs(
+    images: str | None, tuned: bool, channels_last: bool = False, **_: Any
+) -> tuple[Callable[[], Batches], int]:
+    """Return epochs of what a loop reads, as everybody writes it or tuned, and the classes."""
+    if tuned:
+        return _in_memory(images, channels_last)
+    loader, classes = _loader(images)
+    return lambda: iter(loader), classes
+
+
 def pytorch_dml(images: str | None, *, tuned: bool = False, **fast: Any) -> Steps:
     """pytorch-dml's trainer with a pair of its own ResNet-32, which costs 0.4% more than ours.
 
@@ -114,9 +135,7 @@ def pytorch_dml(images: str | None, *, tuned: bool = False, **fast: Any) -> Step
     from pydml import DMLConfig, DMLTrainer
     from pydml.models.cifar import resnet32
 
-    epoch, classes = (
-        _in_memory(images, fast.get("channels_last", False)) if tuned else _per_image(images)
-    )
+    epoch, classes = _epochs(images, tuned, **fast)
     nets = [made_fast(resnet32(num_classes=classes).to(device()), **fast) for _ in range(2)]
     optimizers = [torch.optim.SGD(net.parameters(), **_SGD, fused=tuned or None) for net in nets]
     trainer = DMLTrainer(
@@ -130,12 +149,57 @@ def pytorch_dml(images: str | None, *, tuned: bool = False, **fast: Any) -> Step
     return lambda count: trainer.fit(batches.of(count), epochs=1, verbose=False)
 
 
-def plain_loop(images: str | None) -> Steps:
-    """The loop of public ports: every pair's KL, transforms for each image, .item() each step."""
-    epoch, classes = _per_image(images)
-    config, batches = configuration(images, {}), _Part(epoch)
-    nets = [net.to(device()) for net in networks(config, classes).values()]
-    optimizers = [torch.optim.SGD(net.parameters(), **_SGD, nesterov=True) for net in nets]
+def plain_loop(images: str | None, *, tuned: bool = False, **fast: Any) -> Steps:
+    """The loop of public ports: every pair's KL, transforms for each image, .item() each step.
+
+    Args:
+        images: the folder.
+        tuned: batches in memory, a fused optimizer, and no number read back; in several processes
+            DDP, each with its part of every batch.
+        fast: of the networks, as ``made_fast`` takes them.
+    """
+    epoch, classes = _epochs(images, tuned, **fast)
+    nets = [made_fast(net.to(device()), **fast) for net in _pair(classes)]
+    if dist.is_initialized():
+        nets = [DistributedDataParallel(net) for net in nets]
+    return _mutual(nets, _optimizers(nets, fused=tuned or None), _Part(epoch), reads=not tuned)
+
+
+def accelerated_loop(images: str | None) -> Steps:
+    """The same loop as Accelerate's examples have it, in several processes: all is prepared."""
+    accelerator = Accelerator(cpu=device().type == "cpu")
+    loader, classes = _loader(images, BATCH // accelerator.num_processes)
+    nets = _pair(classes)
+    count, *prepared_ = len(nets), *accelerator.prepare(*nets, *_optimizers(nets), loader)
+    nets, optimizers, loader = prepared_[:count], prepared_[count:-1], prepared_[-1]
+    batches = _Part(lambda: iter(loader))
+    return _mutual(nets, optimizers, batches, reads=True, backward=accelerator.backward)
+
+
+def _pair(classes: int) -> list[nn.Module]:
+    return list(networks(configuration(None, {}), classes).values())
+
+
+def _optimizers(nets: list[nn.Module], **options: Any) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(net.parameters(), **_SGD, nesterov=True, **options) for net in nets]
+
+
+def _mutual(
+    nets: list[nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    batches: _Part,
+    reads: bool,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+) -> Steps:
+    """Return steps in which all networks learn from labels and from each other.
+
+    Args:
+        nets: the networks.
+        optimizers: of each.
+        batches: of this process.
+        reads: whether every loss is read back in every step.
+        backward: takes a loss.
+    """
 
     def steps(count: int) -> None:
         running = [0.0] * len(nets)
@@ -154,8 +218,67 @@ def plain_loop(images: str | None) -> Steps:
                 )
                 loss = F.cross_entropy(output, y) + kl / (len(nets) - 1)
                 optimizers[i].zero_grad()
-                loss.backward()
+                backward(loss)
                 optimizers[i].step()
-                running[i] += loss.item()
+                if reads:
+                    running[i] += loss.item()
 
     return steps
+
+
+def timm_step(
+    images: str | None, *, channels_last: bool = False, bf16: bool = False, ready: bool = False
+) -> Steps:
+    """One network, by the step of timm's train.py with its optimizer, loss and autocast.
+
+    Args:
+        images: the folder.
+        channels_last: timm's flag.
+        bf16: its ``--amp --amp-dtype bfloat16``.
+        ready: whether every step gets the same batch; otherwise those of timm's own loader.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    batches, classes = _ready_batches(images) if ready else _timm_batches(images)
+    config = configuration(None, {"cohort": ["resnet32"]})
+    (net,) = networks(config, classes).values()
+    net = net.to(device(), memory_format=layout)
+    optimizer = create_optimizer_v2(net, "sgd", **_SGD)
+    loss_of = nn.CrossEntropyLoss().to(device())
+
+    def steps(count: int) -> None:
+        net.train()
+        for x, y in itertools.islice(batches, count):
+            x, y = x.to(device()), y.to(device())
+            if channels_last:
+                x = x.contiguous(memory_format=layout)
+            with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
+                loss = loss_of(net(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return steps
+
+
+def _ready_batches(images: str | None) -> tuple[Batches, int]:
+    _, _, found = prepared(images, {})
+    return itertools.repeat(found.train.batch(0, BATCH, 0, BATCH)), len(found.classes)
+
+
+def _timm_batches(images: str | None) -> tuple[Batches, int]:
+    """Return the batches of timm's loader without end, and the classes."""
+    source = read(configuration(images, {}))
+    dataset = _Images(source.train.images.numpy(), source.train.labels.tolist())
+    loader = create_loader(
+        dataset,
+        (3, 32, 32),
+        BATCH,
+        is_training=True,
+        color_jitter=None,
+        mean=_MEAN,
+        std=_STD,
+        num_workers=_WORKERS,
+        pin_memory=False,
+        device=device(),
+    )
+    return itertools.chain.from_iterable(itertools.repeat(loader)), len(source.classes)

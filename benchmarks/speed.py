@@ -1,33 +1,39 @@
 """How fast we are: beside others, beside what the machine can do, and as cohorts grow.
 
-    python -m benchmarks.speed [--images FOLDER] [--parts others limits growth]
+    python -m benchmarks.speed [--images FOLDER] [--before CHECKOUT] [--parts others single]
     python -m benchmarks.speed --write    # tables, plot, docs/performance.md, from the readings
 
 Everything of a part is measured in one run, in alternating blocks, each competitor in processes of
 its own that idle while another works. The readings go to benchmarks/speed.json after each block, a
-part beside those measured before. pytorch-dml is measured where it is installed
-(``pip install pytorch-dml``).
+part beside those measured before. What the plain command chooses is asked of the rules that it goes
+by, and measured as a mode. ``--before`` measures the default of an older checkout beside it.
+pytorch-dml is measured where it is installed (``pip install pytorch-dml``).
 """
 
 import argparse
 import json
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import speed_report
+from benchmarks import first_step, speed_report
 from benchmarks.children import measure
-from benchmarks.competitors import PARTS, Competitor
+from benchmarks.chosen import STEPS, chosen
+from benchmarks.competitors import PARTS, Asked, Competitor
 from benchmarks.measuring import HERE, networks, surroundings
 from benchmarks.rivals import has_pytorch_dml
 from benchmarks.workloads import MACS_OF_A_PRODUCT, configuration, read
 from dml_accel.core.files import write_json
 from dml_accel.distributed.costs import count
+
+_FIRST_STEP = "first-step"  # the part that has no competitors, but commands
 
 
 def arithmetic(classes: int) -> int:
@@ -37,9 +43,9 @@ def arithmetic(classes: int) -> int:
     return sum(count(net, config.data.image_size).macs for net in nets)
 
 
-def at_hand(part: str, only: str) -> list[Competitor]:
+def at_hand(part: str, asked: Asked, only: str) -> list[Competitor]:
     """Return a part's competitors that can be measured here; say what is missing."""
-    competitors = [one for one in PARTS[part]() if only in one.name]
+    competitors = [one for one in PARTS[part](asked) if only in one.name]
     if has_pytorch_dml():
         return competitors
     left = [one for one in competitors if one.kind != "pytorch-dml"]
@@ -58,9 +64,12 @@ def description(words: argparse.Namespace, classes: int) -> dict[str, Any]:
     if has_pytorch_dml():
         found["versions"]["pytorch-dml"] = version("pytorch-dml")
     # A folder's name, not where it is on this machine.
-    given = [Path(w).name if w == str(words.images) else w for w in sys.argv[1:]]
+    folders = {str(words.images), str(words.before)}
+    given = [Path(word).name if word in folders else word for word in sys.argv[1:]]
     return {
         **found,
+        "before": commit_of(words.before) if words.before else None,
+        "steps_of_the_command": STEPS,
         "date": datetime.now(UTC).date().isoformat(),
         "command": "python " + shlex.join(["-m", "benchmarks.speed", *given]),
         "images": "real images" if words.images else "noise",
@@ -71,13 +80,34 @@ def description(words: argparse.Namespace, classes: int) -> dict[str, Any]:
     }
 
 
+def commit_of(checkout: Path) -> str:
+    """Return the commit of a checkout."""
+    words = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def readings_of(
+    part: str, asked: Asked, words: argparse.Namespace, images: str | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield all readings of a part after each block."""
+    if part == _FIRST_STEP:
+        checkouts = {"before": asked.before} if asked.before else {}
+        yield from first_step.measure({**checkouts, "now": HERE.parent}, words.blocks)
+        return
+    with tempfile.TemporaryDirectory() as logs:
+        competitors = at_hand(part, asked, words.only)
+        yield from measure(competitors, images, words.blocks, words.steps, Path(logs))
+
+
 def main() -> None:
     """Measure, or write what was measured."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__.partition("\n\n")[0]
     )
     parser.add_argument("--images", type=Path, help="folder of real images (default: noise)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which")
+    parser.add_argument("--before", type=Path, help="checkout whose default is measured beside")
+    parts = [*PARTS, _FIRST_STEP]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="which")
     parser.add_argument("--only", default="", help="competitors with this in their name")
     parser.add_argument("--blocks", type=int, default=9, help="alternating blocks (default: 9)")
     parser.add_argument("--steps", type=int, default=8, help="steps of a block (default: 8)")
@@ -93,13 +123,13 @@ def main() -> None:
         images = str(words.images.resolve()) if words.images else None
         # Decoded once, so that no competitor does it.
         classes = len(read(configuration(images, {})).classes)
+        before = words.before.resolve() if words.before else None
+        asked = Asked(chosen(classes), chosen(classes, bf16=True), before)
         for part in words.parts:
             about = description(words, classes)
-            with tempfile.TemporaryDirectory() as logs:
-                competitors = at_hand(part, words.only)
-                for readings in measure(competitors, images, words.blocks, words.steps, Path(logs)):
-                    found[part] = {**about, "readings": readings}
-                    write_json(path, found)
+            for readings in readings_of(part, asked, words, images):
+                found[part] = {**about, "readings": readings}
+                write_json(path, found)
     speed_report.write(found, words.output)
     print((words.output / "speed.md").read_text())
 

@@ -5,15 +5,18 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
 from benchmarks.measuring import BATCH, HERE
 from benchmarks.speed_tables import (
+    LIKE_FOR_LIKE,
     Reading,
+    alike,
     beyond,
-    faster,
+    commands,
+    fastest,
     images_per_second,
     markdown,
+    plain_command,
     rivals,
     seconds,
     series,
@@ -26,30 +29,20 @@ BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
 
 def section(found: dict[str, Any]) -> str:
-    """Return the section of docs/performance.md: our modes beside pytorch-dml, and the plot.
+    """Return the section of docs/performance.md: ours beside others, like for like, and the plot.
 
     Its links are relative to the folder docs.
     """
     text = ""
-    if "others" in found:
-        part = found["others"]
-        bases = rivals(part["readings"])
-        shown = [
-            one
-            for one in part["readings"]
-            if one["seconds"] and (one["about"]["whose"] == "ours" or one in bases)
-        ]
-        rows = [
-            [one["name"], f"{images_per_second(one):.0f}", *(faster(one, b) for b in bases[:2])]
-            for one in shown
-        ]
-        headers = ["", "images/s", "times pytorch-dml", "times its fastest"]
+    part = found.get("others", {"readings": []})
+    if plain_command(part["readings"]):
         text += f"""\
 A ResNet-32 pair on 2 threads, batch 64, whole steps including their input; 95% intervals over
-{part["blocks"]} alternating blocks. The first row is pytorch-dml as its README uses it; "its
-fastest" is the fastest of its tuned variants. Every row has one process unless it says more.
+{part["blocks"]} alternating blocks. {LIKE_FOR_LIKE}
 
-{tabulate(rows, headers, tablefmt="github", disable_numparse=True)}
+{alike(part["readings"])}
+
+{commands(part["readings"])}
 """
     if "growth" in found:
         grown = series(found["growth"]).get("peers", [])
@@ -85,12 +78,11 @@ def with_section(text: str, section: str) -> str:
 
 
 def headline(readings: list[Reading]) -> list[Reading]:
-    """Return the bars of the plot: the rivals, our default, our fastest with 1 and with more."""
-    ours = [one for one in readings if one["seconds"] and one["about"]["whose"] == "ours"]
-    alone = [one for one in ours if one["processes"] == 1]
-    several = [one for one in ours if one["processes"] > 1]
-    fastest = [max(some, key=images_per_second) for some in (alone, several) if some]
-    chosen = [*rivals(readings), *ours[:1], *fastest]
+    """Return the bars of the plot: rivals, before, what our commands choose, and our fastest."""
+    older = plain_command(readings, whose="before")
+    ours = [plain_command(readings, bf16) for bf16 in (False, True)]
+    ours += [fastest(readings, True, count, True) for count in (1, 2)]
+    chosen = [*rivals(readings), older, *ours]
     names = dict.fromkeys(one["name"] for one in chosen if one)
     return [one for one in readings if one["name"] in names]
 
@@ -100,7 +92,7 @@ def plot(found: dict[str, Any]) -> Figure:
     measured = headline(found.get("others", {"readings": []})["readings"])
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
-    style = styles(["ours", "pytorch-dml", "plain"])
+    style = styles(["ours", "pytorch-dml", "plain", "before"])
     for place, one in enumerate(measured):
         rate = images_per_second(one)
         ends = [BATCH / max(seconds(one)), BATCH / min(seconds(one))]

@@ -47,16 +47,113 @@ def rivals(readings: Sequence[Reading]) -> list[Reading | None]:
         about = [(one, one["about"]) for one in measured]
         return [o for o, a in about if a["whose"] == whose and a.get("tuned", False) == tuned]
 
-    def mean_log(one: Reading) -> float:
-        return fmean(map(math.log, seconds(one)))
-
     # All are compared with the one that was the fastest of all in this very run: to its favour.
-    fastest = min(of("pytorch-dml", True), key=mean_log, default=None)
     return [
         next(iter(of("pytorch-dml", False)), None),
-        fastest,
+        min(of("pytorch-dml", True), key=_mean_log, default=None),
         next(iter(of("plain", False)), None),
     ]
+
+
+def fastest(
+    readings: Sequence[Reading], ours: bool, processes: int, tuned: bool, bf16: bool | None = None
+) -> Reading | None:
+    """Return the fastest of some readings; None if there is none of them.
+
+    Args:
+        readings: of a part.
+        ours: ours, or those of all others.
+        processes: of which they are.
+        tuned: all that was measured, or what takes no flag: of others what their documentation
+            shows, of ours the plain command, with as many processes as are asked for.
+        bf16: in half precision, or in single; None for either.
+    """
+    chosen = plain_command(readings)
+    found = []
+    for one in readings:
+        about = one["about"]
+        is_ours = about["whose"] == "ours"
+        if not one["seconds"] or one["processes"] != processes or is_ours != ours:
+            continue
+        if about["whose"] == "before" or bf16 not in (None, about.get("bf16", False)):
+            continue
+        is_plain = not about.get("tuned", False)
+        if ours:
+            is_plain = chosen is not None and one["options"] == chosen["options"]
+        if tuned or is_plain:
+            found.append(one)
+    return min(found, key=_mean_log, default=None)
+
+
+def plain_command(
+    readings: Sequence[Reading], bf16: bool = False, whose: str = "ours"
+) -> Reading | None:
+    """Return the reading of what the plain command does, or with ``--mixed-precision bf16``."""
+    command = "--mixed-precision bf16" if bf16 else "plain command"
+    abouts = [(one, one["about"]) for one in readings if one["seconds"]]
+    found = (o for o, a in abouts if a["whose"] == whose and a.get("command") == command)
+    return next(found, None)
+
+
+def _mean_log(one: Reading) -> float:
+    return fmean(map(math.log, seconds(one)))
+
+
+def alike(readings: Sequence[Reading]) -> str:
+    """Return the table of ours beside others, like for like; empty without a plain command."""
+    if plain_command(readings) is None:
+        return ""
+    rows = []
+    ways = (
+        ("plain", False, False),
+        ("tuned, single precision", True, False),
+        ("tuned, any precision", True, None),
+    )
+    for way, tuned, bf16 in ways:
+        for processes in (1, 2):
+            pair = [fastest(readings, ours, processes, tuned, bf16) for ours in (False, True)]
+            theirs, ours = pair
+            if theirs and ours:
+                rates = [f"{_short(one)}: {images_per_second(one):.0f}" for one in (theirs, ours)]
+                rows.append([way, processes, *rates, faster(ours, theirs)])
+    headers = ["", "processes", "fastest of the others: images/s", "ours: images/s"]
+    return tabulate(rows, [*headers, "times as fast"], tablefmt="github", disable_numparse=True)
+
+
+def _short(one: Reading) -> str:
+    """Return a name without what the table says anyway."""
+    name = one["name"].removeprefix("ours, ")
+    return name.replace(", 2 processes (DDP)", "").replace(", 2 processes", "")
+
+
+def commands(readings: Sequence[Reading]) -> str:
+    """Return the table of what our commands do by themselves beside before, others and our best."""
+    readme, tuned, _ = rivals(readings)
+    rows = []
+
+    def add(one: Reading | None, others: dict[str, Reading | None]) -> None:
+        for name, other in others.items():
+            if one and other:
+                rows.append([_short(one), name, faster(one, other)])
+
+    for bf16 in (False, True):
+        best = _best(readings, bf16)
+        precision = "bf16" if bf16 else "single precision"
+        beside = {
+            "before": plain_command(readings, bf16, whose="before"),
+            "pytorch-dml, as its README": readme,
+            f"our fastest in {precision}": best,
+        }
+        add(plain_command(readings, bf16), beside)
+    rivals_ = {"pytorch-dml, as its README": readme, "the fastest pytorch-dml": tuned}
+    add(_best(readings, None), rivals_)
+    headers = ["ours", "beside", "times as fast"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _best(readings: Sequence[Reading], bf16: bool | None) -> Reading | None:
+    both = [fastest(readings, True, count, True, bf16) for count in (1, 2)]
+    return min((one for one in both if one), key=_mean_log, default=None)
 
 
 def _gigabytes(reading: Reading) -> str:
@@ -81,15 +178,82 @@ def _others(part: dict[str, Any]) -> str:
         )
     headers = ["what", "processes x threads", "images/s", "times pytorch-dml", "times its fastest"]
     headers += ["times the plain loop", "memory, GB", "start, s"]
-    return f"""## Beside others
+    text = f"""## Beside others
 
 A ResNet-32 pair, 100 classes, batch 64, 32 x 32, random crop and flip; whole steps with their
 input, {part["images"]}. Times as fast as others: geometric mean over the blocks, with its 95%
 interval. pytorch-dml's fastest is the fastest "tuned" row. Memory is the peak above what the
 imports take, of the first process; start is from the imports to the fourth step, compilation with
-it. "Memory kept" is with {_VARIABLES}: the C library then keeps what a step frees.
+it. What is tuned of others keeps memory as we do, with {_VARIABLES}.
 
 {tabulate(rows, headers, tablefmt="github", disable_numparse=True)}
+"""
+    if plain_command(part["readings"]):
+        text += f"""
+### Like for like
+
+{LIKE_FOR_LIKE}
+
+{alike(part["readings"])}
+
+### What the commands do by themselves
+
+{_what_is_chosen(part)}
+
+{commands(part["readings"])}
+"""
+    return text
+
+
+LIKE_FOR_LIKE = """\
+Plain: others as their documentation shows, and ours without a flag (in one process: with
+`--processes 1`). Tuned: the fastest that was measured of each side."""
+
+
+def _what_is_chosen(part: dict[str, Any]) -> str:
+    """Return in words what the commands choose, and what is older."""
+    found = (plain_command(part["readings"], bf16) for bf16 in (False, True))
+    names = "; ".join(_short(one) for one in found if one)
+    text = f"For {part['steps_of_the_command']:,} steps the commands choose by themselves: {names}."
+    if part["before"]:
+        text += f" Before is commit {part['before'][:7]}, run from its own checkout."
+    return text
+
+
+def _single(part: dict[str, Any]) -> str:
+    by_name = {one["name"]: one for one in part["readings"] if one["seconds"]}
+    rows = []
+    for one in by_name.values():
+        theirs = by_name.get(one["about"].get("beside"))
+        if theirs:
+            took = [f"{1e3 * median(seconds(of)):.1f} ms" for of in (one, theirs)]
+            rows.append(
+                [one["about"]["way"], *took, ratio(seconds(one), seconds(theirs)).as_change()]
+            )
+    headers = ["", "our step", "timm's", "ours takes"]
+    return f"""## One network, beside timm
+
+A cohort of one ResNet-32, and the step of timm's train.py with its optimizer and loss, in turns in
+one process of {part["readings"][0]["threads"]} threads. A ready batch is the same one in every
+step; own input is our batches in memory, and timm's loader with 2 workers.
+
+{tabulate(rows, headers, tablefmt="github", disable_numparse=True)}
+"""
+
+
+def _first_step(part: dict[str, Any]) -> str:
+    rows = []
+    for one in part["readings"]:
+        took = one["seconds"]
+        spread = f"{min(took):.1f} to {max(took):.1f}"
+        rows.append([one["name"], f"{median(took):.1f} s", spread, len(took)])
+    flags = " ".join(part["readings"][0]["flags"])
+    return f"""## From the command to the first step
+
+`python train.py {flags}`, until the first step is
+taken; commands that alternate, after one of each that is not counted.
+
+{tabulate(rows, ["", "median", "range, s", "runs"], tablefmt="github", disable_numparse=True)}
 """
 
 
@@ -245,7 +409,14 @@ def _where(part: dict[str, Any]) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return speed.md."""
-    sections = {"others": _others, "limits": _limits, "growth": _growth, "profile": _profile}
+    sections = {
+        "others": _others,
+        "single": _single,
+        "first-step": _first_step,
+        "limits": _limits,
+        "growth": _growth,
+        "profile": _profile,
+    }
     parts = [
         f"{write(found[p])}\n{_where(found[p])}" for p, write in sections.items() if p in found
     ]

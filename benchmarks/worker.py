@@ -23,7 +23,7 @@ import datasets  # noqa: F401  # what reads images imports it late; it belongs t
 import torch
 import torch.distributed as dist
 
-from benchmarks import rivals, workloads
+from benchmarks import eager, rivals, workloads
 from benchmarks.measuring import device, timed
 from benchmarks.workloads import Steps
 from dml_accel.training.progress import peak_memory
@@ -35,6 +35,9 @@ KINDS: dict[str, Callable[..., Steps]] = {
     "products": workloads.matrix_products,
     "pytorch-dml": rivals.pytorch_dml,
     "plain": rivals.plain_loop,
+    "accelerate": rivals.accelerated_loop,
+    "timm": rivals.timm_step,
+    "changed": eager.changed,
 }
 _WARM_UP = 3
 

@@ -8,7 +8,7 @@ Shape letters: K peers, B rows of a batch, C classes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from benchmarks.measuring import BATCH, build_cohort, device
 from dml_accel.core.config import Config
 from dml_accel.core.host import keep_memory
 from dml_accel.data import sources
+from dml_accel.data.batches import ImageSet
 from dml_accel.data.images import Data
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
@@ -43,6 +44,7 @@ def configuration(images: str | None, changes: dict[str, Any]) -> Config:
     settings: dict[str, Any] = {
         "cohort": ["resnet32*2"],
         "dataset": images or "made",
+        "image_size": 32,
         "batch_size": BATCH,
         "cpu": device().type == "cpu",
         **_UNDISTURBED,
@@ -87,15 +89,38 @@ def prepared(
     return config, placement, prepare_images(config, read(config, classes), placement.device)
 
 
-def training(images: str | None, *, classes: int | None = None, **changes: Any) -> Steps:
+class _Ready:
+    """A set of images that gives its first batch again and again."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images, self._batch = images, images.batch(0, BATCH, 0, BATCH)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._images, name)
+
+    def batch(self, step: int, batch_size: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of the first batch."""
+        images, labels = self._batch
+        return images[lo:hi], labels[lo:hi]
+
+
+def training(
+    images: str | None, *, classes: int | None = None, ready: bool = False, **changes: Any
+) -> Steps:
     """Our training, whole steps with their input, by the loop that a run goes through.
 
     Args:
         images: the folder.
         classes: of the networks, if not those of the images.
+        ready: whether every step gets the same batch, which is there already.
         changes: of the configuration.
     """
     config, placement, data = prepared(images, changes, classes)
+    if ready:
+        data = dataclasses.replace(data, train=cast(ImageSet, _Ready(data.train)))
     if not config.compute.return_memory:
         keep_memory()
     records = fit(build_cohort(config, placement, data), data, config.run)
