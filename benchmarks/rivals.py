@@ -65,7 +65,7 @@ class _Images(Dataset):
         return self.transform(Image.fromarray(self._pixels[row])), self._labels[row]
 
 
-def _loader(images: str | None, batch: int = BATCH) -> tuple[DataLoader, int]:
+def _loader(images: str | None, batch: int) -> tuple[DataLoader, int]:
     """Return the loader that everybody writes, and the classes."""
     source = read(configuration(images, {}))
     dataset = _Images(source.train.images.numpy(), source.train.labels.tolist())
@@ -120,7 +120,7 @@ def _epochs(
     """Return epochs of what a loop reads, as everybody writes it or tuned, and the classes."""
     if tuned:
         return _in_memory(images, channels_last)
-    loader, classes = _loader(images)
+    loader, classes = _loader(images, BATCH)
     return lambda: iter(loader), classes
 
 

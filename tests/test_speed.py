@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import chosen, eager, first_step, speed_report, speed_tables
+from benchmarks import (
+    chosen,
+    eager,
+    first_step,
+    rivals,
+    speed_report,
+    speed_tables,
+    worker,
+    workloads,
+)
 from benchmarks.children import _launcher, measure
 from benchmarks.competitors import BF16, EAGER, PARTS, Asked, Competitor, Mode, others
 from benchmarks.measuring import HERE, ratio
@@ -273,6 +282,30 @@ def test_the_first_step_is_timed_from_the_command_on(tmp_path: Path) -> None:
     assert [one["name"] for one in readings] == ["here", "there"]
     assert all(100 < took < 110 for one in readings for took in one["seconds"])
     assert [len(one["seconds"]) for one in readings] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("training", {"cohort": ["resnet32"], "ready": True, **EAGER.flags}),
+        ("changed", {"change": "optimizer: foreach instead of fused"}),
+        ("plain", {}),
+        ("plain", {"tuned": True, "channels_last": True, "bf16": True}),
+        ("accelerate", {}),
+        ("timm", {"ready": True, "channels_last": True, "bf16": True}),
+        ("timm", {}),
+    ],
+)
+def test_every_kind_takes_steps(
+    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workloads, "BATCH", 4)
+    monkeypatch.setattr(workloads, "_MADE_IMAGES", 8)
+    monkeypatch.setattr(rivals, "BATCH", 4)
+    monkeypatch.setattr(rivals, "_WORKERS", 0)
+    steps = worker.KINDS[kind](None, **options)
+    steps(1)
+    steps(2)  # beyond an epoch of two batches
 
 
 def test_a_change_of_eager_mode_is_undone_after_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
