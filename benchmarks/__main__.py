@@ -11,10 +11,7 @@ import argparse
 import io
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +24,7 @@ from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks.first_step import seconds_to_first_step
 from benchmarks.measuring import (
     BATCH,
     HERE,
@@ -143,20 +141,13 @@ def start_cost(images: Path | None) -> dict[str, Any]:
         data = Config(dataset=str(folder / "set"), label_column=label, image_size=32).data
         listing, rows = list_splits(data, ("train",), quiet=True).splits["train"], range(IMAGES)
         decoding_s = timed(lambda: decode(listing, rows, Geometry.of(data), quiet=True))
-        command = [sys.executable, "train.py", "--dataset", str(folder / "set")]
-        command += ["--cpu"] if device().type == "cpu" else []
-        command += ["--label-column", label, "--cohort", "resnet32*2", "--max-steps", "4"]
+        flags = ["--dataset", str(folder / "set"), "--label-column", label]
+        flags += ["--cpu"] if device().type == "cpu" else []
+        flags += ["--cohort", "resnet32*2", "--max-steps", "4"]
         first_steps = []
         for attempt in range(4):  # the first one decodes
-            started, run = time.time(), folder / f"run-{attempt}"
-            subprocess.run(
-                [*command, "--output-dir", str(run)],
-                cwd=HERE.parent,
-                check=True,
-                capture_output=True,
-            )
-            lines = (run / "metrics.jsonl").read_text().splitlines()
-            first_steps.append(json.loads(lines[1])["time"] - started)
+            run = folder / f"run-{attempt}"
+            first_steps.append(seconds_to_first_step(flags, run))
             peak = json.loads((run / "results.json").read_text())["peak_memory_bytes"]
     return {
         "decoding_s": decoding_s,

@@ -134,7 +134,7 @@ def commands(readings: Sequence[Reading]) -> str:
     def add(one: Reading | None, others: dict[str, Reading | None]) -> None:
         for name, other in others.items():
             if one and other:
-                rows.append([_short(one), name, faster(one, other)])
+                rows.append([one["name"].removeprefix("ours, "), name, faster(one, other)])
 
     for bf16 in (False, True):
         best = _best(readings, bf16)
@@ -213,7 +213,7 @@ Plain: others as their documentation shows, and ours without a flag (in one proc
 def _what_is_chosen(part: dict[str, Any]) -> str:
     """Return in words what the commands choose, and what is older."""
     found = (plain_command(part["readings"], bf16) for bf16 in (False, True))
-    names = "; ".join(_short(one) for one in found if one)
+    names = "; ".join(one["name"].removeprefix("ours, ") for one in found if one)
     text = f"For {part['steps_of_the_command']:,} steps the commands choose by themselves: {names}."
     if part["before"]:
         text += f" Before is commit {part['before'][:7]}, run from its own checkout."
