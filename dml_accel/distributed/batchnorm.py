@@ -67,9 +67,23 @@ class _Blocks:
     def statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of each channel."""
         means, variances = map(self.by_block, _statistics(self.table(images), None, None, 0.0))
-        mean = means.mean(0)
+        between, mean = torch.var_mean(means, 0, correction=0)
         # The variance of the means is added, so no two large numbers are subtracted.
-        return mean, (variances + (means - mean) ** 2).mean(0)
+        return mean, variances.mean(0).add_(between)
+
+    def sums(self, dy: Tensor, x: Tensor, *of_channels: Tensor, eps: float) -> Tensor:
+        """Return the sums of dy and of dy x^ over all pixels of each channel, [2, C].
+
+        Args:
+            dy: a table of gradients.
+            x: a table of what was normalised to x^.
+            of_channels: weight, mean and variance [C].
+            eps: added to the variance.
+        """
+        unused = dy.new_empty(0)
+        asked = (unused, unused, False, eps, [False, True, True])
+        _, of_dy_x, of_dy = _backward(dy, x, *self.repeat(*of_channels), *asked)
+        return torch.stack([of_dy, of_dy_x]).view(2, self._count, self._channels).sum(1)
 
 
 def _needs_blocks(x: Tensor) -> bool:
@@ -119,27 +133,25 @@ class _Normalise(torch.autograd.Function):
             fixed, grad_weight, grad_bias = _backward(
                 grad, x, weight, mean, var, unused, unused, False, ctx.eps, [True, True, True]
             )
+            sums = torch.stack([grad_bias, grad_weight])
         else:
-            columns = blocks.repeat(weight, mean, var)
+            table = blocks.table(x)
             dy = blocks.table(grad.contiguous(memory_format=torch.channels_last))
-            only_sums = (unused, unused, False, ctx.eps, [False, True, True])
-            _, by_column, bias_by_column = _backward(dy, blocks.table(x), *columns, *only_sums)
-            grad_weight, grad_bias = (
-                blocks.by_block(one).sum(0) for one in (by_column, bias_by_column)
-            )
-        sums = torch.stack([grad_bias, grad_weight])
+            sums = blocks.sums(dy, table, weight, mean, var, eps=ctx.eps)
+            # Weight and bias get the part of our rows; DDP adds up the group's, as for all others.
+            grad_bias, grad_weight = sums if ctx.group is None else sums.clone()
         if ctx.group is not None:
             dist.all_reduce(sums, group=ctx.group)
-        sum_dy, sum_dy_x = sums / ctx.count
+        sum_dy, sum_dy_x = sums / -ctx.count
+        # What flows through the statistics is offset + slope x.
         slope = weight * inverse_std**2 * sum_dy_x
         offset = weight * inverse_std * sum_dy - slope * mean
         if blocks is None:
             shape = (1, -1, *[1] * (x.dim() - 2))
             through = torch.addcmul(offset.view(shape), x, slope.view(shape))
-            # Weight and bias get the part of our rows; DDP adds up the group's, as for all others.
-            return fixed.sub_(through), grad_weight, grad_bias, None, None
-        scale, slope, offset = blocks.repeat(weight * inverse_std, -slope, -offset)
-        dx = torch.addcmul(offset, blocks.table(x), slope).addcmul_(dy, scale)
+            return fixed.add_(through), grad_weight, grad_bias, None, None
+        scale, slope, offset = blocks.repeat(weight * inverse_std, slope, offset)
+        dx = torch.addcmul(offset, table, slope).addcmul_(dy, scale)
         return blocks.images(dx, x), grad_weight, grad_bias, None, None
 
 
