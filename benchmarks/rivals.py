@@ -65,11 +65,12 @@ class _Images(Dataset):
         return self.transform(Image.fromarray(self._pixels[row])), self._labels[row]
 
 
-def _loader(images: str | None, batch: int) -> tuple[DataLoader, int]:
-    """Return the loader that everybody writes, and the classes."""
+def _loader(images: str | None, processes: int = 1) -> tuple[DataLoader, int]:
+    """Return the loader that everybody writes, of one of some processes, and the classes."""
     source = read(configuration(images, {}))
     dataset = _Images(source.train.images.numpy(), source.train.labels.tolist())
-    loader = DataLoader(dataset, batch, shuffle=True, num_workers=_WORKERS, drop_last=True)
+    batch, workers = BATCH // processes, _WORKERS // processes
+    loader = DataLoader(dataset, batch, shuffle=True, num_workers=workers, drop_last=True)
     return loader, len(source.classes)
 
 
@@ -120,7 +121,7 @@ def _epochs(
     """Return epochs of what a loop reads, as everybody writes it or tuned, and the classes."""
     if tuned:
         return _in_memory(images, channels_last)
-    loader, classes = _loader(images, BATCH)
+    loader, classes = _loader(images)
     return lambda: iter(loader), classes
 
 
@@ -168,7 +169,7 @@ def plain_loop(images: str | None, *, tuned: bool = False, **fast: Any) -> Steps
 def accelerated_loop(images: str | None) -> Steps:
     """The same loop as Accelerate's examples have it, in several processes: all is prepared."""
     accelerator = Accelerator(cpu=device().type == "cpu")
-    loader, classes = _loader(images, BATCH // accelerator.num_processes)
+    loader, classes = _loader(images, accelerator.num_processes)
     nets = _pair(classes)
     count, *prepared_ = len(nets), *accelerator.prepare(*nets, *_optimizers(nets), loader)
     nets, optimizers, loader = prepared_[:count], prepared_[count:-1], prepared_[-1]
