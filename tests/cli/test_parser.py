@@ -382,7 +382,8 @@ def on(name: str) -> tuple[list[str], Any]:
     if "bool" in hint:
         return [], True
     if choices:
-        return [[*choices][-1]], [*choices][-1]
+        chosen = [choice for choice in choices if choice != DEFAULTS[name]][-1]
+        return [chosen], chosen
     if name in ("mean", "std"):
         return ["0.5", "0.25", "1"], [0.5, 0.25, 1.0]
     if "tuple" in hint:

@@ -117,7 +117,7 @@ OTHER: dict[str, typing.Any] = {
 }
 NEEDS = {
     "kl_images": {"labelled_fraction": 0.5},
-    "compile_mode": {"compile": "auto"},
+    "compile_mode": {"compile": "on"},
     "divergence_args": {"divergence": "dkd"},
     "kl_ramp": {"kl_warmup": 2},
     "lr_milestones": {"lr_schedule": "milestones"},
@@ -475,7 +475,7 @@ def test_a_conflict_is_refused_in_one_line(changes: dict, said: str) -> None:
         {"links": "frozen", "frozen_peers": ("x",)},
         {"kl_images": "labelled", "labelled_fraction": 0.5},
         {"exchange_dtype": "bf16", "placement": "split", "links": "ring"},
-        {"compile": "auto", "compile_mode": "max-autotune"},
+        {"compile": "on", "compile_mode": "max-autotune"},
         {"resume": "auto", "output_dir": "x"},
         {"save_every": "1.5min", "eval_every": "2ep"},
     ],

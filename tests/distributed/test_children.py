@@ -462,7 +462,7 @@ def test_a_run_in_own_processes_is_that_of_torchrun_however_it_is_interrupted(
             *(sys.executable, "train.py", *words, "--processes", "2", "--output-dir", own)
         ) as run,
     ):
-        wait_until(lambda: '"step"' in _text(own / "metrics.jsonl"), run)
+        wait_until(lambda: '"event": "step"' in _text(own / "metrics.jsonl"), run)
         run.send_signal(signal.SIGUSR1)
         said, errors = run.communicate(timeout=PATIENCE)
         assert run.returncode == 75 and said == ""
