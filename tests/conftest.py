@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import jinja2
 import pytest
 import torch
 
 from benchmarks.measuring import device
 from dml_accel.analysis.methods import METHODS
 from dml_accel.api import methods
+from dml_accel.core import versions
 from dml_accel.core.lessons import DIVERGENCES, TARGETS
 from dml_accel.data import sources
 from dml_accel.mutual.divergences import MAKERS
@@ -37,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Else pytest-xdist gives out files by how many tests they have, and long ones have few.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    # Each run ends with a garbage collection, a third of a second over all that is imported here.
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,10 +84,15 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def digits_once() -> Iterator[None]:
-    """Decode the digits once for each configuration, because hundreds of runs read them."""
+def read_once() -> Iterator[None]:
+    """Read once what hundreds of runs read, which is a third of the time of a small one.
+
+    These are the digits, the versions of packages, and the template of the cards of peers.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "_digits", functools.cache(sources._digits))
+        patch.setattr(versions, "version", functools.cache(versions.version))
+        patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
         yield
 
 
