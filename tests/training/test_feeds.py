@@ -29,7 +29,7 @@ from tests.helpers import (
 
 WORDS = "--cohort resnet8*2 --image-size 16 --batch-size 4 --max-steps 6 --save-every 2 --cpu"
 WORDS += " --eval-every 6 --lr 0.05 --augment random-resized-crop flip --mixup 0.5 --threads 1"
-ENDLESS = ["--max-steps", "10000", "--epochs", "5000", "--eval-every", "5000ep"]
+ENDLESS = "--max-steps 10000 --epochs 5000 --eval-every 5000ep --compile off".split()
 LOADER = [*WORDS.split(), "--feed", "loader", "--workers", "1", "--resume", "auto"]
 BAD = "train/a/02.jpg", "train/b/07.jpg"
 

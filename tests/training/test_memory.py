@@ -15,7 +15,7 @@ from tests.helpers import DIGITS, Training, assert_same_state, run_program, trai
 
 Build = Callable[..., Training]
 DROPPING = "timm:resnet10t[drop_rate=0.3]"
-PAIR = ["--cohort", "resnet8*2", *DIGITS]
+PAIR = ["--cohort", "resnet8*2", "--compile", "off", *DIGITS]
 
 
 @pytest.mark.parametrize(
