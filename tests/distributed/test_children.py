@@ -23,7 +23,7 @@ from dml_accel.analysis.planned import plan_runs
 from dml_accel.cli.parser import parse
 from dml_accel.core.config import Config
 from dml_accel.core.errors import UsageError
-from dml_accel.core.host import cores
+from dml_accel.core.host import cores, ignoring_hangup
 from dml_accel.core.versions import Caller
 from dml_accel.distributed import children, environment, launch
 from dml_accel.distributed.children import _Children
@@ -218,6 +218,22 @@ def test_children_stop_if_their_command_is_killed(tmp_path: Path) -> None:
         while not all(file.with_suffix(".stopped").exists() for file in files):
             assert time.monotonic() < until
             time.sleep(0.05)
+
+
+def test_a_closed_terminal_ends_neither_the_command_nor_its_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = "import signal, sys; sys.exit(signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)"
+    with ignoring_hangup():
+        assert started(script).wait(AGAIN) == 0
+    for name, value in {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    for starter in ("7", ""):
+        monkeypatch.setenv(environment.OWN, starter)
+        before = signal.getsignal(signal.SIGHUP)
+        with launch.Stop() as stop:
+            stop.listen()
+            assert (signal.getsignal(signal.SIGHUP) == before) == bool(starter)
 
 
 def test_a_process_that_nobody_has_started_so_is_left_alone(
