@@ -15,7 +15,7 @@ from dml_accel.distributed.exchange import Overlap, Team, blocks_of, overlaps_of
 from dml_accel.distributed.processes import Processes
 from tests import worker
 from tests.distributed.test_processes import worst
-from tests.helpers import BIN, load, run_program
+from tests.helpers import forked, load, run_program
 
 PROCESSES = 16
 # Of each peer. Costs are 1 for resnet8, 2 for wrn_16_2 and 3 for resnet20.
@@ -125,8 +125,7 @@ def test_groups_that_torch_cannot_name_are_refused(monkeypatch: pytest.MonkeyPat
 def test_sixteen_processes_take_the_step_of_one(tmp_path: Path) -> None:
     work = tmp_path / "cases.json"
     work.write_text(json.dumps(cases()))
-    words = [BIN / "torchrun", "--nproc_per_node", str(PROCESSES), "tests/worker.py"]
-    ended = run_program(*words, work, tmp_path / "many")
+    ended = run_program(*forked(PROCESSES, "tests/worker.py", work, tmp_path / "many"))
     assert ended.returncode == 0, ended.stderr[-3000:]
     threads = torch.get_num_threads()
     worker.main(str(work), str(tmp_path / "one"))

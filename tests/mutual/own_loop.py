@@ -1,6 +1,6 @@
 """One process of the example loops: take a step in double precision, and write its gradients.
 
-accelerate launch --multi_gpu --num_processes 2 tests/mutual/own_loop.py FOLDER
+python tests/forked.py 2 tests/mutual/own_loop.py FOLDER
 """
 
 import os

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import dml_accel
-from tests.helpers import accelerate_launch, run_program
+from tests.helpers import accelerate_launch, forked, run_program
 from tests.mutual import own_loop
 
 
@@ -52,7 +52,7 @@ def test_a_loop_of_ones_own_has_the_gradients_of_the_engine(name: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, torch.Tensor]], list]:
     """What two processes of ``own_loop.py`` have written."""
     folder = tmp_path_factory.mktemp("two")
-    done = run_program(*accelerate_launch(2, "tests/mutual/own_loop.py", folder))
+    done = run_program(*forked(2, "tests/mutual/own_loop.py", folder))
     assert done.returncode == 0, done.stderr[-3000:]
     grads = [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
     return grads, [(folder / f"{rank}.txt").read_text().splitlines() for rank in range(2)]

@@ -1,6 +1,6 @@
 """One process of a training of one's own modules: a Dataset and a DataLoader, in double precision.
 
-accelerate launch --multi_gpu --num_processes 2 tests/training/learn_apart.py FOLDER
+python tests/forked.py 2 tests/training/learn_apart.py FOLDER
 """
 
 import os

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import accelerate_launch, run_program
+from tests.helpers import forked, run_program
 from tests.training import learn_apart
 
 
 def test_two_processes_learn_as_one(tmp_path: Path) -> None:
-    done = run_program(*accelerate_launch(2, "tests/training/learn_apart.py", tmp_path))
+    done = run_program(*forked(2, "tests/training/learn_apart.py", tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     alone = learn_apart.train()
     for rank in range(2):
