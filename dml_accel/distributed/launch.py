@@ -141,6 +141,9 @@ def check_launch(
     environment.check()
     environment.check_launcher()
     on_cpu = runs_on_cpu(compute)
+    starts = 1 if environment.starter() is not None else compute.own_processes or 1
+    if starts > 1:
+        _check_own_processes(starts, compute, on_cpu, in_python)
     if launched_processes() > 1 and not on_cpu:
         _check_gpus()
     _check_precision(numerics, on_cpu)
@@ -156,9 +159,6 @@ def check_launch(
             f"core{'s' * (usable > 1)}; more threads would wait for each other"
         )
     least = optim.smallest_micro_batch
-    starts = 1 if environment.starter() is not None else compute.own_processes or 1
-    if starts > 1:
-        _check_own_processes(starts, compute, on_cpu, in_python)
     if (count := max(starts, launched_processes())) > least:
         raise UsageError(
             f"{count} processes, but only {least} images in a micro-batch "
