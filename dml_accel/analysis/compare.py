@@ -279,13 +279,12 @@ def _choose_processes(
     counts = []
     for cohort in dict.fromkeys(planned.cohort for planned in unfinished):
         configs = [planned.config for planned in unfinished if planned.cohort == cohort]
-        mutual = [one for one in configs if one.method.kl_weight > 0]
         # Peers that take turns are in every process, and nobody trains faster with parts of images.
-        if not mutual or any(one.method.schedule.takes_turns for one in mutual):
+        if any(one.method.schedule.takes_turns for one in configs):
             return 1
-        load = step_load(mutual[0], len(source.classes), source.feed[0], processes_here())
+        load = step_load(configs[0], len(source.classes), source.feed[0], processes_here())
         work = Work(costs[cohort], load, _all_steps(configs, source))
-        counts.append(processes_to_start(work, mutual[0].method.schedule, cores()))
+        counts.append(processes_to_start(work, configs[0].method.schedule, cores()))
     return min(counts)
 
 
