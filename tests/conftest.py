@@ -32,7 +32,13 @@ if device().type == "cpu":  # also where there is a GPU, and in the processes th
 # Files that take minutes come first: a worker that begins one at the end leaves the others idle.
 # One worker runs all those that start several processes, because processes that wait for each other
 # are slowed down most by other processes.
-TOGETHER = ("test_interruptions.py", "test_launchers.py", "test_two_hosts.py", "test_processes.py")
+TOGETHER = (
+    "test_children.py",
+    "test_interruptions.py",
+    "test_launchers.py",
+    "test_two_hosts.py",
+    "test_processes.py",
+)
 LONG = (*TOGETHER, "test_compile.py")
 
 
