@@ -377,25 +377,30 @@ def online(tmp_path: Path) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "0", **caches}
 
 
-def read_in_a_process(dataset: str, variables: dict[str, str]) -> tuple[str, float]:
-    """Read a data set in a fresh process, because the hub's address is read at import."""
+def read_in_a_process(variables: dict[str, str], *datasets: str) -> list[tuple[str, float]]:
+    """Read data sets in a fresh process, because the hub's address is read at import.
+
+    Returns:
+        For each what was read, or why it was not, and the seconds.
+    """
     script = (
         "import sys, time\n"
         "from dml_accel.core.config import Config\n"
         "from dml_accel.core.errors import UsageError\n"
         "from dml_accel.data import sources\n"
-        "start = time.monotonic()\n"
-        "try:\n"
-        "    found = sources.read(Config(dataset=sys.argv[1], image_size=16).data)\n"
-        "    print(len(found.train), found.train.labels.tolist(), *found.classes)\n"
-        "except UsageError as error:\n"
-        "    print(error)\n"
-        "print(time.monotonic() - start)\n"
+        "for name in sys.argv[1:]:\n"
+        "    start = time.monotonic()\n"
+        "    try:\n"
+        "        found = sources.read(Config(dataset=name, image_size=16).data)\n"
+        "        print(len(found.train), found.train.labels.tolist(), *found.classes)\n"
+        "    except UsageError as error:\n"
+        "        print(error)\n"
+        "    print(time.monotonic() - start)\n"
     )
-    done = run_program(sys.executable, "-W", "error", "-c", script, dataset, **variables)
+    done = run_program(sys.executable, "-W", "error", "-c", script, *datasets, **variables)
     assert done.returncode == 0, done.stderr
-    text, seconds = done.stdout.splitlines()
-    return text, float(seconds)
+    lines = done.stdout.splitlines()
+    return list(zip(lines[::2], map(float, lines[1::2]), strict=True))
 
 
 def test_a_data_set_of_the_hub_is_downloaded_once_and_then_read_offline(
@@ -404,11 +409,10 @@ def test_a_data_set_of_the_hub_is_downloaded_once_and_then_read_offline(
     folder = parquet(train=split([0, 1, 2]), test=split([2]))
     with serve_hub("some-one/some-set", Path(folder)) as address:
         variables = online | {"HF_ENDPOINT": address}
-        text, _ = read_in_a_process("some-one/some-set", variables)
+        (text, _), (other, _) = read_in_a_process(variables, "some-one/some-set", "some-one/other")
         assert text == "3 [0, 1, 2] cat dog eel"
-        text, _ = read_in_a_process("some-one/other", variables)
-        assert text.startswith("--dataset some-one/other: not a local folder, and not a data set")
-    text, _ = read_in_a_process("some-one/some-set", variables)  # nobody answers any more
+        assert other.startswith("--dataset some-one/other: not a local folder, and not a data set")
+    ((text, _),) = read_in_a_process(variables, "some-one/some-set")  # nobody answers any more
     assert text == "3 [0, 1, 2] cat dog eel"
 
 
@@ -435,7 +439,7 @@ def test_a_bare_name_is_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_unreachable_hub_is_reported_at_once(online: dict[str, str]) -> None:
     variables = online | {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
-    text, seconds = read_in_a_process("uoft-cs/cifar100", variables)
+    ((text, seconds),) = read_in_a_process(variables, "uoft-cs/cifar100")
     assert text.startswith(
         "--dataset uoft-cs/cifar100: the hub cannot be reached, the data set is not cached"
     )
