@@ -1,4 +1,4 @@
-"""Law 2: several real processes take the steps of one, started by the launchers that users use."""
+"""Law 2: several real processes take the steps of one, whether a launcher starts them or not."""
 
 import json
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from dml_accel.analysis.methods import METHODS
 from dml_accel.core.config import Config
 from tests import worker
 from tests.data.test_loader import DAMAGED, damage, photographs
-from tests.helpers import BIN, accelerate_launch, load, real_dataset, run_program
+from tests.helpers import accelerate_launch, forked, load, real_dataset, run_program
 
 LAUNCH = {
     2: accelerate_launch(2),
-    3: [BIN / "torchrun", "--nproc_per_node", "3"],
+    3: forked(3),
 }
 
 
-STEPS = 15  # of more than three epochs
+STEPS = 7  # of more than two epochs
 # Methods of simultaneous updates that are neither the default nor need more than a cohort.
 BY_LESSON = [
     name
