@@ -3,7 +3,8 @@
     python -m benchmarks.choices --blocks 5
 
 Whole steps of one network, batch 64, 32 x 32 pixels of noise, 100 classes, of one thread where not
-said. It writes choices.json and choices.md; dml_accel/distributed/rules.py has what follows.
+said. It writes choices.json and choices.md; dml_accel/distributed/rules.py has what follows. What
+two processes gain, and compiling in bf16, is in speed.md.
 """
 
 import argparse
@@ -29,8 +30,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "contiguous": {"memory_format": "contiguous"},
     _BASE: {"memory_format": "channels_last"},
     "compiled": {"memory_format": "channels_last", "compile": "on"},
-    "bf16": {"mixed_precision": "bf16"},
-    "bf16, compiled": {"mixed_precision": "bf16", "compile": "on"},
 }
 _OF_A_BLOCK = 3
 
@@ -47,17 +46,6 @@ def of_network(name: str, cache: str) -> list[Competitor]:
         found.append(Competitor(way, "training", options, environment=variables))
     options = {"cohort": [name], **WAYS[_BASE]}
     return [*found, Competitor("2 threads", "training", options)]
-
-
-def of_pairs() -> list[Competitor]:
-    """Return the ways to train a pair of ResNet-32 on two cores."""
-    found = []
-    for precision in ("no", "bf16"):
-        for processes in (1, 2):
-            name = f"{precision}, {processes} process{'es' * (processes > 1)}"
-            options = {"cohort": ["resnet32*2"], "mixed_precision": precision}
-            found.append(Competitor(name, "training", options, processes=processes))
-    return found
 
 
 def rows(name: str, readings: list[dict[str, Any]]) -> list[list[str]]:
@@ -78,24 +66,11 @@ def rows(name: str, readings: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def pair_rows(readings: list[dict[str, Any]]) -> list[list[str]]:
-    """Return a row for each way to train a pair."""
-    lines = []
-    for place, one in enumerate(readings):
-        base = readings[place - place % 2]
-        step = 1e3 * median(one["seconds"]) / one["steps"]
-        times = "1" if one is base else str(ratio(one["seconds"], base["seconds"]))
-        lines.append([one["name"], f"{step:.0f}", times])
-    return lines
-
-
 def report(found: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     heads = ["network", "operations", "way", "ms per step", f"times {_BASE}"]
     heads += ["10^9 MAC/s", "s to compile", "s an operation"]
     lines = [row for name, readings in found["networks"].items() for row in rows(name, readings)]
-    heads_of_pairs = ["pair of ResNet-32", "ms per step", "times one"]
-    pairs = table(pair_rows(found["pairs"]), heads_of_pairs, "github", left=1)
     where = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"""# What the rules of auto rest on
 
@@ -104,8 +79,6 @@ Whole steps, batch {BATCH}, 32 x 32 pixels of noise, 100 classes; one thread whe
 pass starts. Compilation starts from an empty cache and uses one thread.
 
 {table(lines, heads, "github", left=3)}
-
-{pairs}
 
 {found["processor"]}, {found["cores"]} cores, {found["system"]}; {where}; commit {found["commit"]}.
 Command: `{found["command"]}`
@@ -120,15 +93,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5, help="how many (default: 5)")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="which networks")
     given = parser.parse_args()
-    found: dict[str, Any] = {"networks": {}, "pairs": [], "blocks": given.blocks}
+    found: dict[str, Any] = {"networks": {}, "blocks": given.blocks}
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
         for name in given.networks:
             ways = of_network(name, folder)
             for readings in measure(ways, None, given.blocks, _OF_A_BLOCK, logs):
                 found["networks"][name] = readings
-        for readings in measure(of_pairs(), None, given.blocks, _OF_A_BLOCK, logs):
-            found["pairs"] = readings
     found |= surroundings()
     found["command"] = "python " + shlex.join(["-m", "benchmarks.choices", *sys.argv[1:]])
     (HERE / "choices.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -18,11 +18,9 @@ from dml_accel.analysis.published import is_cifar100
 from dml_accel.core.cohort import words_of
 from dml_accel.core.config import Config
 from dml_accel.core.errors import DivergedError, UsageError
-from dml_accel.core.host import cores
 from dml_accel.core.versions import Caller
 from dml_accel.data import sources
 from dml_accel.data.catalogue import located
-from dml_accel.data.memory import processes_here
 from dml_accel.data.selection import training_sizes
 from dml_accel.data.sources import Source
 from dml_accel.distributed.children import replace_by
@@ -36,7 +34,6 @@ from dml_accel.distributed.launch import (
 )
 from dml_accel.distributed.placement import Placement
 from dml_accel.distributed.processes import Processes
-from dml_accel.distributed.rules import Work, processes_to_start
 from dml_accel.mutual.teachers import read_teachers
 from dml_accel.training import trackers
 from dml_accel.training.loop import steps_to_take
@@ -45,7 +42,6 @@ from dml_accel.training.resume import (
     Origin,
     find_origin,
     has_checkpoint,
-    recorded_count,
     refuse_other_images,
 )
 from dml_accel.training.run_folder import RunFolder, SavedRun, explaining_stop
@@ -58,9 +54,9 @@ from dml_accel.training.setup import (
     layout_name,
     list_and_size,
     print_processes,
+    processes_by_rule,
     processes_without_rule,
     seconds_saved,
-    step_load,
 )
 from dml_accel.training.train import Session, run_one
 
@@ -272,7 +268,10 @@ def _choose_processes(
     if not unfinished:
         return 1
     before = [saved for saved in map(folder.saved, plan) if saved.has_description] if folder else []
-    recorded = recorded_count(before[0].description.get("resolved", {})) if before else None
+    recorded = None
+    if before:
+        text = _resolved(before[0], "processes")
+        recorded = int(text) if text.isdecimal() and int(text) else 1
     fixed = processes_without_rule(config, caller, recorded)
     if fixed is not None:
         return fixed
@@ -282,9 +281,8 @@ def _choose_processes(
         # Peers that take turns are in every process, and nobody trains faster with parts of images.
         if any(one.method.schedule.takes_turns for one in configs):
             return 1
-        load = step_load(configs[0], len(source.classes), source.feed[0], processes_here())
-        work = Work(costs[cohort], load, _all_steps(configs, source))
-        counts.append(processes_to_start(work, configs[0].method.schedule, cores()))
+        steps = _all_steps(configs, source)
+        counts.append(processes_by_rule(configs[0], source, costs[cohort], steps))
     return min(counts)
 
 
@@ -341,7 +339,7 @@ class _Trainer:
         """
         processes, folder = self._session.processes, self._folder
         root = Path(processes.broadcast_text(str(folder.path.resolve()) if folder else ""))
-        compiled, layout = self._decide_compilation(unfinished), self._earlier_memory_format()
+        compiled, layouts = self._decide_compilation(unfinished), self._earlier_memory_formats()
         for place, planned in enumerate(self._plan):
             if folder and planned.teachers in folder.failed:
                 folder.failed[planned.folder] = "its teachers could not be trained"
@@ -350,6 +348,7 @@ class _Trainer:
                 continue
             label = f"run {place + 1}/{len(self._plan)}, {planned.folder}"
             config = planned.config_in(root)
+            layout = layouts.get(" ".join(planned.cohort), "")
             if layout not in ("", layout_name(config, processes.device)):
                 config = config.changed(memory_format=layout)
             try:
@@ -423,15 +422,20 @@ class _Trainer:
         saved = self._seconds_saved([self._plan[place] for place in places], Path(path))
         return gains(saved, processes)
 
-    def _earlier_memory_format(self) -> str:
-        """Return the memory format of runs that were started before; empty if there are none.
+    def _earlier_memory_formats(self) -> dict[str, str]:
+        """Return the memory format of runs that were started before, by cohort.
 
         Earlier versions had another default, and methods are to differ in nothing else.
         """
-        found: list[str] = []
+        found: dict[str, str] = {}
         if self._folder and self._config.compute.memory_format is None:
-            found = [_resolved(self._folder.saved(one), "memory_format") for one in self._plan]
-        return self._session.processes.broadcast_text(next(filter(None, found), ""))
+            for planned in self._plan:
+                layout = _resolved(self._folder.saved(planned), "memory_format")
+                found |= {" ".join(planned.cohort): layout} if layout else {}
+        recorded: dict[str, str] = json.loads(
+            self._session.processes.broadcast_text(json.dumps(found))
+        )
+        return recorded
 
     def _seconds_saved(self, runs: Sequence[PlannedRun], path: Path) -> float:
         """Return the seconds that compilation saves in this process, over all runs."""

@@ -601,7 +601,7 @@ class ComputeConfig(Section):
             f"--processes is {word}; it must be auto or a whole number of at least 1",
         )
         refuse(
-            self.compile != "on" and self.compile_mode != "default",
+            self.compile == "off" and self.compile_mode != "default",
             f"--compile-mode {self.compile_mode} has no effect without --compile",
         )
 

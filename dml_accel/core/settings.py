@@ -171,7 +171,8 @@ def with_resolved(
         flags["cpu"] = True  # there was no accelerator; here may be one
     if isinstance(flags.get("threads"), int) and flags["threads"] > cores:
         flags["threads"] = None  # which the repeated run says
-    count = resolved.get("processes", 1)
-    fits = isinstance(count, int) and 1 <= count * (flags.get("threads") or 1) <= cores
+    count, threads = resolved.get("processes", 1), flags.get("threads") or 1
+    known = type(count) is int and type(threads) is int and "threads" not in given
+    fits = known and 1 <= count * threads <= cores
     flags["processes"] = str(count) if starts and fits else "auto"
     return ConfigFile(file.path, flags, file.recipe, file.description)

@@ -111,11 +111,10 @@ class _Normalise(torch.autograd.Function):
         else:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             count, mean, var = _group_statistics(wide, group)
-            ctx.mark_non_differentiable(count)
         y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps, ctx.group, ctx.count = eps, group, count
-        ctx.mark_non_differentiable(mean, var)
+        ctx.mark_non_differentiable(*([mean, var] if group is None else [count, mean, var]))
         return y, count, mean, var
 
     @staticmethod

@@ -51,13 +51,19 @@ def replace_by(count: int, arguments: Sequence[str], again: str) -> NoReturn:
     raise OwnProcessesEndedError(_Children(count, _program(arguments)).wait(again))
 
 
-def _program(arguments: Sequence[str]) -> list[str]:
-    """Return the command that does the same in another process.
+def can_repeat(arguments: Sequence[str]) -> bool:
+    """Whether another process can be started as this one was, and then does the same.
 
-    Where the arguments are those of this process, that is how this one was started, with the
-    options of Python. Else somebody has called ``cli.main``.
+    Not a program from the standard input, nor one that calls ``cli.main`` with words of its own and
+    may have registered networks or methods before.
     """
-    if list(arguments) in (sys.argv[1:], ["train", *sys.argv[1:]]):
+    is_file = sys.argv[0] not in ("", "-")
+    return is_file and list(arguments) in (sys.argv[1:], ["train", *sys.argv[1:]])
+
+
+def _program(arguments: Sequence[str]) -> list[str]:
+    """Return the command that does the same in another process, with the options of Python."""
+    if can_repeat(arguments):
         return [sys.executable, *sys.orig_argv[1:]]
     return [sys.executable, "-m", "dml_accel", *arguments]
 

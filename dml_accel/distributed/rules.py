@@ -57,12 +57,12 @@ def processes_to_start(work: Work, schedule: UpdateSchedule, cores: int) -> int:
         schedule: how peers take turns.
         cores: that may be used.
     """
-    alone = work.seconds(cores)
     if schedule.takes_turns:
         return 1
-    seconds = {1: alone * (1 - _LEAST_GAIN)}
-    for count in range(2, min(len(work.costs), cores) + 1):
-        macs = {name: float(cost.macs) for name, cost in work.costs.items()}
+    macs = {name: float(cost.macs) for name, cost in work.costs.items()}
+    seconds = {1: work.seconds(cores) * (1 - _LEAST_GAIN)}
+    # Each process needs an image of every micro-batch.
+    for count in range(2, min(len(macs), cores, *work.load.micro_batches) + 1):
         ranks, machine = allocate(macs, count), _process(cores // count)
         step = predict(ranks, work.costs, work.load, machine).step_seconds
         seconds[count] = work.steps * step + _SECONDS_TO_START

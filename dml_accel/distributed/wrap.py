@@ -53,7 +53,7 @@ class Wrapper:
         placement = self._placement
         if placement.spans_batch_norm:
             span_group(module, placement.group or dist.group.WORLD)
-        elif self._images.layout == torch.channels_last:
+        elif self._images.layout == torch.channels_last and self._images.dtype == torch.float32:
             span_group(module, None)
         set_memory_format(module, self._images.layout)
         accelerator = placement.processes.accelerator

@@ -294,4 +294,8 @@ def set_memory_format(module: nn.Module, layout: torch.memory_format) -> None:
     """Give a network's weights the memory layout of its images, in place."""
     for weight in module.parameters():
         if weight.dim() == 4:  # the layouts are defined for images and for kernels of convolutions
-            weight.data = weight.data.contiguous(memory_format=layout)
+            # Not ``contiguous``, which keeps the strides of kernels of one pixel or channel: their
+            # order in memory is the same, but DDP compares the strides of gradients with theirs.
+            laid_out = torch.empty_like(weight.data, memory_format=layout)
+            if laid_out.stride() != weight.stride():
+                weight.data = laid_out.copy_(weight.data)

@@ -11,6 +11,7 @@ from dml_accel.distributed.processes import Processes
 from dml_accel.models.build import set_memory_format
 from dml_accel.models.hub import local_folder, name_of
 from dml_accel.models.peer_folder import PeerFolder, find_peers, load_network, read_peer
+from dml_accel.models.spec import registered_by
 
 
 class Teacher:
@@ -38,11 +39,14 @@ class Teacher:
         shift = [(a - b) / c for a, b, c in zip(ours.mean, theirs.mean, theirs.std, strict=True)]
         self._scale = None if ours == theirs else like.new_tensor(scale).view(3, 1, 1)
         self._shift = like.new_tensor(shift).view(3, 1, 1)
+        # A network of somebody's own may rely on the usual layout, as Tensor.view does.
+        self._is_own = bool(registered_by(folder.arch))
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Return logits [B, C] of images [B, 3, S, S] that are normalised for the run."""
-        return self.net(x if self._scale is None else x * self._scale + self._shift)
+        x = x if self._scale is None else x * self._scale + self._shift
+        return self.net(x.contiguous() if self._is_own else x)
 
 
 def read_teachers(
@@ -98,7 +102,8 @@ def load_teachers(
     for name, folder in folders.items():
         net = load_network(folder).requires_grad_(False)
         net = net.double() if images.dtype == torch.float64 else net.float()
-        set_memory_format(net, images.layout)
+        own = bool(registered_by(folder.arch))
+        set_memory_format(net, torch.contiguous_format if own else images.layout)
         net = processes.accelerator.prepare_model(net, evaluation_mode=True).eval()
         teachers.append(Teacher(name, folder, net, normalisation))
     return teachers

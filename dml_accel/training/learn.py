@@ -40,6 +40,7 @@ from dml_accel.distributed.launch import (
     launched_processes,
     launched_rank,
     restarts,
+    runs_on_cpu,
     share_cores,
 )
 from dml_accel.distributed.placement import Placement
@@ -194,9 +195,11 @@ def learn(
         )
     require_validation(config, has_split=val is not None)
     check_launch(config.numerics, config.compute, config.optim)
-    if config.compute.memory_format is None and launched_precision(config.numerics) == "no":
-        # The caller's networks may rely on the usual layout, as Tensor.view does.
-        config = config.changed(memory_format="contiguous")
+    if config.compute.memory_format is None:
+        # The caller's networks may rely on the usual layout, as Tensor.view does. bf16 on a CPU
+        # always had the other one, which is much faster there.
+        half = launched_precision(config.numerics) == "bf16" and runs_on_cpu(config.compute)
+        config = config.changed(memory_format="channels_last" if half else "contiguous")
     share_cores(config.compute)
     with _bare(modules):
         source, config = _check(modules, splits, per_epoch, config)
@@ -456,6 +459,7 @@ def _bare(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     Else a network would compute in the precision of an earlier call, or of another accelerator.
     """
     before = []
+    kinds = [(part, type(part)) for module in modules.values() for part in module.modules()]
     for module in modules.values():
         own = vars(module)
         before.append((own, {name: own[name] for name in _OF_ACCELERATE if name in own}))
@@ -469,6 +473,9 @@ def _bare(modules: Mapping[str, nn.Module]) -> Iterator[None]:
             for name in _OF_ACCELERATE:
                 own.pop(name, None)
             own.update(had)
+        for part, kind in kinds:
+            if type(part) is not kind:  # a batch norm that spanned processes, or summed in blocks
+                part.__class__ = kind
 
 
 # ---------------------------------------------------------------- what was asked for

@@ -28,7 +28,7 @@ from dml_accel.core.versions import Caller
 from dml_accel.data import sources
 from dml_accel.data.batches import ImageFormat
 from dml_accel.data.catalogue import Listed
-from dml_accel.data.feeds import reading_workers
+from dml_accel.data.feeds import fits, reading_workers
 from dml_accel.data.images import Data, Reading, check_batch_size, prepare
 from dml_accel.data.memory import processes_here
 from dml_accel.data.selection import training_sizes
@@ -36,6 +36,7 @@ from dml_accel.data.sources import Source
 from dml_accel.data.workers import worker_count
 from dml_accel.distributed import environment, rules
 from dml_accel.distributed.batchnorm import check_spanning
+from dml_accel.distributed.children import can_repeat
 from dml_accel.distributed.compile import has_compiler
 from dml_accel.distributed.costs import Cost, count, timed
 from dml_accel.distributed.device import choose_device
@@ -474,7 +475,23 @@ def processes_without_rule(config: Config, caller: Caller, recorded: int | None)
         return recorded if recorded * (threads or 1) <= usable else 1
     if threads or usable == 1 or compute.measure or compute.placement == "replicate":
         return 1
-    return None
+    return None if can_repeat(caller.arguments) else 1
+
+
+def processes_by_rule(config: Config, source: Source, costs: Mapping[str, Cost], steps: int) -> int:
+    """Return how many processes train fastest, of those into which the images fit together.
+
+    Args:
+        config: of the run, or of several.
+        source: the images.
+        costs: of the networks.
+        steps: optimizer steps in all.
+    """
+    load = step_load(config, len(source.classes), source.feed[0], processes_here())
+    count = processes_to_start(Work(costs, load, steps), config.method.schedule, cores())
+    # Each of them has the images in its memory, or none.
+    images = len(source.train) + len(source.test)
+    return count if source.feed[0] != "memory" or fits(count * images, config.data.size) else 1
 
 
 def choose_processes(
@@ -492,11 +509,9 @@ def choose_processes(
     fixed = processes_without_rule(config, caller, recorded)
     if fixed is not None:
         return fixed
-    source = checked.source
-    trained, _ = training_sizes(len(source.train), config.data)
-    load = step_load(config, len(source.classes), source.feed[0], processes_here())
-    work = Work(count_all(config, modules), load, steps_to_take(config.optim, trained))
-    return processes_to_start(work, config.method.schedule, cores())
+    trained, _ = training_sizes(len(checked.source.train), config.data)
+    steps = steps_to_take(config.optim, trained)
+    return processes_by_rule(config, checked.source, count_all(config, modules), steps)
 
 
 def print_processes(config: Config, count: int) -> None:

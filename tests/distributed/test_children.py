@@ -353,6 +353,7 @@ def test_when_the_rule_does_not_decide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(setup, "cores", lambda: 4)
+    monkeypatch.setattr(setup, "can_repeat", lambda _: True)
     for name in ("OMP_NUM_THREADS", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -364,6 +365,38 @@ def test_when_the_rule_does_not_decide(
         assert setup.processes_without_rule(config, in_python, recorded) == 1
         monkeypatch.setattr(setup, "runs_on_cpu", lambda _: False)
         assert setup.processes_without_rule(config, COMMAND, recorded) == 1
+
+
+@pytest.mark.parametrize(
+    ("started", "arguments", "expected"),
+    [
+        (["train.py", "--cohort", "2"], ("train", "--cohort", "2"), True),
+        (["dml-accel", "train", "--cohort", "2"], ("train", "--cohort", "2"), True),
+        (["mine.py"], ("train", "--cohort", "2"), False),
+        (["-"], ("train",), False),  # python - < mine.py
+    ],
+)
+def test_only_a_command_that_can_be_repeated_starts_others(
+    started: list[str], arguments: tuple[str, ...], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", started)
+    assert children.can_repeat(arguments) == expected
+
+
+def test_images_that_do_not_fit_several_times_are_in_one_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(setup, "processes_to_start", lambda *_: 2)
+    config = Config(cohort="resnet8*2", dataset="digits", image_size=8, cpu=True)
+    for feed, images, expected in (
+        ("memory", 10**6, 2),
+        ("memory", 10**12, 1),
+        ("loader", 10**12, 2),
+    ):
+        source: Any = SimpleNamespace(
+            train=range(images), test=range(9), classes=range(10), feed=(feed, "")
+        )
+        assert setup.processes_by_rule(config, source, {}, 100) == expected
 
 
 class StartedError(Exception):
@@ -382,7 +415,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for owner in (training, comparing):
         monkeypatch.setattr(owner, "replace_by", start)
-    for owner in (setup, comparing, launch):
+    monkeypatch.setattr(setup, "can_repeat", lambda _: True)
+    for owner in (setup, launch):
         monkeypatch.setattr(owner, "cores", lambda: 4)
     return found
 
@@ -416,7 +450,7 @@ def test_a_comparison_is_one_choice_which_it_keeps(
         works.append(work)
         return 3
 
-    monkeypatch.setattr(comparing, "processes_to_start", rule)
+    monkeypatch.setattr(setup, "processes_to_start", rule)
     folder, methods = tmp_path / "runs", ["--methods", "independent", "mutual", "--seeds", "2"]
     words = ["compare", *TINY, "--max-steps", "1", *methods, "--output-dir", str(folder)]
     with pytest.raises(StartedError):
@@ -449,10 +483,12 @@ def test_a_comparison_is_one_choice_which_it_keeps(
 def test_which_comparisons_have_processes(
     methods: list[str], expected: int, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparing, "processes_to_start", lambda *_: 3)
+    monkeypatch.setattr(setup, "processes_to_start", lambda *_: 3)
     config = Config(cohort="resnet8*2", dataset="digits", image_size=8, cpu=True)
     plan = plan_runs(config, [config.cohort], methods, 2)
-    source: Any = SimpleNamespace(train=range(240), classes=range(10), feed=("memory", ""))
+    source: Any = SimpleNamespace(
+        train=range(240), test=range(60), classes=range(10), feed=("memory", "")
+    )
     folder: Any = SimpleNamespace(unfinished=lambda: plan, saved=lambda _: SavedRun(Path("none")))
     costs: Any = defaultdict(dict)
     found = comparing._choose_processes(config, plan, source, costs, folder, COMMAND)
@@ -498,7 +534,7 @@ def test_a_run_in_own_processes_is_that_of_torchrun_however_it_is_interrupted(
     assert helpers.train(own, *words) == 128 + signal.SIGKILL
     killer.join()
     said, errors = capfd.readouterr()
-    assert "processes: 2 of 1 thread each" in errors and "Traceback" not in errors
+    assert "processes: 2 of " in errors and "Traceback" not in errors
     assert errors.splitlines()[-1] == (
         f"error: rank 1 of 2 was killed by SIGKILL, so the run ends; {remedy}"
     )
