@@ -12,7 +12,7 @@ from dml_accel.core.versions import versions
 from dml_accel.distributed.device import device_versions, own_device
 from dml_accel.distributed.launch import launched_processes
 
-_FLAGS = ("compile_mode", "memory_format", "low_memory", "return_memory", "exchange")
+_FLAGS = ("compile_mode", "low_memory", "return_memory", "exchange")
 _VERSIONS = ("torch", "gpu", "driver", "cuda", "cudnn", "nccl")
 _HERE = "this command"
 
@@ -26,6 +26,7 @@ def speed_of(run: Run) -> dict[str, Any]:
         "device": str(results.get("device")).partition(":")[0],
         "--threads": results.get("threads"),
         "--compile": "on" if run.description.get("compiled") else "off",
+        "--memory-format": (run.description.get("resolved") or {}).get("memory_format"),
         "--placement": (results.get("placement") or {}).get("kind"),
     }
     return {name: value for name, value in found.items() if value is not None}
@@ -36,6 +37,8 @@ def speed_here(config: Config) -> dict[str, Any]:
     compute, device = config.compute, own_device(config.compute)
     found = _of_flags(compute) | _of_versions(versions() | device_versions(device))
     found |= {"processes": launched_processes(), "device": device.type}
+    # What auto chooses, the runs that were started before have chosen.
+    found |= {"--memory-format": compute.memory_format}
     found |= {"--threads": torch.get_num_threads()} if device.type == "cpu" else {}
     found |= {"--compile": compute.compile} if compute.compile != "auto" else {}
     found |= {"--placement": compute.placement} if compute.placement != "auto" else {}

@@ -525,3 +525,17 @@ def test_methods_that_contradict_the_configuration_are_refused(
     assert compared(tmp_path / "x", *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_unfinished_runs_have_the_layout_of_those_of_their_cohort(tmp_path: Path) -> None:
+    # One cohort was begun by a version with another default.
+    words = ["--seeds", "2", "--methods", "independent"]
+    assert compared(tmp_path, "--cohort", "resnet8*2", *words, "--memory-format=contiguous") == 0
+    path = tmp_path / "independent/seed-0/config.json"
+    found = load(path)
+    found["config"]["memory_format"] = None
+    path.write_text(json.dumps(found))
+    shutil.rmtree(tmp_path / "independent/seed-1")
+    assert compared(tmp_path, "--cohort", "resnet8*2", *words) == 0
+    resolved = [load(one)["resolved"] for one in tmp_path.glob("independent/*/config.json")]
+    assert [one["memory_format"] for one in resolved] == ["contiguous", "contiguous"]

@@ -379,3 +379,40 @@ def test_fused_kernels_give_what_one_process_gives(monkeypatch: pytest.MonkeyPat
     for layer in layers:
         close(layer.running_mean, whole.running_mean)
         close(layer.running_var, whole.running_var)
+
+
+def test_blocks_of_two_processes_give_what_one_process_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Single precision in channels last; slices are uneven. Weight and bias get each one's part.
+    pair = Pair()
+    monkeypatch.setattr(pair, "get_rank", lambda group: pair._mine.rank, raising=False)
+    monkeypatch.setattr(batchnorm, "dist", pair)
+    x, dy = torch.randn(2, 7, 3, 4, 4)
+    x += torch.arange(7.0).view(7, 1, 1, 1)  # slices differ in mean
+    x, dy = (one.contiguous(memory_format=torch.channels_last) for one in (x, dy))
+    whole = nn.BatchNorm2d(3)
+    nn.init.uniform_(whole.weight)
+    nn.init.uniform_(whole.bias)
+    layers = []
+    for _ in range(2):
+        spanning = nn.Sequential(copy.deepcopy(whole))
+        span_group(spanning, object())
+        layers.append(spanning[0])
+    parts = (slice(0, 2), slice(2, 7))
+    found: dict[int, Passed] = {}
+
+    def part(rank: int) -> None:
+        found[rank] = Passed.through(layers[rank], x[parts[rank]], dy[parts[rank]])
+
+    pair.run(part)
+    expected = Passed.through(whole.double(), x.double(), dy.double())
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=2e-6)
+    for name in ("y", "dx"):
+        both = torch.cat([getattr(found[rank], name) for rank in range(2)])
+        close(both.double(), getattr(expected, name))
+    for name in ("dweight", "dbias"):
+        close((getattr(found[0], name) + getattr(found[1], name)).double(), getattr(expected, name))
+    for rank in range(2):
+        close(found[rank].mean.double(), expected.mean)
+        close(found[rank].var.double(), expected.var)

@@ -3,17 +3,22 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from timm.models import register_model
+from torch import nn
 
 from dml_accel.core.errors import UsageError
+from dml_accel.data.batches import Normalisation
 from dml_accel.data.pixels import Geometry
 from dml_accel.models.optim import make_optimizer
 from dml_accel.models.peer_folder import load_network, read_peer, write_peer
 from dml_accel.mutual import reference
-from dml_accel.mutual.teachers import read_teachers
+from dml_accel.mutual.teachers import Teacher, read_teachers
 from tests.helpers import Training, assert_same_state, load
 from tests.mutual.references import (
     PAIR,
@@ -196,3 +201,27 @@ def test_a_forged_size_allocates_nothing(teachers: list[Path]) -> None:
         file.truncate(2**40)
     with pytest.raises(UsageError, match="more than the"):
         read_peer(teachers[0])
+
+
+@register_model
+def teacher_with_a_view(pretrained: bool = False, num_classes: int = 10, **_: object) -> nn.Module:
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, num_classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.conv(x).view(len(x), -1))
+
+    net = Viewing()
+    net.pretrained_cfg = {"architecture": "teacher_with_a_view"}
+    return net
+
+
+def test_a_teacher_of_somebodys_own_is_given_the_usual_layout() -> None:
+    net = timm.create_model("teacher_with_a_view")
+    folder = SimpleNamespace(arch="teacher_with_a_view", normalisation=Normalisation.identity())
+    teacher = Teacher("frozen-0", folder, net, Normalisation.identity())
+    x = torch.randn(2, 3, 8, 8)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(teacher.predict(last), teacher.predict(x))

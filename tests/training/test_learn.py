@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -424,6 +425,31 @@ def test_every_call_has_its_own_precision() -> None:
     assert torch.equal(torch.stack([record.losses_KP for record in records]), found[1])
     assert again["a"](data[0]) is not None and again["b"]._is_accelerate_prepared
     assert torch.equal(again["a"](data[0]), first["b"](data[0]))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("memory_format", [None, "channels_last"])
+def test_batch_norms_are_what_they_were_afterwards(
+    tmp_path: Path, precision: str, memory_format: str | None
+) -> None:
+    nets = {
+        name: nn.Sequential(
+            nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.LazyLinear(CLASSES)
+        )
+        for name, width in (("student", 4), ("other", 5))
+    }
+    images = torch.randint(0, 256, (ROWS, 8, 8, 3), dtype=torch.uint8)
+    data = images, torch.arange(ROWS) % CLASSES
+    for one in nets.values():
+        one(torch.zeros(2, 3, 8, 8))  # the last layer learns its size
+    config = settings(
+        float64=False,
+        mixed_precision=precision,
+        memory_format=memory_format,
+        output_dir=str(tmp_path / "run"),
+    )
+    assert steps(list(learn(nets, data, data, config)))
+    assert all(type(one[1]) is nn.BatchNorm2d for one in nets.values())
 
 
 def test_learn_trains_whatever_the_caller_does_with_gradients() -> None:
