@@ -127,8 +127,14 @@ def test_one_process_keeps_the_native_layers_where_they_are_exact(
     training: Callable[..., Training],
 ) -> None:
     native, ours = {nn.BatchNorm2d, BatchNormAct2d}, {GroupBatchNorm2d, GroupBatchNormAct2d}
-    for memory_format, expected in (("contiguous", native), ("channels_last", ours)):
-        peers = training(cohort=("resnet8", "wrn_16_2"), memory_format=memory_format).peers
+    for memory_format, float64, expected in (
+        ("contiguous", False, native),
+        ("channels_last", False, ours),
+        ("channels_last", True, native),
+    ):
+        peers = training(
+            cohort=("resnet8", "wrn_16_2"), memory_format=memory_format, float64=float64
+        ).peers
         kinds = {type(layer) for peer in peers for layer in peer.net.modules()}
         assert kinds & (native | ours) == expected
 
