@@ -532,7 +532,9 @@ def _choose(
     asked, schedule = config.compute.placement, config.method.schedule
     # The rule has started these processes for parts of the cohort.
     by_rule = environment.starter() is not None and config.compute.own_processes is None
-    asked = "split" if asked == "auto" and by_rule else asked
+    if asked == "auto" and by_rule:
+        ranks, text = choose(costs, world_size, load, "split", schedule, machine)
+        return ranks, text.removeprefix("as asked, ")
     return choose(costs, world_size, load, asked, schedule, machine)
 
 

@@ -527,7 +527,5 @@ def _print_compilation(placement: Placement, to_compile: Sequence[str], asked: s
         why = "because processes that share a network communicate between its layers"
         print(f"--compile: {', '.join(shared)} run eagerly, {why}", file=sys.stderr)
     if len(shared) < len(to_compile):
-        why = ", which this run is long enough for (--compile off for none)"
-        rule = why if asked == "auto" else ""
-        text = f"compiling, which takes minutes the first time{rule}"
-        print(text, file=sys.stderr, flush=True)
+        why = "; the run is long enough for it (--compile off for none)" * (asked == "auto")
+        print(f"compiling, which takes minutes the first time{why}", file=sys.stderr, flush=True)
