@@ -26,6 +26,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     smallest_micro_batch: int = 2,
     weights: PretrainedWeights | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> nn.Module:
     """Build the network of one peer on the CPU.
 
@@ -37,10 +38,11 @@ def build(
         dtype: ``torch.float32`` or ``torch.float64``.
         smallest_micro_batch: images; batch norm cannot learn from one.
         weights: to start from (default: random ones).
+        layout: of the images that it will be given.
 
     Raises:
         UsageError: timm does not accept the arguments, the weights belong to another network, or
-            the network cannot take the image size.
+            the network cannot take the image size or the layout.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key("initial weights", seed, spec.name))
@@ -70,6 +72,14 @@ def build(
     with torch.random.fork_rng(devices=[]):
         images = torch.randn(2, 3, image_size, image_size)
     require_learning(spec.name, net, images, classes, smallest_micro_batch)
+    if layout != torch.contiguous_format:
+        images = images.contiguous(memory_format=layout)
+        reason, _ = logits_problem(net, images, classes, train=True)
+        if reason:
+            raise UsageError(
+                f"{spec.name} cannot be trained in channels_last: it {reason}; add --memory-format "
+                "contiguous"
+            )
     # Not ``to(dtype)``, which would drop the imaginary part of complex buffers.
     return net.double() if dtype == torch.float64 else net
 

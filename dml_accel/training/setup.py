@@ -362,6 +362,7 @@ def build_networks(
     weights: Mapping[str, PretrainedWeights] | None = None,
 ) -> Modules:
     """Build the network of each peer, with the trained weights that some of them start from."""
+    layout = image_format(config, choose_device(runs_on_cpu(config.compute))).layout
     return {
         spec.name: build(
             spec,
@@ -371,6 +372,7 @@ def build_networks(
             dtype=_dtype(config),
             smallest_micro_batch=config.optim.smallest_micro_batch,
             weights=(weights or {}).get(spec.name),
+            layout=layout,
         )
         for spec in specs
     }

@@ -14,7 +14,7 @@ from dml_accel.data.batches import Normalisation
 from dml_accel.data.pixels import Geometry
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
-from dml_accel.models.build import parameter_count
+from dml_accel.models.build import build, parameter_count
 from dml_accel.models.peer_folder import load_network, read_peer, write_network
 from dml_accel.models.pretrained import build_pretrained, read_weights
 from dml_accel.models.spec import SHORT_NAMES, parse_cohort
@@ -294,10 +294,33 @@ def test_the_memory_format_follows_device_and_precision(
 
 
 @register_model
+def viewing(pretrained: bool = False, num_classes: int = 10, **_: object) -> nn.Module:
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, num_classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.conv(x).view(len(x), -1))
+
+    net = Viewing()
+    net.pretrained_cfg = {"architecture": "viewing"}
+    return net
+
+
+@register_model
 def own_with_a_view(pretrained: bool = False, num_classes: int = 10, **_: object) -> nn.Module:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, num_classes))
     net.pretrained_cfg = {"architecture": "own_with_a_view"}
     return net
+
+
+def test_a_network_that_cannot_take_channels_last_is_refused_with_the_remedy() -> None:
+    (spec,) = parse_cohort(["timm:viewing"])
+    size = {"classes": 10, "image_size": 8, "seed": 0}
+    build(spec, **size)
+    with pytest.raises(UsageError, match="viewing-0 cannot be trained in channels_last: .*view si"):
+        build(spec, **size, layout=torch.channels_last)
 
 
 def test_networks_of_somebodys_own_keep_the_usual_layout() -> None:
