@@ -17,8 +17,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,11 @@ def arithmetic(classes: int) -> int:
     return sum(count(net, config.data.image_size).macs for net in nets)
 
 
-def at_hand(part: str, asked: Asked, only: str) -> list[Competitor]:
+def at_hand(part: str, asked: Asked, only: Sequence[str]) -> list[Competitor]:
     """Return a part's competitors that can be measured here; say what is missing."""
-    competitors = [one for one in PARTS[part](asked) if only in one.name]
+    competitors = [
+        one for one in PARTS[part](asked) if any(fnmatchcase(one.name, name) for name in only)
+    ]
     if has_pytorch_dml():
         return competitors
     left = [one for one in competitors if one.kind != "pytorch-dml"]
@@ -108,7 +111,9 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="checkout whose default is measured beside")
     parts = [*PARTS, _FIRST_STEP]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="which")
-    parser.add_argument("--only", default="", help="competitors with this in their name")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], help="competitors of these names, * for any words"
+    )
     parser.add_argument("--blocks", type=int, default=9, help="alternating blocks (default: 9)")
     parser.add_argument("--steps", type=int, default=8, help="steps of a block (default: 8)")
     parser.add_argument("--write", action="store_true", help="measure nothing, write the tables")

@@ -50,7 +50,9 @@ from dml_accel.training import setup
 CUDA = torch.device("cuda", 0)
 IMAGES, CLASSES = 320, 10
 # A frozen peer's folder: trained with another normalisation than the run's.
-FROZEN: Any = SimpleNamespace(normalisation=Normalisation((0.4,) * 3, (0.2,) * 3))
+FROZEN: Any = SimpleNamespace(
+    arch="resnet8_cifar", normalisation=Normalisation((0.4,) * 3, (0.2,) * 3)
+)
 aten = torch.ops.aten
 
 

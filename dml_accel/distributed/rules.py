@@ -1,8 +1,8 @@
 """What ``auto`` chooses for speed: fixed rules, so that equal commands choose alike.
 
-Nothing is timed here. The rates and shares below were measured once; benchmarks/choices.md has them
-with the machine, the versions and the command. They decide when a choice repays what it costs, and
-need not be exact for that.
+Nothing is timed here. The rates and shares below follow from benchmarks/speed.md and
+benchmarks/processes.md: pairs of ResNet-32 on two cores, with the machine, the versions and the
+command. They decide when a choice repays what it costs, and need not be exact for that.
 """
 
 from collections.abc import Mapping

@@ -286,7 +286,7 @@ def memory_format(
     """Return the memory layout of images and weights.
 
     On a CPU, channels last is 10 to 30% faster in single and half precision
-    (benchmarks/choices.md). In double precision depthwise convolutions are half as fast in it, and
+    (benchmarks/speed.md). In double precision depthwise convolutions are half as fast in it, and
     on the GPU that was measured (benchmarks/gpu.md) networks in half precision were slower.
 
     Args:
