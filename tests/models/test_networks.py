@@ -19,6 +19,7 @@ from dml_accel.models.peer_folder import load_network, read_peer, write_network
 from dml_accel.models.pretrained import build_pretrained, read_weights
 from dml_accel.models.spec import SHORT_NAMES, parse_cohort
 from dml_accel.training.setup import image_format
+from tests import viewing  # noqa: F401  (registers it)
 from tests.helpers import ROOT, Training, assert_same_state, build_peer, tiny_config
 
 # name: parameters with 100 classes. ResNets: He et al. 2016 (0.27M, 0.46M, 0.85M, 1.7M with 10
@@ -293,28 +294,6 @@ def test_the_memory_format_follows_device_and_precision(
     assert image_format(tiny_config(**changes), torch.device(device)).layout == expected
 
 
-@register_model
-def viewing(pretrained: bool = False, num_classes: int = 10, **_: object) -> nn.Module:
-    class Viewing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, num_classes)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.conv(x).view(len(x), -1))
-
-    net = Viewing()
-    net.pretrained_cfg = {"architecture": "viewing"}
-    return net
-
-
-@register_model
-def own_with_a_view(pretrained: bool = False, num_classes: int = 10, **_: object) -> nn.Module:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, num_classes))
-    net.pretrained_cfg = {"architecture": "own_with_a_view"}
-    return net
-
-
 def test_a_network_that_cannot_take_channels_last_is_refused_with_the_remedy() -> None:
     (spec,) = parse_cohort(["timm:viewing"])
     size = {"classes": 10, "image_size": 8, "seed": 0}
@@ -324,5 +303,5 @@ def test_a_network_that_cannot_take_channels_last_is_refused_with_the_remedy() -
 
 
 def test_networks_of_somebodys_own_keep_the_usual_layout() -> None:
-    config = tiny_config(cohort=("resnet8", "timm:own_with_a_view"), float64=False)
+    config = tiny_config(cohort=("resnet8", "timm:viewing"), float64=False)
     assert image_format(config, torch.device("cpu")).layout == torch.contiguous_format

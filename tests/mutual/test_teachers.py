@@ -6,11 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
-from torch import nn
 
 from dml_accel.core.errors import UsageError
 from dml_accel.data.batches import Normalisation
@@ -28,6 +25,7 @@ from tests.mutual.references import (
     loss_options,
     nets_in_turn,
 )
+from tests.viewing import Viewing
 
 CLASSES = tuple(map(str, range(10)))
 
@@ -203,24 +201,9 @@ def test_a_forged_size_allocates_nothing(teachers: list[Path]) -> None:
         read_peer(teachers[0])
 
 
-@register_model
-def teacher_with_a_view(pretrained: bool = False, num_classes: int = 10, **_: object) -> nn.Module:
-    class Viewing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, num_classes)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.conv(x).view(len(x), -1))
-
-    net = Viewing()
-    net.pretrained_cfg = {"architecture": "teacher_with_a_view"}
-    return net
-
-
 def test_a_teacher_of_somebodys_own_is_given_the_usual_layout() -> None:
-    net = timm.create_model("teacher_with_a_view")
-    folder = SimpleNamespace(arch="teacher_with_a_view", normalisation=Normalisation.identity())
+    net = Viewing(10)
+    folder = SimpleNamespace(arch="viewing", normalisation=Normalisation.identity())
     teacher = Teacher("frozen-0", folder, net, Normalisation.identity())
     x = torch.randn(2, 3, 8, 8)
     last = x.contiguous(memory_format=torch.channels_last)
