@@ -72,6 +72,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return Scheduling(config, log)
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Give a test the same random numbers whatever ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep decoded images and the hub's cache out of the user's home, offline."""

