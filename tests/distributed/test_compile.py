@@ -165,6 +165,13 @@ def test_running_out_of_memory_is_not_a_failed_compilation(training: Build) -> N
 # ---------------------------------------------------------------- --compile auto
 
 
+@pytest.fixture
+def measured_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch for which the rule holds, whichever this is."""
+    monkeypatch.setattr(setup, "adds_up_in_pairs", lambda: True)
+
+
+@pytest.mark.usefixtures("measured_torch")
 def test_a_comparison_decides_once_for_all_its_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +193,7 @@ def test_a_comparison_decides_once_for_all_its_runs(
     assert all(len(description["compiled"]) == 2 for description in found)
 
 
+@pytest.mark.usefixtures("measured_torch")
 def test_a_decision_of_auto_is_kept_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +206,7 @@ def test_a_decision_of_auto_is_kept_on_resume(
     assert load(tmp_path / "config.json")["compiled"] == ["small_for_compiling-0"]
 
 
+@pytest.mark.usefixtures("measured_torch")
 def test_auto_says_that_it_compiles_and_needs_a_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +224,8 @@ def test_auto_says_that_it_compiles_and_needs_a_compiler(
     monkeypatch.setattr(rules, "seconds_saved", lambda *_: 1 / 0)
     for more in ("--float64", "--mixed-precision=bf16", "--compile=off"):
         assert train(tmp_path / more, *words, more) == 0  # the rule is not asked
+    monkeypatch.setattr(setup, "adds_up_in_pairs", lambda: False)
+    assert train(tmp_path / "older", *words) == 0
 
 
 def test_a_compiler_is_looked_for_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
