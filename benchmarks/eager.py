@@ -158,17 +158,17 @@ def main() -> None:
         for change in words.changes
     ]
     given = [words.images.name if word == str(words.images) else word for word in sys.argv[1:]]
-    with tempfile.TemporaryDirectory() as logs:
-        *_, readings = measure(competitors, images, words.blocks, words.steps, Path(logs))
     found = surroundings() | {
-        "readings": readings,
-        "blocks": words.blocks,
         "fused": fused_operators(),
         "allocators": allocators(),
         "command": "python " + shlex.join(["-m", "benchmarks.eager", *given]),
     }
-    write_json(words.output / "eager.json", found)
-    write_text(words.output / "eager.md", report(found))
+    with tempfile.TemporaryDirectory() as logs:
+        measured = measure(competitors, images, words.blocks, words.steps, Path(logs))
+        # Written after each block: one that is interrupted loses no other.
+        for found["blocks"], found["readings"] in enumerate(measured, 1):
+            write_json(words.output / "eager.json", found)
+            write_text(words.output / "eager.md", report(found))
     print(report(found))
 
 
