@@ -262,7 +262,8 @@ def timm_step(
 
 
 def _ready_batches(images: str | None) -> tuple[Batches, int]:
-    _, _, found = prepared(images, {})
+    # timm's step lays them out itself; in channels last, other networks would compute in it, too.
+    _, _, found = prepared(images, {"memory_format": "contiguous"})
     return itertools.repeat(found.train.batch(0, BATCH, 0, BATCH)), len(found.classes)
 
 
