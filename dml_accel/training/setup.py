@@ -272,12 +272,11 @@ def image_format(config: Config, device: torch.device) -> ImageFormat:
     # A network of somebody's own may rely on the usual layout, as Tensor.view does.
     if asked is None and any(registered_by(spec.arch) for spec in parse_cohort(config.cohort)):
         asked = "contiguous"
-    precision = launched_precision(config.numerics)
     # Where our batch norms are not compiled exactly in channels last, they are in the usual layout.
-    single = dtype == torch.float32 and precision == "no"
-    if asked is None and config.compute.compile == "on" and single and not adds_up_in_pairs():
+    compiled = config.compute.compile == "on" and _is_single(config)
+    if asked is None and compiled and not adds_up_in_pairs():
         asked = "contiguous"
-    layout = memory_format(asked, dtype, precision, device)
+    layout = memory_format(asked, dtype, launched_precision(config.numerics), device)
     return ImageFormat(config.data.size, dtype, layout, device)
 
 
@@ -285,6 +284,11 @@ def layout_name(config: Config, device: torch.device) -> str:
     """Return the memory format of a run as ``--memory-format`` names it."""
     layout = image_format(config, device).layout
     return "channels_last" if layout == torch.channels_last else "contiguous"
+
+
+def _is_single(config: Config) -> bool:
+    """Whether networks compute in single precision only."""
+    return _dtype(config) == torch.float32 and launched_precision(config.numerics) == "no"
 
 
 def _dtype(config: Config) -> torch.dtype:
@@ -800,8 +804,7 @@ def seconds_saved(
     0 where it is known to save nothing, or was not measured.
     """
     mine = {spec.name: spec for spec in checked.specs if spec.name in placement.mine}
-    single = launched_precision(config.numerics) == "no" and not config.numerics.float64
-    measured = single and placement.device.type == "cpu" and adds_up_in_pairs()
+    measured = _is_single(config) and placement.device.type == "cpu" and adds_up_in_pairs()
     if not (placement.is_alone and measured):
         return 0.0
     source = checked.source

@@ -415,12 +415,14 @@ def test_blocks_of_two_processes_give_what_one_process_gives(
 
     pair.run(part)
     expected = Passed.through(whole.double(), x.double(), dy.double())
-    close = functools.partial(torch.testing.assert_close, rtol=2e-6, atol=1e-5)
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=2e-6)
     for name in ("y", "dx"):
         both = torch.cat([getattr(found[rank], name) for rank in range(2)])
         close(both.double(), getattr(expected, name))
     for name in ("dweight", "dbias"):
-        close((getattr(found[0], name) + getattr(found[1], name)).double(), getattr(expected, name))
+        both = getattr(found[0], name) + getattr(found[1], name)
+        # Of 112 numbers whose sizes add up to about 90, each rounded to 24 bits.
+        close(both.double(), getattr(expected, name), atol=90 * 2**-24)
     for rank in range(2):
         close(found[rank].mean.double(), expected.mean)
         close(found[rank].var.double(), expected.var)
